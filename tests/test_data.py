@@ -1,0 +1,533 @@
+"""Claims about data.py -> evidence.
+
+The drawn world: captions and metadata are true of the pixels; objects lie inside and apart; unseen pairs stay
+unseen. Loading: every picture comes out upright, on white and in 8 bits; what is bad is skipped with a
+reason; nothing outside the folder is read.
+"""
+
+import io
+import json
+import math
+import os
+import re
+import struct
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+from data import COLOURS, HELD_OUT, PLACES, RELATIONS, SHAPES, TASKS, Thing
+
+seeds, tasks = st.integers(0, 2 ** 32), st.sampled_from(TASKS)
+
+
+def make(seed, task=None):
+    return data.scene(np.random.default_rng(seed), task)
+
+
+# --- The drawn world ---
+
+@settings(deadline=None, max_examples=200)
+@given(seeds, tasks)
+def test_objects_lie_inside_the_picture_and_apart(seed, task):
+    things = make(seed, task).things
+    for i, a in enumerate(things):
+        reach = a.r * data.REACH[a.shape]
+        assert min(a.x, a.y, 1 - a.x, 1 - a.y) >= reach + data.MARGIN - 1e-9
+        for b in things[:i]:
+            assert math.hypot(a.x - b.x, a.y - b.y) >= reach + b.r * data.REACH[b.shape] + data.GAP - 1e-9
+
+
+def test_drawn_objects_do_not_touch():
+    for seed in range(60):                       # as many separate pieces as objects
+        things = make(seed, "counting").things
+        solid = [t._replace(shape="circle", r=t.r * data.REACH[t.shape]) for t in things]   # no holes
+        ink = (data.draw(solid, 64) != 128).any(axis=2)
+        pieces = 0
+        while ink.any():
+            stack = [tuple(np.argwhere(ink)[0])]
+            pieces += 1
+            while stack:
+                y, x = stack.pop()
+                if 0 <= y < 64 and 0 <= x < 64 and ink[y, x]:
+                    ink[y, x] = False
+                    stack += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        assert pieces == len(things)
+
+
+def test_eight_pairs_are_held_out_each_shape_once_and_no_colour_twice():
+    assert len(HELD_OUT) == 8
+    assert {s for s, _ in HELD_OUT} == set(SHAPES)
+    assert len({c for _, c in HELD_OUT} & set(COLOURS)) == 8
+
+
+def test_training_shows_every_pair_but_the_held_out_ones():
+    seen = {(t.shape, t.colour) for seed in range(1500) for t in make(seed).things}
+    assert seen == {(s, c) for s in SHAPES for c in COLOURS} - HELD_OUT
+
+
+def test_the_training_mix_has_its_weights():
+    assert set(data.MIX) == set(TASKS) and sum(data.MIX.values()) == pytest.approx(1)
+    counts = Counter(make(seed).task for seed in range(3000))
+    for task, weight in data.MIX.items():
+        assert counts[task] / 3000 == pytest.approx(weight, abs=0.04)
+
+
+def test_tasks_have_the_objects_that_they_name():
+    for seed in range(150):
+        assert len(make(seed, "single_object").things) == len(make(seed, "colors").things) == 1
+        for task in ("two_object", "position", "color_attr"):
+            a, b = make(seed, task).things
+            assert a.shape != b.shape and (task != "color_attr" or a.colour != b.colour)
+        group = make(seed, "counting").things
+        assert 2 <= len(group) <= 4 and len({(t.shape, t.colour, t.r) for t in group}) == 1
+
+
+def box(thing):
+    """The pixels that a thing covers when drawn alone, as (centre, size) in pixels."""
+    rows, columns = np.nonzero((data.draw([thing], 128) != 128).any(axis=2))
+    low, high = np.array([columns.min(), rows.min()]), np.array([columns.max(), rows.max()])
+    return (low + high) / 2, high - low
+
+
+def test_positions_hold_by_genevals_rule_and_no_other_holds_more():
+    for seed in range(200):
+        s = make(seed, "position")
+        (a, size_a), (b, size_b) = (box(t) for t in s.things)
+        offset = a - b
+        less = np.maximum(abs(offset) - 0.1 * (size_a + size_b), 0)
+        offset = np.sign(offset) * less / np.linalg.norm(offset)
+        relation = s.metadata["include"][1]["position"][0]
+        assert offset @ RELATIONS[relation] > 0.5, s.captions
+        assert max(RELATIONS, key=lambda name: offset @ RELATIONS[name]) == relation, s.captions
+
+
+def test_half_of_the_position_prompts_name_colours():
+    coloured = sum("color" in make(seed, "position").metadata["include"][0] for seed in range(600))
+    assert 240 < coloured < 360
+
+
+AREAS = {"circle": math.pi, "square": 1.64 ** 2, "triangle": 3 * math.sqrt(3) / 4, "diamond": 1.5,
+         "star": 10 * 0.5 * 0.42 * math.sin(math.radians(36)),
+         "cross": 8 * 0.32 * math.sqrt(1 - 0.32 ** 2) - 4 * 0.32 ** 2, "ring": math.pi * (1 - 0.52 ** 2),
+         "heart": 180 * math.pi / 17 ** 2}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_covers_its_closed_form_area_around_its_centre(shape):
+    x, y, r = 0.47, 0.52, 0.3
+    image = data.draw([Thing(shape, "white", x, y, r)], 256)
+    cover = (image[..., 0].astype(float) - 128) / (252 - 128)
+    assert cover.sum() / 256 ** 2 == pytest.approx(AREAS[shape] * r ** 2, rel=0.025)
+    columns = cover.sum(axis=0)     # every shape is symmetric about its vertical axis
+    assert (columns @ (np.arange(256) + 0.5)) / columns.sum() / 256 == pytest.approx(x, abs=0.002)
+
+
+def test_shapes_stand_upright():
+    for shape, tip in (("triangle", 0), ("star", 0), ("heart", -1)):    # the row of the single tip
+        ink = (data.draw([Thing(shape, "red", 0.5, 0.5, 0.3)], 256) != 128).any(axis=2)
+        rows = np.flatnonzero(ink.any(axis=1))
+        tip_width, other_width = (np.ptp(np.flatnonzero(ink[rows[end]])) for end in (tip, -1 - tip))
+        assert tip_width <= 6 and other_width > 60
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_colours_are_exact_and_the_ground_is_mid_grey(colour):
+    image = data.draw([Thing("circle", colour, 0.5, 0.5, 0.2)])
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+    assert tuple(image[32, 32]) == COLOURS[colour] and tuple(image[2, 2]) == (128, 128, 128)
+
+
+def test_drawing_something_unknown_names_the_choices():
+    for thing in (Thing("hexagon", "red", 0.5, 0.5, 0.2), Thing("star", "mauve", 0.5, 0.5, 0.2)):
+        with pytest.raises(ValueError, match="choose from circle, .*red, "):
+            data.draw([thing])
+
+
+def test_metadata_is_genevals():
+    star, ring = ("star", "red", 1), ("ring", "blue", 1)
+    assert data.request("single_object", [("star", None, 1)]) == {
+        "tag": "single_object", "include": [{"class": "star", "count": 1}], "exclude": [], "prompt": "a star"}
+    assert data.request("two_object", [("star", None, 1), ("ring", None, 1)])["prompt"] == "a star and a ring"
+    assert data.request("counting", [("heart", None, 3)]) == {
+        "tag": "counting", "include": [{"class": "heart", "count": 3}],
+        "exclude": [{"class": "heart", "count": 4}], "prompt": "three hearts"}
+    assert data.request("colors", [star]) == {
+        "tag": "colors", "include": [{"class": "star", "count": 1, "color": "red"}], "exclude": [],
+        "prompt": "a red star"}
+    assert data.request("position", [("star", None, 1), ("ring", None, 1)], "left of") == {
+        "tag": "position", "include": [{"class": "ring", "count": 1},
+                                       {"class": "star", "count": 1, "position": ["left of", 0]}],
+        "exclude": [], "prompt": "a star left of a ring"}
+    assert data.request("position", [star, ring], "above")["prompt"] == "a red star above a blue ring"
+    assert data.request("color_attr", [star, ring])["prompt"] == "a red star and a blue ring"
+
+
+def test_articles_and_plurals():
+    assert data.phrase("orange star") == "an orange star" and data.phrase("ring") == "a ring"
+    assert data.phrase("cross", 2) == "two crosses" and data.phrase("red heart", 4) == "four red hearts"
+
+
+@settings(deadline=None, max_examples=200)
+@given(seeds, tasks)
+def test_metadata_is_true_of_the_scene_and_is_its_prompt(seed, task):
+    s = make(seed, task)
+    assert s.captions[0] == s.metadata["prompt"] and s.task == task == s.metadata["tag"]
+    for clause in s.metadata["include"]:
+        named = [t for t in s.things if t.shape == clause["class"]]
+        assert sum(t.colour == clause.get("color", t.colour) for t in named) == clause["count"]
+    for clause in s.metadata["exclude"]:
+        assert sum(t.shape == clause["class"] for t in s.things) < clause["count"]
+    assert json.loads(json.dumps(s.metadata)) == s.metadata
+
+
+def read_back(caption):
+    """The synthetic caption's own words -> {(size, colour, shape): (count, set of places)}."""
+    pattern = r"(an?|two|three|four) (small|medium|big) (\w+) (\w+) at the ((?:(?! and an? ).)+)"
+    count = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
+    plural = {s + ("es" if s == "cross" else "s"): s for s in SHAPES}
+    return {(size, colour, plural.get(shape, shape)): (count[n], set(re.split(", | and ", places)))
+            for n, size, colour, shape, places in re.findall(pattern, caption)}
+
+
+@settings(deadline=None, max_examples=300)
+@given(seeds, tasks)
+def test_the_synthetic_caption_tells_all_objects_truly_in_at_most_18_words(seed, task):
+    s = make(seed, task)
+    expected = {}
+    for t in s.things:
+        size = "small" if t.r < 0.15 else "medium" if t.r < 0.18 else "big"
+        count, places = expected.get((size, t.colour, t.shape), (0, set()))
+        place = PLACES[math.floor(3 * t.y)][math.floor(3 * t.x)]
+        expected[size, t.colour, t.shape] = (count + 1, places | {place})
+    assert read_back(s.captions[1]) == expected
+    assert max(len(caption.split()) for caption in s.captions) <= 18
+
+
+def test_synthetic_captions_read_well():
+    star, ring = Thing("star", "red", 0.2, 0.2, 0.14), Thing("ring", "blue", 0.8, 0.5, 0.19)
+    assert data.describe([star, ring]) == "a small red star at the top left and a big blue ring at the right"
+    hearts = [Thing("heart", "red", x, x, 0.14) for x in (0.8, 0.2, 0.5)]
+    assert data.describe(hearts) == "three small red hearts at the top left, center and bottom right"
+    assert data.describe(hearts[:1] * 2) == "two small red hearts at the bottom right"
+
+
+def test_scenes_repeat_by_seed_and_unknown_tasks_are_refused():
+    assert make(7) == make(7) != make(8)
+    for call in (lambda: make(0, "texture"), lambda: data.prompts("texture", 1)):
+        with pytest.raises(ValueError, match="single_object, two_object"):
+            call()
+
+
+# --- Prompts ---
+
+DISTINCT = dict(single_object=8, two_object=56, counting=24, colors=80, position=224, color_attr=5040)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_are_distinct_while_distinct_ones_exist(task):
+    n = min(DISTINCT[task], 400)
+    asked = data.prompts(task, n)
+    assert len({m["prompt"] for m in asked}) == len(asked) == n and {m["tag"] for m in asked} == {task}
+    assert len({m["prompt"] for m in data.prompts(task, DISTINCT[task] + 50)}) >= min(DISTINCT[task], 4000)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_tenth_of_the_colour_prompts_is_unseen_and_flagged(task):
+    asked = data.prompts(task, 100, seed=3)
+    for m in asked:
+        assert m["unseen"] == any((c["class"], c.get("color")) in HELD_OUT for c in m["include"])
+    assert sum(m["unseen"] for m in asked) == (10 if task in ("colors", "color_attr") else 0)
+
+
+def test_prompts_depend_on_the_seed_alone():
+    fifty = data.prompts("position", 50, 1)
+    assert fifty == data.prompts("position", 50, 1) != data.prompts("position", 50, 2)
+    assert fifty[:20] == data.prompts("position", 20, 1)
+    assert data.prompts("colors", 0) == []
+
+
+# --- load_pictures: drawings and emoji ---
+
+def test_drawing_i_depends_on_seed_and_i_alone():
+    ticks = []
+    many = data.load_pictures("drawn", 32, count=12, seed=5, progress=lambda *tick: ticks.append(tick))
+    few = data.load_pictures("drawn", 32, count=4, seed=5)
+    assert many.images.shape == (12, 3, 32, 32) and many.images.dtype == torch.uint8 and not many.skipped
+    assert torch.equal(many.images[:4], few.images) and many.captions[:4] == few.captions
+    assert not torch.equal(data.load_pictures("drawn", 32, count=4, seed=6).images, few.images)
+    assert ticks == [(i + 1, 12) for i in range(12)]
+    third = make((5, 3))
+    assert few.captions[3] == third.captions
+    assert torch.equal(few.images[3], torch.from_numpy(data.draw(third.things, 32)).permute(2, 0, 1))
+
+
+def test_the_emoji_sheet_holds_1026_captioned_pictures_on_white():
+    emoji = data.load_pictures("emoji")
+    assert emoji.images.shape == (1026, 3, 64, 64) and len(emoji.captions) == 1026 and not emoji.skipped
+    assert emoji.captions[0][0] == "grinning face, twemoji style"
+    assert all(len(texts) == 2 for texts in emoji.captions)
+    assert (emoji.images == 255).all(dim=1).flatten(1).any(dim=1).float().mean() > 0.99
+    by_name = {texts[0].split(",")[0]: image for texts, image in zip(emoji.captions, emoji.images)}
+    for name, strongest in (("red heart", 0), ("green heart", 1), ("blue heart", 2)):  # its tile
+        image = by_name[name].float()
+        inked = image[:, (image.mean(dim=0) < 250)]
+        assert inked.mean(dim=1).argmax() == strongest and inked.shape[1] > 1000
+
+
+def test_count_takes_a_random_part_of_the_emoji_and_size_resizes():
+    part = data.load_pictures("emoji", 32, count=20, seed=1)
+    assert part.images.shape == (20, 3, 32, 32) and len(set(part.captions)) == 20
+    assert part.captions == data.load_pictures("emoji", 16, count=20, seed=1).captions
+    assert part.captions != data.load_pictures("emoji", 16, count=20, seed=2).captions
+
+
+def test_the_emoji_licence_is_named_beside_the_sheet():
+    text = (data.ASSETS / "LICENSE-twemoji.md").read_text()
+    assert "creativecommons.org/licenses/by/4.0" in text and "Twitter, Inc and other contributors" in text
+
+
+def test_a_packed_sheet_holds_the_folder_again(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "in", noto_red=flat("red", (64, 64)))
+    fill(folder, **{f"twemoji_{c}": flat(rgb, (64, 64)) for c, rgb in COLOURS.items()})
+    data.pack_sheet(folder, tmp_path)
+    monkeypatch.setattr(data, "ASSETS", tmp_path)
+    back = data.load_pictures("emoji")
+    assert back.captions == [(f"twemoji_{c}",) for c in sorted(COLOURS)]
+    for image, c in zip(back.images, sorted(COLOURS)):
+        assert tuple(image[:, 0, 0].tolist()) == COLOURS[c] and len(image.flatten(1).unique(dim=1)[0]) == 1
+
+
+# --- load_pictures: folders ---
+
+def fill(folder, **pictures):
+    """Write pictures (PIL images, or bytes as they are) as name.png with name.txt."""
+    folder.mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        if isinstance(picture, bytes):
+            (folder / f"{name}.png").write_bytes(picture)
+        else:
+            picture.save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    return folder
+
+
+def flat(colour="red", size=(20, 20)):
+    return Image.new("RGB", size, colour)
+
+
+def pixel(picture):
+    """The centre pixel of a path or PIL image after loading."""
+    return tuple(data.read_picture(picture, 8)[4, 4].tolist())
+
+
+def test_text_files_and_captions_jsonl_give_the_same_pictures(tmp_path):
+    folder = fill(tmp_path / "a", red=flat("red"), blue=flat("blue"))
+    fill(folder / "deep", green=flat("lime"))
+    (folder / "red.txt").write_text("\ufeffa red field\n\n  the whole picture   is red\n", encoding="utf-8")
+    (folder / "notes.txt").write_text("not a caption: no picture has this name")
+    texts = data.load_pictures(folder, 16)
+    assert texts.captions == [("blue",), ("green",), ("a red field", "the whole picture is red")]
+    assert texts.images[:, :, 8, 8].tolist() == [[0, 0, 255], [0, 255, 0], [255, 0, 0]] and not texts.skipped
+    files = ("blue.png", "deep/green.png", "red.png")
+    rows = [{"file": f, "captions": c} for f, c in zip(files, texts.captions)]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    lines = data.load_pictures(str(folder), 16)
+    assert lines.captions == texts.captions and torch.equal(lines.images, texts.images)
+
+
+@pytest.mark.parametrize("size", [(96, 32), (33, 70), (20, 50)])
+def test_the_shorter_side_becomes_size_and_the_centre_is_kept(size):
+    picture = Image.new("RGB", size, "red")
+    picture.paste(Image.effect_noise((20, 20), 90), ((size[0] - 20) // 2, (size[1] - 20) // 2))
+    scale = 16 / min(size)
+    wide = picture.resize([round(side * scale) for side in size], Image.Resampling.BICUBIC)
+    left, top = (wide.width - 16) // 2, (wide.height - 16) // 2
+    expected = np.asarray(wide.crop((left, top, left + 16, top + 16))).astype(int)
+    image = data.read_picture(picture, 16)
+    assert image.shape == (16, 16, 3) and abs(image - expected).mean() < 6
+
+
+def test_pictures_of_any_mode_become_rgb(tmp_path):
+    grey = np.full((9, 9), 40_000, np.uint16)
+    cases = {
+        "1": (Image.new("1", (9, 9), 1), (255, 255, 255)),
+        "L": (Image.new("L", (9, 9), 100), (100, 100, 100)),
+        "P": (flat("red").convert("P", palette=Image.Palette.ADAPTIVE), (255, 0, 0)),
+        "CMYK": (Image.new("CMYK", (9, 9), (0, 255, 255, 0)), (255, 0, 0)),
+        "I;16": (Image.fromarray(grey), (156, 156, 156)),                       # 40000 / 65535 * 255
+        "I": (Image.fromarray(grey.astype(np.int32)), (156, 156, 156)),
+        "F": (Image.fromarray(np.full((9, 9), 0.5, np.float32)), (128, 128, 128)),
+        "RGBA": (Image.new("RGBA", (9, 9), (0, 0, 0, 0)), (255, 255, 255)),     # hidden black must not show
+        "LA": (Image.new("LA", (9, 9), (0, 51)), (204, 204, 204)),              # a fifth of black on white
+    }
+    for mode, (picture, expected) in cases.items():
+        assert picture.mode == mode and pixel(picture) == expected, mode
+    for mode in ("1", "L", "P", "I;16", "RGBA", "LA"):                          # and the same from a file
+        cases[mode][0].save(tmp_path / "x.png")
+        assert pixel(tmp_path / "x.png") == cases[mode][1], mode
+    picture = Image.new("P", (9, 9), 0)
+    picture.putpalette([0, 0, 0])
+    picture.save(tmp_path / "p.png", transparency=0)                            # a palette with a clear entry
+    assert pixel(tmp_path / "p.png") == (255, 255, 255)
+
+
+def test_exif_orientation_is_respected(tmp_path):
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", [0, 0, 20, 20])                                       # blue on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6        # shown turned clockwise: blue on top
+    picture.save(tmp_path / "x.jpg", exif=exif, quality=95, subsampling=0)
+    picture.save(tmp_path / "y.jpg", quality=95, subsampling=0)
+    turned, plain = (data.read_picture(tmp_path / name, 20) for name in ("x.jpg", "y.jpg"))
+    assert (turned[2, :, 2] > 200).all() and (turned[-3, :, 0] > 200).all()
+    assert (plain[:, 2, 2] > 200).all() and (plain[:, -3, 0] > 200).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000)])
+def test_the_smallest_and_thinnest_pictures_load(size):
+    assert (data.read_picture(Image.new("RGB", size, "lime"), 64) == (0, 255, 0)).all()
+
+
+def png_claiming(width, height):
+    """A PNG of a few bytes whose header claims width x height."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def bad_pictures():
+    stream = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(stream, "png")
+    good = stream.getvalue()
+    stream = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(stream, "jpeg")
+    return {
+        "truncated": good[:len(good) // 2], "jpeg_truncated": stream.getvalue()[:700], "empty": b"",
+        "text": b"hello",
+        "broken_data": good[:200] + bytes(200) + good[400:], "html": b"<html><body>404</body></html>",
+        "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>', "bomb": png_claiming(30_000, 30_000),
+        "big": png_claiming(8_001, 8_000),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_unreadable_pictures_are_skipped_and_counted(tmp_path):
+    bad = bad_pictures()
+    folder = fill(tmp_path / "a", **bad, **{f"good{i:02}": flat() for i in range(12)})
+    flat().save(folder / "good_without_text.png")
+    got = data.load_pictures(folder, 8)
+    assert got.captions == [(f"good{i:02}",) for i in range(12)] and len(got.images) == 12
+    assert {name for name, _ in got.skipped} == {f"{name}.png" for name in [*bad, "good_without_text"]}
+    reasons = dict(got.skipped)
+    assert all(reasons.values()) and "64,000,000" in reasons["big.png"]
+
+
+def test_large_pictures_are_refused_by_their_header_before_decoding(tmp_path, monkeypatch):
+    (tmp_path / "x.png").write_bytes(png_claiming(8_001, 8_000))
+    monkeypatch.setattr(Image.Image, "convert", None)       # decoding would fail otherwise
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    with pytest.raises(ValueError, match="8001 x 8000 pixels"):
+        data.read_picture(tmp_path / "x.png", 64)
+
+
+def test_bad_lines_of_captions_jsonl_are_skipped_with_a_reason(tmp_path):
+    folder, outside = fill(tmp_path / "a", a=flat()), tmp_path / "secret.png"
+    flat().save(outside)
+    os.symlink(outside, folder / "link.png")
+    os.symlink("loop.png", folder / "loop.png")
+    line = lambda file, *captions: json.dumps({"file": file, "captions": captions}).encode()
+    bad = {
+        "JSON": b'{"file": "a.png", "captions": ["x"',
+        "utf-8": b'{"file": "a.png", "captions": ["\xff\xfe"]}',
+        "empty": line("a.png", "x", "  "), "NUL": line("a.png", "x\0y"), "long": line("a.png", "x" * 2001),
+        "surrogate": line("a.png", "\ud83d"), "none": line("a.png"), "number": line("a.png", 3),
+        "string": b'{"file": "a.png", "captions": "x"}', "list": b"[1]", "no file": b'{"captions": ["x"]}',
+        "deep": b"[" * 100_000, "dots": line("../secret.png", "x"), "absolute": line(str(outside), "x"),
+        "symlink": line("link.png", "x"), "loop": line("loop.png", "x"), "NUL path": line("a\0.png", "x"),
+        "missing": line("gone.png", "x"), "folder": line(".", "x"),
+    }
+    good = line("a.png", "a fine\tred  caption \U0001f468\u200d\U0001f469 \u05e9\u05dc\u05d5\u05dd")
+    (folder / "captions.jsonl").write_bytes(b"\n".join([good] * 20 + list(bad.values())))
+    got = data.load_pictures(folder, 8)
+    assert got.captions == [("a fine red caption \U0001f468\u200d\U0001f469 \u05e9\u05dc\u05d5\u05dd",)] * 20
+    assert len(got.skipped) == len(bad) and all(reason for _, reason in got.skipped)
+    reasons = dict(got.skipped)
+    for kind in ("dots", "absolute", "symlink"):
+        assert "out of the folder" in reasons[f"captions.jsonl:{21 + list(bad).index(kind)}"]
+
+
+def test_a_caption_file_that_links_out_of_the_folder_is_not_read(tmp_path):
+    folder = fill(tmp_path / "a", a=flat(), b=flat())
+    (tmp_path / "secret.txt").write_text("password")
+    (folder / "b.txt").unlink()
+    os.symlink(tmp_path / "secret.txt", folder / "b.txt")
+    got = data.load_pictures(folder, 8)
+    assert got.captions == [("a",)] and got.skipped == [("b.png", "the path leads out of the folder")]
+
+
+def test_a_folder_that_is_mostly_bad_is_refused_and_the_first_causes_named(tmp_path):
+    folder = fill(tmp_path / "a", a=flat(), b=b"text", c=flat())
+    assert len(data.load_pictures(folder, 8).skipped) == 1
+    fill(folder, d=b"", e=b"<html>")
+    with pytest.raises(ValueError, match=r"3 of 5 entries are unusable.*b\.png: cannot identify"):
+        data.load_pictures(folder, 8)
+    for name in "ac":
+        (folder / f"{name}.txt").write_text("")
+    with pytest.raises(ValueError, match="5 of 5 .*empty caption"):
+        data.load_pictures(folder, 8)
+
+
+def test_a_folder_without_captions_and_a_missing_one_are_told_the_format(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        data.load_pictures(tmp_path / "gone")
+    with pytest.raises(ValueError, match="name.txt beside each name.png"):
+        data.load_pictures(tmp_path)
+    flat().save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="name.txt beside each name.png"):
+        data.load_pictures(tmp_path)
+    (tmp_path / "captions.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="captions.jsonl with a line"):
+        data.load_pictures(tmp_path)
+
+
+def test_count_limits_a_folder_at_random_and_reads_no_further(tmp_path):
+    folder = fill(tmp_path / "a", **{f"p{i:02}": flat() for i in range(20)})
+    six = data.load_pictures(folder, 8, count=6, seed=1)
+    assert len(six.images) == len(set(six.captions)) == 6
+    assert six.captions == data.load_pictures(folder, 8, count=6, seed=1).captions
+    assert six.captions != data.load_pictures(folder, 8, count=6, seed=2).captions
+    everything = data.load_pictures(folder, 8, count=50)
+    assert everything.captions == [(f"p{i:02}",) for i in range(20)] and len(everything.images) == 20
+
+
+@pytest.mark.parametrize("wrong", [dict(size=0), dict(count=0), dict(count=-3), dict(seed=-1)])
+def test_bad_arguments_are_refused(wrong):
+    with pytest.raises(ValueError, match="at least 1"):
+        data.load_pictures("drawn", **{"count": 1, **wrong})
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.binary(max_size=40) | st.from_regex(r'\{"file": ".{0,9}", "captions": \[.{0,9}\]\}')
+                .map(lambda text: text.encode("utf-8", "surrogatepass")), max_size=5))
+def test_no_captions_jsonl_whatever_crashes_the_loader(tmp_path_factory, lines):
+    folder = fill(tmp_path_factory.mktemp("any"), a=flat())
+    row = b'{"file": "a.png", "captions": ["fine"]}\n'
+    (folder / "captions.jsonl").write_bytes(row * 60 + b"\n".join(lines))
+    got = data.load_pictures(folder, 4)
+    assert got.captions[:60] == [("fine",)] * 60 and len(got.captions) == len(got.images)
+
+
+def test_the_demo_runs_and_saves_its_sheet(tmp_path, capsys):
+    data.demo(tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 800 and sheet.height > 1000
+    assert "300 position scenes" in capsys.readouterr().out
