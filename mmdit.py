@@ -1,0 +1,314 @@
+"""MMDiT, the multimodal diffusion transformer: who predicts the velocity?
+
+Text and image are two streams of tokens with separate weights everywhere, which meet in one place only: they attend to each
+other as one sequence (paper section 4, figure 2). One joint block, with c the sum of the timestep's and the prompt's vector:
+
+        text (B,M,D)                                 image (B,N,D)
+    h = modulate(LN(.), c)                       h = modulate(LN(.), c)            shift and scale, from Linear(SiLU(c))
+    q,k,v = Linear(h)                            q,k,v = Linear(h)
+    q,k = RMSNorm per head                       q,k = RMSNorm per head            (SD3.5; SD3-medium has none)
+          \\______ one attention over [text, image], L = M + N tokens ______/
+    x += gate(c) * Linear(.)                     x += gate(c) * Linear(.)
+    x += gate(c) * MLP(modulate(LN(x), c))       x += gate(c) * MLP(modulate(LN(x), c))
+
+and the whole model, `MMDiT.forward`, which is the place to begin:
+
+    latent (B,C,H,W) -> 2x2 patches -> + positions ------> x --\\                       /--> modulate, Linear -> velocity (B,C,H,W)
+    context (B,M,ctx) -> Linear -----------------> context ----> depth joint blocks --/     (the text stream ends here)
+    timestep, pooled (B,pool) -> two MLPs, added -> c --------->
+
+Unusual things
+- One number, the depth d, sets the size: width D = 64 d and d heads of 64.
+- LayerNorms learn nothing; every block has 6 vectors (shift, scale, gate; twice) per stream made from c instead. They start at
+  zero (adaLN-Zero), so at initialisation each block is the identity and the model predicts 0.
+- The last block's text stream gives only keys and values: its queries, projection and MLP could influence nothing.
+- Text tokens carry no positions here: their order is what the text encoders put into them.
+- Positions are a fixed table of sines and cosines larger than any picture; a picture takes the centre of it (`crop_positions`).
+  Half of the channels tell the column, the other half the row: column first, whatever one would expect.
+- SD3.5-medium's first 13 blocks have a second attention among image tokens alone, with its own three modulation vectors.
+
+Dims: B batch, C latent channels, H W latent height and width, P patch, N = (H/P)(W/P) image tokens, M text tokens, D width,
+nh heads, hd head dim. Names and the order (shift, scale, gate) are those of Stability's checkpoints.
+Run `python mmdit.py`: prints the shapes of a forward pass and asserts that it starts as the identity and overfits one batch.
+"""
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels import gate_residual_modulate, joint_attention, modulate
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    depth: int                              # joint blocks
+    heads: int | None = None                # None: as many as blocks
+    head_dim: int = 64
+    in_channels: int = 16                   # latent channels, in and out
+    patch_size: int = 2                     # latent cells along the side of a token
+    context_dim: int = 4096                 # width of the text features
+    pooled_dim: int = 2048                  # CLIP-L 768 + bigG 1280
+    pos_max: int = 192                      # side of the position table, in tokens: the largest picture
+    pos_sample: int = 64                    # tokens along a picture of the training size (64: 1024 pixels) ...
+    pos_base: int = 16                      # ... whose coordinates run over 0 .. pos_base (16: first trained at 256 pixels)
+    qk_norm: bool = True                    # RMSNorm of queries and keys per head; SD3-medium was trained without
+    dual_blocks: int = 0                    # so many first blocks have the second, image-only attention
+
+    @property
+    def num_heads(self) -> int:
+        return self.heads or self.depth
+
+    @property
+    def width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @staticmethod
+    def preset(name: str, **changes) -> "MMDiTConfig":
+        """The row of numbers that makes this code a published model, or the miniature that trains on a laptop."""
+        presets = {                                                                    # trainable parameters
+            "tiny": MMDiTConfig(3, in_channels=8, context_dim=192, pooled_dim=160, pos_max=32, pos_sample=4, pos_base=4),
+            "sd3-medium": MMDiTConfig(24, qk_norm=False),                              # 2,028,328,000
+            "sd3.5-medium": MMDiTConfig(24, pos_max=384, dual_blocks=13),              # 2,243,171,520
+            "sd3.5-large": MMDiTConfig(38),                                            # 8,056,627,520
+        } | {f"d{d}": MMDiTConfig(d) for d in (15, 18, 21, 30, 38)}                    # the paper's scaling study
+        if name not in presets:
+            raise ValueError(f"no MMDiT preset {name!r}: choose from {', '.join(presets)}")
+        return replace(presets[name], **changes)
+
+
+# -------------------------------------------------------------------------------------------------------------- embeddings
+
+def position_table(width: int, pos_max: int, pos_sample: int, pos_base: int) -> torch.Tensor:
+    """Sine and cosine positions of a pos_max x pos_max grid of tokens -> (1, pos_max^2, width), float32.
+
+    Paper, section 5.3.2 and appendix B: the coordinates of the centre pos_sample cells run over [0, pos_base), so a model that
+    was first trained at pos_base tokens a side finds its positions again, interpolated; cells further out extend them, below
+    zero too. Any aspect ratio is then a crop of the centre.
+    """
+    p = (torch.arange(pos_max, dtype=torch.float64) - (pos_max - pos_sample) / 2) * pos_base / pos_sample
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = p[:, None] * omega                                              # (pos_max, D/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                     # (pos_max, D/2)
+    column = axis[None, :, :].expand(pos_max, -1, -1)                       # [row, column] -> by column
+    row = axis[:, None, :].expand(-1, pos_max, -1)
+    return torch.cat([column, row], dim=-1).reshape(1, pos_max * pos_max, width).float()
+
+
+def crop_positions(table: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """The centre h x w tokens of a square table (1, pos_max^2, D) -> (1, h*w, D), row by row."""
+    side = math.isqrt(table.shape[1])
+    if h > side or w > side:
+        raise ValueError(f"{h} x {w} tokens exceed this model's {side} x {side} positions: ask for a smaller picture")
+    top, left = (side - h) // 2, (side - w) // 2
+    return table.view(side, side, -1)[top:top + h, left:left + w].reshape(1, h * w, -1)
+
+
+def timestep_embedding(t: torch.Tensor, dim: int = 256) -> torch.Tensor:
+    """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 frequencies from 1 down to 1/10000. float32."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    angle = 1000.0 * t.float()[:, None] * freqs
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, c: MMDiTConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(c.in_channels, c.width, c.patch_size, stride=c.patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)                      # (B, N, D), row by row
+
+
+class VectorEmbedder(nn.Module):
+    """Linear, SiLU, Linear: for the timestep's sinusoid and for the pooled text."""
+
+    def __init__(self, cin: int, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(cin, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x):
+        return self.mlp(x.to(self.mlp[0].weight.dtype))
+
+
+# -------------------------------------------------------------------------------------------------------------- the block
+
+class RMSNormWeight(nn.Module):
+    """Only holds the weight (hd,): the norm itself happens inside `joint_attention`, where a kernel can fuse it."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class SelfAttention(nn.Module):
+    """The weights around an attention: qkv before it, the norms' scales, proj after it."""
+
+    def __init__(self, c: MMDiTConfig, proj: bool = True):
+        super().__init__()
+        self.nh = c.num_heads
+        self.qkv = nn.Linear(c.width, 3 * c.width)
+        if c.qk_norm:
+            self.ln_q, self.ln_k = RMSNormWeight(c.head_dim), RMSNormWeight(c.head_dim)
+        if proj:
+            self.proj = nn.Linear(c.width, c.width)
+
+    def project(self, x):
+        """x (B, L, D) -> q, k, v, each (B, L, nh, hd): views of one buffer."""
+        B, L, D = x.shape
+        return self.qkv(x).view(B, L, 3, self.nh, D // self.nh).unbind(2)
+
+    def project_kv(self, x):
+        """The same without queries, for a stream whose outputs nobody reads: a third of the work is saved."""
+        B, L, D = x.shape
+        return F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).view(B, L, 2, self.nh, D // self.nh).unbind(2)
+
+    @property
+    def norms(self):
+        return (self.ln_q.weight, self.ln_k.weight) if hasattr(self, "ln_q") else None
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class StreamBlock(nn.Module):
+    """One stream's weights in a joint block: attention, optional second attention, MLP, and the modulation of them all."""
+
+    def __init__(self, c: MMDiTConfig, last_text: bool = False, dual: bool = False):
+        super().__init__()
+        self.attn = SelfAttention(c, proj=not last_text)
+        if dual:
+            self.attn2 = SelfAttention(c)
+        if not last_text:
+            self.mlp = Mlp(c.width)
+        vectors = 2 if last_text else 9 if dual else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, vectors * c.width))
+
+    def modulation(self, c):
+        """c (B, D) -> tuple of (B, D): shift, scale, gate of the attention, then of the MLP, then of attn2 if there is one."""
+        D = c.shape[-1]
+        return self.adaLN_modulation(c).split(D, dim=-1)
+
+    def finish(self, x, attended, gate, shift_mlp, scale_mlp, gate_mlp):
+        """Attention's output (B, L, nh, hd) into the residual stream x (B, L, D), then the MLP."""
+        x, h = gate_residual_modulate(x, self.attn.proj(attended.flatten(2)), gate, shift_mlp, scale_mlp)
+        return x + gate_mlp.unsqueeze(1) * self.mlp(h)
+
+
+class JointBlock(nn.Module):
+    def __init__(self, c: MMDiTConfig, last: bool = False, dual: bool = False):
+        super().__init__()
+        self.context_block = StreamBlock(c, last_text=last)
+        self.x_block = StreamBlock(c, dual=dual)
+        self.last, self.dual = last, dual
+
+    def forward(self, context, x, c):
+        """context (B, M, D), x (B, N, D), c (B, D) -> the two streams; context is None after the last block."""
+        txt, img = self.context_block, self.x_block
+        t_shift, t_scale, *t_rest = txt.modulation(c)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = img.modulation(c)
+
+        h = modulate(context, t_shift, t_scale)
+        q_txt, k_txt, v_txt = (None, *txt.attn.project_kv(h)) if self.last else txt.attn.project(h)
+        h = modulate(x, shift, scale)
+        q, k, v = img.attn.project(h)
+        norms = txt.attn.norms + img.attn.norms if img.attn.norms else None
+        out_txt, out = joint_attention(q_txt, k_txt, v_txt, q, k, v, norm_weights=norms)
+
+        if self.dual:                                                       # SD3.5-medium: reads the same LayerNorm of x
+            shift2, scale2, gate2 = second
+            q2, k2, v2 = img.attn2.project(modulate(x, shift2, scale2))
+            norms2 = (None, None, *img.attn2.norms) if img.attn2.norms else None
+            _, out2 = joint_attention(None, None, None, q2, k2, v2, norm_weights=norms2)
+            x = x + gate2.unsqueeze(1) * img.attn2.proj(out2.flatten(2))
+        x = img.finish(x, out, gate, shift_mlp, scale_mlp, gate_mlp)
+        context = None if self.last else txt.finish(context, out_txt, *t_rest)
+        return context, x
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, c: MMDiTConfig):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
+        self.linear = nn.Linear(c.width, c.patch_size ** 2 * c.in_channels)
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))
+
+
+# --------------------------------------------------------------------------------------------------------------- the model
+
+class MMDiT(nn.Module):
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        c = self.config = config
+        if not 0 <= c.dual_blocks <= c.depth:
+            raise ValueError(f"dual_blocks is {c.dual_blocks}, but there are only {c.depth} blocks")
+        self.gradient_checkpointing = False     # recompute each block in the backward pass instead of keeping its activations
+        self.x_embedder = PatchEmbed(c)
+        self.t_embedder = VectorEmbedder(256, c.width)
+        self.y_embedder = VectorEmbedder(c.pooled_dim, c.width)
+        self.context_embedder = nn.Linear(c.context_dim, c.width)
+        self.register_buffer("pos_embed", position_table(c.width, c.pos_max, c.pos_sample, c.pos_base))
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(c, last=i == c.depth - 1, dual=i < c.dual_blocks) for i in range(c.depth))
+        self.final_layer = FinalLayer(c)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """DiT's scheme: Xavier for every matrix, the embedders' small normal, and zeros where a block must start as identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.width, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for embedder in (self.t_embedder, self.y_embedder):
+            for i in (0, 2):
+                nn.init.normal_(embedder.mlp[i].weight, std=0.02)
+        zeros = [self.final_layer.linear, self.final_layer.adaLN_modulation[1]]
+        zeros += [s.adaLN_modulation[1] for b in self.joint_blocks for s in (b.context_block, b.x_block)]
+        for linear in zeros:
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, x, t, context, pooled, skip_layers=()):
+        """The velocity at x. skip_layers: indices of joint blocks to leave out in both streams (skip-layer guidance).
+
+        x (B, C, H, W) latents with even sides; t (B,) in [0, 1]; context (B, M, ctx); pooled (B, pool) -> v (B, C, H, W).
+        """
+        self.check_inputs(x, t, context, pooled)
+        B, C, H, W = x.shape
+        P, dtype = self.config.patch_size, self.x_embedder.proj.weight.dtype
+        h, w = H // P, W // P
+
+        x = self.x_embedder(x.to(dtype)) + crop_positions(self.pos_embed, h, w)                 # (B, N, D)
+        c = self.t_embedder(timestep_embedding(t)) + self.y_embedder(pooled)                    # (B, D)
+        context = self.context_embedder(context.to(dtype))                                      # (B, M, D)
+        for i, block in enumerate(self.joint_blocks):
+            if i in skip_layers:
+                continue
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                context, x = checkpoint(block, context, x, c, use_reentrant=False)
+            else:
+                context, x = block(context, x, c)
+        x = self.final_layer(x, c)                                                              # (B, N, P*P*C)
+        x = x.view(B, h, w, P, P, C)                                                            # channel innermost
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+
+    def check_inputs(self, x, t, context, pooled):
+        c, B = self.config, x.shape[0]
+        if x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % c.patch_size or x.shape[3] % c.patch_size:
+            raise ValueError(f"latents must be (B, {c.in_channels}, H, W) with H and W multiples of {c.patch_size}, "
+                             f"got {tuple(x.shape)}")
+        if t.shape != (B,) or context.ndim != 3 or context.shape[::2] != (B, c.context_dim) or pooled.shape != (B, c.pooled_dim):
+            raise ValueError(f"for {B} latents expected t ({B},), context ({B}, M, {c.context_dim}) and pooled "
+                             f"({B}, {c.pooled_dim}); got {tuple(t.shape)}, {tuple(context.shape)}, {tuple(pooled.shape)}")

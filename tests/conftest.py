@@ -1,0 +1,16 @@
+"""The modules are imported from the repository's root; hypothesis tries few, always the same, examples.
+
+`pytest --hypothesis-profile=thorough` tries many new ones.
+"""
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+torch.set_num_threads(min(2, torch.get_num_threads()))      # small tensors: more threads only wait for each other
+
+settings.register_profile("default", deadline=None, max_examples=15, derandomize=True, database=None)
+settings.register_profile("thorough", deadline=None, max_examples=500)
+settings.load_profile("default")

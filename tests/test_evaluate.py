@@ -1,0 +1,382 @@
+"""Claims of evaluate.py: the scorer accepts what is true, rejects what is false, and judges as GenEval."""
+
+import json
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import evaluate
+from data import Thing
+from evaluate import Found, find_objects, judge, score
+
+shapes, colours = st.sampled_from(data.SHAPES), st.sampled_from(list(data.COLOURS))
+few = settings(deadline=None, max_examples=40)
+GREY = np.full((64, 64, 3), 128, np.uint8)
+
+
+def names(found):
+    return sorted((f.colour, f.shape) for f in found)
+
+
+def at(shape, colour, x, y, confidence=0.9, half=0.1):
+    """A Found with a square box around (x, y)."""
+    return Found(shape, colour, x, y, (x - half, y - half, x + half, y + half), confidence)
+
+
+def asked(task, *clauses, relation=None):
+    return data.request(task, clauses, relation)
+
+
+def paint(prompt, size=64):
+    """A right picture for any prompt of data.prompts, by reading its words."""
+    words = prompt.split()
+    relation = next((r for r in data.RELATIONS if f" {r} " in prompt), None)
+    count = next((n for n, word in data.NUMBERS.items() if word == words[0]), 1)
+    kinds, colour = [], None
+    for word in words:
+        colour = word if word in data.COLOURS else colour
+        shape = next((s for s in data.SHAPES if word in (s, s + "s", s + "es")), None)
+        if shape:
+            kinds.append((shape, colour or "red"))
+            colour = None
+    x, y = data.RELATIONS[relation or "left of"]
+    spots = [(0.5 + 0.25 * x, 0.5 + 0.25 * y), (0.5 - 0.25 * x, 0.5 - 0.25 * y)]
+    if count > 1:
+        kinds, spots = kinds * count, [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)]
+    return data.draw([Thing(s, c, *spot, 0.15) for (s, c), spot in zip(kinds, spots)], size)
+
+
+def painter(prompts, seeds):
+    return np.stack([paint(p) for p in prompts])
+
+
+# --- Truth is accepted, falsehood is not ------------------------------------------------------------------
+
+@pytest.mark.parametrize("spoil, least", [("clean", 0.995), ("blur 0.7", 0.97), ("blur 1.2", 0.9),
+                                          ("half size", 0.95), ("noise 6", 0.95), ("noise 12", 0.9)])
+def test_true_captions_are_accepted_and_false_ones_are_not(spoil, least):
+    by_task, strict, false, _ = evaluate.acceptance(evaluate.SPOILS[spoil], 40 if spoil == "clean" else 20)
+    assert by_task["overall"] >= least and strict >= least
+    assert min(by_task[task] for task in data.TASKS) >= least - 0.05
+    assert false <= (0.005 if spoil == "clean" else 0.01)
+
+
+def test_a_picture_takes_less_than_10_ms_of_cpu():
+    pictures = [data.draw(data.scene(np.random.default_rng(i), "counting").things) for i in range(20)]
+    find_objects(pictures[0])       # builds the known views
+    start = time.process_time()
+    for picture in pictures:
+        find_objects(picture)
+    assert time.process_time() - start < 0.010 * len(pictures)
+
+
+@few
+@given(shapes, colours, st.floats(0.12, 0.3), st.floats(0, 1), st.floats(0, 1))
+def test_every_shape_is_found_with_its_colour_place_and_box(shape, colour, r, u, v):
+    reach = r * data.REACH[shape] + data.MARGIN
+    x, y = reach + u * (1 - 2 * reach), reach + v * (1 - 2 * reach)
+    [f] = find_objects(data.draw([Thing(shape, colour, x, y, r)]))
+    outline = data.OUTLINES[shape] * r + (x, y)
+    assert (f.shape, f.colour) == (shape, colour) and 0.85 < f.confidence <= 1
+    assert np.allclose(f.box, (*outline.min(axis=0), *outline.max(axis=0)), atol=3 / 64)    # thin tips fade
+    inside = outline.mean(axis=0) if shape == "heart" else (x, y)
+    assert np.allclose((f.x, f.y), inside, atol=(0.2 * r if shape == "heart" else 0.7 / 64))
+
+
+@few
+@given(st.integers(0, 10**6))
+def test_a_falsified_caption_differs_in_one_thing(seed):
+    rng = np.random.default_rng(seed)
+    told = data.scene(rng).metadata
+    false = evaluate.falsify(told, rng)
+
+    def things(m):
+        relation = m["include"][-1].get("position", [None])[0]
+        order = m["include"][::-1] if relation else m["include"]
+        kinds = [c[key] for c in order for key in ("class", "count")]
+        return kinds, [c.get("color") for c in order], relation
+
+    (kinds, paints, relation), (kinds2, paints2, relation2) = things(told), things(false)
+    changes = sum(a != b for a, b in zip(kinds, kinds2)) + (relation != relation2)
+    swapped = paints != paints2 and paints == paints2[::-1]
+    changes += 1 if swapped else sum(a != b for a, b in zip(paints, paints2))
+    assert changes == 1 and false["tag"] == told["tag"] and false["prompt"] != told["prompt"]
+    assert bool(false["exclude"]) == bool(told["exclude"])
+
+
+def test_captions_of_other_pictures_score_near_chance():
+    rng, right = np.random.default_rng(0), {}
+    for task in data.TASKS:
+        scenes = [data.scene(rng, task) for _ in range(60)]
+        found = [find_objects(data.draw(s.things)) for s in scenes]
+        hits = [judge(f, scenes[(i + k) % 60].metadata)[0] for i, f in enumerate(found) for k in range(1, 60)]
+        right[task] = np.mean(hits)
+    # one of 8 shapes; 2 of 8, in any order; 24 (shape, count); 72 pairs of training; 224 relations; 72 * 56
+    chance = dict(single_object=1 / 8, two_object=1 / 28, counting=1 / 24, colors=1 / 72)
+    for task, share in chance.items():
+        assert share / 2 < right[task] < 2 * share, task
+    assert right["position"] < 1 / 56 and right["color_attr"] < 1 / 200
+
+
+# --- Pictures that are not clean drawings -----------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [48, 96, 128, 512])
+def test_pictures_of_other_sizes_are_resized(size):
+    things = [Thing("star", "brown", 0.3, 0.3, 0.14), Thing("ring", "purple", 0.7, 0.6, 0.14)]
+    expected, found = find_objects(data.draw(things)), find_objects(data.draw(things, size))
+    assert names(found) == names(expected)
+    for f in found:
+        [same] = [e for e in expected if e.shape == f.shape]
+        assert np.allclose((f.x, f.y, *f.box), (same.x, same.y, *same.box), atol=2 / 64)
+
+
+def everything():
+    return [m for task in data.TASKS for m in data.prompts(task, 40)]
+
+
+@pytest.mark.parametrize("picture", [GREY, GREY * 0, GREY * 0 + 255, np.random.default_rng(0).integers(
+    0, 256, (64, 64, 3), dtype=np.uint8)], ids=["grey", "black", "white", "noise"])
+def test_an_empty_or_noisy_picture_fails_every_prompt(picture):
+    assert find_objects(picture) == []
+    assert not any(judge([], m)[0] for m in everything())
+
+
+@few
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4, 8, 16, 32]))
+def test_any_picture_is_measured_quickly_and_without_warnings(seed, block):
+    grid = np.random.default_rng(seed).integers(0, 256, (64 // block, 64 // block, 3), dtype=np.uint8)
+    start = time.process_time()
+    with np.errstate(all="raise"):
+        found = find_objects(grid.repeat(block, axis=0).repeat(block, axis=1))
+    assert time.process_time() - start < 2
+    assert all(0 <= f.confidence <= 1 and 0 <= min(f.box) and max(f.box) <= 1 for f in found)
+    assert [f.confidence for f in found] == sorted((f.confidence for f in found), reverse=True)
+
+
+def test_blobs_are_unknown_but_count_as_clutter():
+    bar = GREY.copy()
+    bar[30:35, 8:56] = data.COLOURS["red"]
+    [f] = find_objects(bar)
+    assert f.shape == "unknown" and f.colour == "red" and f.confidence < evaluate.SURE
+    star = data.draw([Thing("star", "blue", 0.5, 0.25, 0.15)])
+    both = np.where(bar == 128, star, bar)
+    assert judge(find_objects(star), asked("single_object", ("star", None, 1))) == (True, True, "")
+    assert judge(find_objects(both), asked("single_object", ("star", None, 1))) == (True, False, "")
+
+
+def test_specks_are_dropped_and_the_smallest_legal_objects_kept():
+    speck, star = Thing("circle", "red", 0.2, 0.2, 0.04), Thing("star", "red", 0.6, 0.6, 0.12)
+    assert names(find_objects(data.draw([speck, star]))) == [("red", "star")]
+
+
+def test_a_ghost_is_not_seen_and_a_faded_object_keeps_its_colour():
+    for colour in data.COLOURS:
+        picture = data.draw([Thing("square", colour, 0.5, 0.5, 0.2)]).astype(float)
+        faded, ghost = ((128 + share * (picture - 128)).astype(np.uint8) for share in (0.6, 0.4))
+        assert names(find_objects(faded)) == [(colour, "square")] and find_objects(ghost) == []
+
+
+def test_the_ground_may_be_another_one_or_slope():
+    picture = data.draw([Thing("star", "brown", 0.3, 0.3, 0.14), Thing("ring", "purple", 0.7, 0.6, 0.14)])
+    slope = np.linspace(-20, 20, 64)[None, :, None]
+    drawn = abs(picture.astype(int) - 128).max(axis=2, keepdims=True) > 20
+    for other in (picture + slope, picture + 20.0, picture - 20.0, np.where(drawn, picture, 255)):
+        found = find_objects(other.clip(0, 255).astype(np.uint8))
+        assert names(found) == [("brown", "star"), ("purple", "ring")]
+
+
+def test_objects_that_touch_are_told_apart_by_colour_or_waist():
+    for a, b in (("red", "yellow"), ("black", "white"), ("orange", "red"), ("blue", "purple")):
+        touching = [Thing("square", a, 0.3, 0.5, 0.18), Thing("square", b, 0.59, 0.5, 0.18)]
+        assert names(find_objects(data.draw(touching))) == sorted([(a, "square"), (b, "square")])
+    for shape, step in (("circle", 0.3), ("circle", 0.28), ("ring", 0.3), ("heart", 0.29)):
+        row = [Thing(shape, "red", 0.5 + k * step, 0.5, 0.15) for k in (-1, 0, 1)]
+        assert names(find_objects(data.draw(row))) == [("red", shape)] * 3, (shape, step)
+
+
+def test_a_shape_of_two_colours_is_neither():
+    red, blue = (data.draw([Thing("circle", c, 0.5, 0.5, 0.25)]) for c in ("red", "blue"))
+    halves = find_objects(np.where(np.arange(64)[None, :, None] < 32, red, blue))
+    assert {f.colour for f in halves} == {"red", "blue"} and {f.shape for f in halves} == {"unknown"}
+
+
+@pytest.mark.parametrize("picture", [GREY.astype(np.float32), GREY[:, :32], GREY[..., 0], GREY[None],
+                                     np.zeros((64, 64, 4), np.uint8), np.uint8(3)])
+def test_what_is_no_square_uint8_picture_is_refused(picture):
+    with pytest.raises(ValueError, match="square uint8"):
+        find_objects(picture)
+
+
+def test_a_picture_does_not_depend_on_those_before_it():
+    pictures = [paint(m["prompt"]) for task in data.TASKS for m in data.prompts(task, 4)]
+    forward = [find_objects(p) for p in pictures]
+    assert forward == [find_objects(p) for p in pictures[::-1]][::-1]
+
+
+# --- GenEval's rules --------------------------------------------------------------------------------------
+
+def test_too_few_objects_are_wrong_and_more_are_only_not_strict():
+    one = asked("single_object", ("star", None, 1))
+    star, ring = at("star", "red", 0.2, 0.2), at("ring", "red", 0.7, 0.7)
+    assert judge([], one) == (False, False, "expected 1 star, found 0")
+    assert judge([star], one) == (True, True, "")
+    assert judge([star, ring], one) == (True, False, "") == judge([star, star], one)
+    assert judge([ring], asked("two_object", ("star", None, 1), ("ring", None, 1)))[0] is False
+
+
+def test_counting_excludes_one_more():
+    three = asked("counting", ("heart", None, 3))
+    hearts = [at("heart", "red", x, 0.5) for x in (0.1, 0.4, 0.7, 0.9)]
+    assert [judge(hearts[:n], three)[0] for n in range(5)] == [False, False, False, True, False]
+    assert "fewer than 4 heart" in judge(hearts, three)[2]
+    assert judge([*hearts[:3], at("star", "red", 0.5, 0.1)], three)[:2] == (True, False)
+
+
+def test_colours_belong_to_their_objects():
+    wanted = asked("color_attr", ("star", "red", 1), ("ring", "blue", 1))
+    right = [at("star", "red", 0.2, 0.2), at("ring", "blue", 0.7, 0.7)]
+    swapped = [at("star", "blue", 0.2, 0.2), at("ring", "red", 0.7, 0.7)]
+    assert judge(right, wanted) == (True, True, "")
+    reason = "expected red star, found blue; expected blue ring, found red"
+    assert judge(swapped, wanted) == (False, False, reason)
+
+
+def test_the_most_confident_object_of_a_shape_must_have_the_colour():
+    red, blue = at("star", "red", 0.2, 0.2, 0.9), at("star", "blue", 0.7, 0.7, 0.95)
+    wanted = asked("colors", ("star", "red", 1))
+    assert judge([blue, red], wanted)[0] is False and judge([red, blue], wanted)[0] is True
+
+
+@pytest.mark.parametrize("offset, held", [
+    ((-0.4, 0.0), {"left of"}), ((0.4, 0.0), {"right of"}), ((0.0, -0.4), {"above"}), ((0.0, 0.4), {"below"}),
+    ((-0.4, -0.4), {"left of", "above"}),           # 0.36 of 0.57 along both
+    ((-0.4, 0.2), {"left of"}),                     # 0.16 of 0.45 below is 0.36
+    ((0.06, 0.0), set()),                           # 0.06 - 0.1 * 0.4 leaves a third of the offset
+    ((0.09, 0.0), {"right of"}),                    # 0.05 of 0.09
+    ((0.03, 0.03), set()), ((0.0, 0.0), set())])
+def test_relations_are_genevals(offset, held):
+    a, b = at("star", "red", 0.5 + offset[0], 0.5 + offset[1]), at("ring", "blue", 0.5, 0.5)
+    assert evaluate.relations(a, b) == held
+
+
+def test_a_position_is_that_of_the_first_thing_named():
+    star, ring = at("star", "red", 0.2, 0.5), at("ring", "red", 0.8, 0.5)
+    wanted = asked("position", ("star", None, 1), ("ring", None, 1), relation="left of")
+    assert judge([star, ring], wanted) == (True, True, "")
+    turned = asked("position", ("ring", None, 1), ("star", None, 1), relation="left of")
+    assert judge([star, ring], turned) == (False, False, "ring is not left of star")
+    assert judge([star], wanted)[2] == "expected 1 ring, found 0; nothing for star to be left of"
+
+
+# --- Scores -----------------------------------------------------------------------------------------------
+
+def test_right_pictures_of_every_prompt_score_one():
+    sizes, done = [], []
+
+    def draw_pictures(prompts, seeds):
+        sizes.append((len(prompts), len(seeds)))
+        return painter(prompts, seeds)
+
+    result = score(draw_pictures, n=20, progress=lambda i, total: done.append((i, total)))
+    wrong = [r for r in result["records"] if not r["strict"]]
+    assert not wrong, wrong[:3]
+    assert set(result["score"]) == {*data.TASKS, "overall"} and set(result["score"].values()) == {1.0}
+    assert result["seen"] == result["unseen"] == result["shape"] == result["colour"] == 1
+    assert sizes == [(64, 64), (56, 56)] and done == [(64, 120), (120, 120)]
+    assert sum(r["unseen"] for r in result["records"]) == 4 and len(result["records"]) == 120
+    json.dumps(result)              # may be written to a file as it is
+
+
+def test_empty_pictures_score_zero_with_an_error_that_is_not():
+    result = score(lambda prompts, seeds: [GREY] * len(prompts), n=10)
+    assert set(result["score"].values()) == set(result["strict"].values()) == {0.0} == {result["colour"]}
+    assert 0.05 < result["error"]["colors"] < 0.1 and result["error"]["overall"] < result["error"]["colors"]
+    assert all(r["reason"] for r in result["records"])
+
+
+def test_shares_count_what_they_name():
+    star = data.draw([Thing("star", "red", 0.5, 0.5, 0.2)])
+    result = score(lambda prompts, seeds: [star] * len(prompts), n=40, tasks=("single_object", "colors"))
+    single, colours = (data.prompts(task, 40) for task in ("single_object", "colors"))
+    stars = [m["include"][0]["class"] == "star" for m in single + colours]
+    reds = [m["include"][0]["color"] == "red" for m in colours]
+    assert result["score"]["single_object"] == np.mean(stars[:40]) == 1 / 8
+    assert result["strict"] == result["score"]
+    assert result["shape"] == np.mean(stars) and result["colour"] == np.mean(reds)
+    assert result["score"]["colors"] == np.mean(np.logical_and(stars[40:], reds))
+    assert result["score"]["overall"] == (result["score"]["single_object"] + result["score"]["colors"]) / 2
+    p, q = (40 / 8 + 1) / 42, (40 * result["score"]["colors"] + 1) / 42
+    assert result["error"]["overall"] == pytest.approx(((p * (1 - p) + q * (1 - q)) / 40) ** 0.5 / 2)
+    assert score(painter, n=2, tasks=("counting",))["unseen"] is None
+
+
+def test_prompts_and_seeds_depend_neither_on_n_nor_on_the_other_tasks():
+    def asked(**options):
+        return [(r["task"], r["prompt"], r["seed"]) for r in score(painter, **options)["records"]]
+
+    few, many = asked(n=3), asked(n=5)
+    assert [r for r in few if r[0] == "colors"] == asked(n=3, tasks=("colors",))
+    assert [r for task in data.TASKS for r in [m for m in many if m[0] == task][:3]] == few
+    assert len({seed for _, _, seed in many}) == len(many)
+    twice = asked(n=3, per_prompt=2)
+    assert twice[::2] == few and len({seed for _, _, seed in twice}) == 36
+    assert not {seed for _, _, seed in asked(n=3, seed=1)} & {seed for _, _, seed in few}
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(n=0), "at least 1"), (dict(per_prompt=0), "at least 1"), (dict(tasks=()), "at least 1"),
+    (dict(tasks=("colours",)), "unknown task")])
+def test_bad_requests_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        score(painter, **options)
+
+
+def test_a_missing_picture_is_noticed():
+    with pytest.raises(ValueError, match="one each"):
+        score(lambda prompts, seeds: painter(prompts[1:], seeds), n=1)
+
+
+# --- Runs -------------------------------------------------------------------------------------------------
+
+def test_a_run_is_scored_beside_its_ceilings(tmp_path, monkeypatch, capsys):
+    class Vae(torch.nn.Linear):     # a perfect one
+        encode = staticmethod(lambda x: types.SimpleNamespace(mean=x))
+        decode = staticmethod(lambda z: z)
+
+    class Pipeline:
+        vae, size = Vae(1, 1), (64, 64)
+        from_pretrained = classmethod(lambda cls, path: cls())
+
+        def __call__(self, prompts, *, seed, steps, guidance, output):
+            assert len(prompts) == len(seed) <= 64 and (steps, guidance, output) == (5, 2.0, "tensor")
+            right = [paint("a red star" if "star" in p else p) for p in prompts]
+            return torch.tensor(np.stack(right)).permute(0, 3, 1, 2) / 255
+
+    monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Pipeline=Pipeline))
+    evaluate.evaluate_run(tmp_path, n=8, steps=5, guidance=2.0, seed=0)
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["settings"] == {"n": 8, "steps": 5, "guidance": 2.0, "seed": 0}
+    assert report["score"]["single_object"] == 1 and 0.3 < report["score"]["overall"] < 1
+    assert all(ceiling["overall"] == 1 for ceiling in report["ceilings"].values())
+    table = capsys.readouterr().out
+    assert "48 of 48 pictures" in table and "drawn" in table and "after VAE" in table and "100.0" in table
+    assert (tmp_path / "scores.png").stat().st_size > 1000
+
+
+def test_the_sheet_frames_right_pictures_green_and_wrong_ones_red():
+    records = [{"task": task, "prompt": "a star", "correct": right} for task in "ab" for right in (True, False)]
+    page = np.asarray(evaluate.sheet([GREY] * 4, records))
+    for name in ("green", "red"):
+        assert (page == data.COLOURS[name]).all(axis=2).sum() == 2 * (104 ** 2 - 96 ** 2)       # two frames
+
+
+def test_the_demo_passes(capsys):
+    evaluate.demo(n=8)
+    assert capsys.readouterr().out.count("100.0 %") >= 6

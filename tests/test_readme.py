@@ -1,0 +1,88 @@
+"""Claims about the documents: the README's commands run, its list of differences is the code's, its files exist."""
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(?:bash|sh)?\n(.*?)```", README, re.S)
+COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if "python " in line]
+SOURCES = [p for p in ROOT.rglob("*.py") if "tests" not in p.parts and not any(part.startswith(".") for part in p.parts)]
+SMALL = ("--pictures 40 --vae-steps 2 --vae-batch 2 --clip-steps 1 --clip-batch 4 --t5-steps 1 --t5-batch 4 --flow-steps 2 "
+         "--flow-batch 4 --preview-every 0 --dtype float32 --device cpu").split()
+
+
+def words(command):
+    return shlex.split(command.split("&&")[-1])[1:]             # without `python`
+
+
+def test_the_two_commands_of_a_fresh_machine_are_there():
+    for command in ("pip install -r requirements.txt && python train.py --tiny", "pip install -r requirements.txt && python -m pytest"):
+        assert command in README
+
+
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if "train.py" in c and "torchrun" not in c}))
+def test_training_commands_of_the_readme_run_with_tiny_settings(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, *flags = words(command)
+    if "DIR" in flags:
+        from PIL import Image
+        (tmp_path / "DIR").mkdir()
+        for i in range(4):
+            Image.new("RGB", (64, 64), (60 * i, 90, 90)).save(tmp_path / "DIR" / f"{i}.png")
+            (tmp_path / "DIR" / f"{i}.txt").write_text(f"colour {i}", encoding="utf-8")
+    if "--resume" in flags:
+        train.main(SMALL)
+        train.main(flags)
+    else:
+        kept = {f for f in flags if f.startswith("--")}
+        small = [x for pair in zip(SMALL[::2], SMALL[1::2]) if pair[0] not in kept or pair[0].endswith("steps") for x in pair]
+        train.main(flags + small)                               # the last of two equal flags counts
+    assert list(tmp_path.glob("runs/*/mmdit.safetensors"))
+
+
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if "sample.py" in c}))
+def test_sampling_commands_of_the_readme_run(command, tmp_path_factory, monkeypatch, capsys):
+    work = tmp_path_factory.getbasetemp() / "readme"
+    work.mkdir(exist_ok=True)
+    monkeypatch.chdir(work)
+    if not (work / "runs").exists():
+        train.main(SMALL)
+    _, *flags = words(command)
+    capsys.readouterr()
+    sample.main(flags + ["--steps", "1", "--device", "cpu"])
+    assert capsys.readouterr().out.strip().endswith(".png")
+
+
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if re.fullmatch(r"python (flow|mmdit|vae|text_encoders|data)\.py", c)}))
+def test_the_demos_of_the_readme_pass(command, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / words(command)[0])], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_lists_every_place_marked_as_different():
+    marked = {p.relative_to(ROOT).as_posix(): len(re.findall(r"DIFFERS:", p.read_text(encoding="utf-8"))) for p in SOURCES}
+    listed = dict(re.findall(r"^\| `([\w/]+\.py)` \(DIFFERS x (\d+)\)", README, re.M))
+    assert {k: str(n) for k, n in marked.items() if n} == listed
+
+
+def test_every_file_that_the_readme_names_exists():
+    for name in set(re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|png|txt|jsonl|md))`", README)) - {"name.png", "name.txt", "captions.jsonl"}:
+        assert (ROOT / name).exists() or name in ("loss.png", "heart.png"), name
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_no_function_is_longer_than_75_lines():
+    import ast
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 75, (path.name, node.name)

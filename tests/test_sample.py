@@ -1,0 +1,211 @@
+"""Claims about sampling: reproducible pictures of any multiple of 16, prompts of any kind, nothing overwritten, clear errors."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+
+import data
+import flow
+import sample
+from checkpoints import load_tensors, save_tensors
+from sample import Pipeline, free_path
+from train import TrainConfig, train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a few steps, its last layer stirred: after so little training all its velocities would be nearly equal."""
+    folder = train(TrainConfig(
+        pictures=48, vae_steps=3, vae_batch=4, clip_steps=1, clip_batch=4, t5_steps=1, t5_batch=4, flow_steps=1, flow_batch=4,
+        preview_every=0, dtype="float32", device="cpu", out=str(tmp_path_factory.mktemp("work") / "runs" / "drawn")))
+    tensors, about = load_tensors(folder / "mmdit.safetensors")
+    g = torch.Generator().manual_seed(0)
+    for name, value in tensors.items():
+        if "adaLN" in name or name.startswith("final_layer"):
+            value.copy_(0.05 * torch.randn(value.shape, generator=g))
+    save_tensors(folder / "mmdit.safetensors", tensors, about)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(run):
+    return Pipeline.from_pretrained(run, device="cpu")
+
+
+def draw(pipe, prompt, **how):
+    return pipe(prompt, **dict(steps=2, output="tensor") | how)
+
+
+def test_picture_i_does_not_depend_on_the_batch_it_is_drawn_in(pipe):
+    together = draw(pipe, ["a star", "a ring", "a red heart"], seed=5)
+    for i, prompt in enumerate(["a star", "a ring", "a red heart"]):
+        assert torch.allclose(draw(pipe, prompt, seed=5 + i)[0], together[i], atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("method", flow.METHODS)
+def test_a_seed_repeats_a_picture_with_every_sampler(pipe, method):
+    a, b = (draw(pipe, ["a star", "a ring"], seed=3, steps=3, method=method) for _ in range(2))
+    assert torch.equal(a, b)
+    assert torch.allclose(draw(pipe, "a ring", seed=4, steps=3, method=method)[0], a[1], atol=1e-4)
+
+
+def test_given_noise_replaces_the_seed(pipe):
+    noise = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(11))
+    assert torch.equal(draw(pipe, "a star", noise=noise, seed=1), draw(pipe, "a star", seed=11))
+
+
+def test_prompt_negative_and_guidance_all_matter_and_guidance_one_ignores_the_negative(pipe):
+    plain = draw(pipe, "a red star")
+    assert not torch.allclose(plain, draw(pipe, "a blue ring"), atol=1e-3)
+    assert not torch.allclose(plain, draw(pipe, "a red star", negative="a ring"), atol=1e-3)
+    assert not torch.allclose(plain, draw(pipe, "a red star", guidance=6.0), atol=1e-3)
+    assert torch.equal(draw(pipe, "a red star", guidance=1.0), draw(pipe, "a red star", guidance=1.0, negative="a ring"))
+
+
+def test_the_empty_prompt_of_a_run_is_zeros_as_in_training(pipe):
+    said = pipe.encode(["", "  ", "a star"])
+    assert not said.context[:2].any() and not said.pooled[:2].any() and said.context[2].any()
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 6), st.integers(1, 6))
+def test_any_multiple_of_16_is_drawn(pipe, h, w):
+    assert draw(pipe, "a star", height=16 * h, width=16 * w, steps=1).shape == (1, 3, 16 * h, 16 * w)
+
+
+def test_outputs_pil_tensor_and_latent_agree(pipe):
+    latent, tensor = (draw(pipe, "a star", output=kind) for kind in ("latent", "tensor"))
+    decoded = pipe.vae.decode(pipe.vae.from_latent(latent))
+    assert torch.allclose((decoded / 2 + 0.5).clamp(0, 1), tensor, atol=1e-6)
+    (image,) = draw(pipe, "a star", output="pil")
+    assert image.size == (64, 64) and image.mode == "RGB"
+    assert tensor.min() >= 0 and tensor.max() <= 1
+
+
+def test_without_t5_zeros_stand_in_its_place(run, pipe):
+    lean = Pipeline.from_pretrained(run, device="cpu", t5=False)
+    with_t5, without = pipe.encode(["a star"]), lean.encode(["a star"])
+    n = pipe.encoders.clip_length
+    assert with_t5.context.shape == without.context.shape
+    assert torch.equal(with_t5.context[:, :n], without.context[:, :n]) and not without.context[:, n:].any()
+    assert draw(lean, "a star").isfinite().all()
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=60))
+def test_a_prompt_of_any_unicode_is_encoded(pipe, prompt):
+    assert pipe.encode([prompt]).context.isfinite().all()
+    pipe.notice(prompt)
+
+
+def test_ten_thousand_words_are_drawn_with_a_notice(pipe):
+    prompt = "a red star " * 3333
+    assert draw(pipe, prompt, steps=1).isfinite().all()
+    assert "too long" in pipe.notice(prompt) and pipe.notice("a red star") is None
+
+
+def test_every_prompt_of_the_drawn_world_is_seen_whole_by_t5(pipe):
+    metas = [m["prompt"] for task in data.TASKS for m in data.prompts(task, 30)]
+    assert not any(pipe.encoders.tokenizers[2].truncated(metas, pipe.t5_length))
+
+
+def test_nan_weights_are_refused_by_name_when_loaded_and_when_they_arise(run, pipe, tmp_path):
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    tensors, about = load_tensors(broken / "mmdit.safetensors")
+    tensors["final_layer.linear.bias"][0] = float("nan")
+    save_tensors(broken / "mmdit.safetensors", tensors, about)
+    with pytest.raises(ValueError, match="final_layer.linear.bias"):
+        Pipeline.from_pretrained(broken, device="cpu")
+    with pytest.raises(FloatingPointError):
+        draw(pipe, "a star", noise=torch.full((1, 8, 8, 8), float("inf")))
+
+
+@pytest.mark.parametrize("how, cause", [
+    (dict(height=50), "height 50 is not a multiple of 16"), (dict(width=0), "multiple of 16"), (dict(width=-16), "multiple of 16"),
+    (dict(steps=0), "steps is 0"), (dict(steps=-3), "at least 1"), (dict(method="ddim"), "euler"), (dict(output="jpeg"), "pil"),
+    (dict(seed=-1), "seeds"), (dict(seed=2**63), "seeds"), (dict(seed=[1, 2]), "as many seeds"),
+    (dict(noise=torch.zeros(1, 4, 8, 8)), "noise"), (dict(height=16 * 40), "positions"), (dict(negative=["a", "b"]), "negative"),
+])
+def test_bad_arguments_raise_one_line_that_names_them(pipe, how, cause):
+    with pytest.raises(ValueError, match=cause) as e:
+        draw(pipe, "a star", **{k: v for k, v in how.items() if k != "zero"})
+    assert len(str(e.value).splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+
+def test_the_last_run_draws_and_the_png_tells_its_settings(run, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent.parent)
+    sample.main(["a réd ☆ star", "--steps", "2", "-n", "2", "--seed", "8", "--width", "96", "--device", "cpu"])
+    paths = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
+    assert len(paths) == 2
+    with Image.open(paths[1]) as image:
+        told = json.loads(image.text["parameters"])
+        assert image.size == (96, 64)
+    assert (told["prompt"], told["seed"], told["steps"], told["width"], told["method"]) == ("a réd ☆ star", 9, 2, 96, "euler")
+    sample.main(["a réd ☆ star", "--steps", "2", "--seed", "8", "--width", "96", "--device", "cpu"])
+    (again,) = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
+    assert again not in paths                                   # the name is new, the picture is not
+    with Image.open(again) as a, Image.open(paths[0]) as b:
+        assert a.tobytes() == b.tobytes()
+
+
+def test_an_existing_file_is_never_overwritten(run, tmp_path, capsys):
+    out = tmp_path / "kept.png"
+    out.write_bytes(b"precious")
+    with pytest.raises(SystemExit) as end:
+        sample.main(["a star", "--model", str(run), "--out", str(out), "--steps", "1"])
+    assert end.value.code == 2 and out.read_bytes() == b"precious" and "--out" in capsys.readouterr().err
+
+
+@given(st.text(max_size=400), st.integers(0, 2**62))
+def test_a_prompt_can_not_choose_its_folder_or_break_the_file_system(prompt, seed):
+    path = free_path(None, prompt, seed, 1)
+    assert path.parent == Path("samples") and len(path.name.encode()) < 200 and "\0" not in path.name
+
+
+@pytest.mark.parametrize("argv, cause", [
+    (["a star"], "python train.py --tiny"), (["a star", "--model", "no/such/run"], "no/such/run"),
+    (["a star", "-n", "0"], "-n is 0"), (["a star", "--device", "tpu9"], "--device cpu"),
+])
+def test_without_a_usable_run_one_line_says_what_to_do(argv, cause, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if "--device" in argv:
+        (tmp_path / "runs" / "x").mkdir(parents=True)
+        (tmp_path / "runs" / "x" / "config.json").write_text("{}")
+        (tmp_path / "runs" / "x" / "mmdit.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit) as end:
+        sample.main(argv)
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and cause in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize("flags", [["--steps", "0"], ["--height", "50"], ["--seed", "-1"], ["--width", "100000"]])
+def test_bad_flags_end_with_exit_code_2_and_no_file(run, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        sample.main(["a star", "--model", str(run), "--device", "cpu", *flags])
+    assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "samples").exists()
+
+
+def test_parts_of_two_runs_are_not_mixed(run, tmp_path):
+    from checkpoints import CheckpointError, save_part
+    from mmdit import MMDiT, MMDiTConfig
+    mixed = tmp_path / "run"
+    shutil.copytree(run, mixed)
+    save_part(mixed, "mmdit", MMDiT(MMDiTConfig.preset("tiny", depth=1, pooled_dim=24)))
+    with pytest.raises(CheckpointError, match="mixes two runs"):
+        Pipeline.from_pretrained(mixed, device="cpu")
+
+
+def test_the_demo_passes(capsys):
+    sample.main([])
+    assert "sizes" in capsys.readouterr().out

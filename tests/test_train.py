@@ -1,0 +1,237 @@
+"""Claims about training: four stages through one loop, resumed bit by bit, bounded in time, and clear about bad input."""
+import csv
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from PIL import Image
+
+import flow
+import train as training
+from checkpoints import load_part, load_tensors
+from mmdit import MMDiT, MMDiTConfig
+from train import TrainConfig, parse, rate_at, train
+
+ROOT = Path(__file__).resolve().parent.parent
+MICRO = dict(pictures=48, vae_steps=3, vae_batch=4, clip_steps=2, clip_batch=8, t5_steps=2, t5_batch=8, flow_steps=6, flow_batch=8,
+             preview_every=0, save_every=2, dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run, from drawings to transformer, of a few steps a stage."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = train(TrainConfig(**MICRO, out=str(tmp_path_factory.mktemp("runs") / "straight")))
+    torch.set_num_threads(threads)
+    return folder
+
+
+def tensors_of(folder):
+    return {p.name: load_tensors(p)[0] for p in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def assert_same(a, b):
+    a, b = tensors_of(a), tensors_of(b)
+    assert a.keys() == b.keys()
+    for file in a:
+        assert all(torch.equal(a[file][k], b[file][k]) for k in a[file]), file
+
+
+def test_a_run_leaves_every_part_the_losses_and_no_unfinished_state(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert {f"{part}.safetensors" for parts in training.PARTS_OF.values() for part in parts} <= names
+    assert {"config.json", "metrics.csv", "loss.png", "tokenizers"} <= names and "state.safetensors" not in names
+    rows = list(csv.DictReader(open(finished / "metrics.csv", encoding="utf-8")))
+    assert [r["stage"] for r in rows] == ["vae"] * 3 + ["clip"] * 2 + ["t5"] * 2 + ["flow"] * 6
+    assert all(math.isfinite(float(r["loss"])) for r in rows)
+
+
+def test_the_same_seed_repeats_a_run_bit_by_bit_and_another_does_not(finished, tmp_path, one_thread):
+    again = train(TrainConfig(**MICRO, out=str(tmp_path / "again")))
+    assert_same(finished, again)
+    other = train(TrainConfig(**MICRO, seed=1, out=str(tmp_path / "other")))
+    assert not torch.equal(*(load_part(f, "mmdit").final_layer.linear.weight for f in (finished, other)))
+
+
+@pytest.mark.parametrize("stage, at", [("vae", 2), ("flow", 3), ("flow", 4)])
+def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(finished, tmp_path, monkeypatch, one_thread, stage, at):
+    original = training.Run.generator
+
+    def power_cut(self, name, step):                    # every step asks for its generator
+        if (name, step) == (stage, at) and not estimating(self):
+            raise KeyboardInterrupt
+        return original(self, name, step)
+
+    def estimating(run):                                # the start times a few steps of each stage, before any is trained
+        return not (run.folder / "metrics.csv").exists()
+
+    monkeypatch.setattr(training.Run, "generator", power_cut)
+    out = str(tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(**MICRO, out=out))
+    monkeypatch.undo()
+    assert Path(out, "state.safetensors").exists() and not Path(out, "mmdit.safetensors").exists()
+    train(*parse(["--resume", "--out", out]))
+    assert_same(finished, out)
+    metrics = [Path(f, "metrics.csv").read_text() for f in (finished, out)]
+    assert metrics[0] == metrics[1]                     # and no step is told twice
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.glob("*.safetensors")}
+    train(*parse(["--resume", "--out", str(finished)]))
+    assert before == {p: p.stat().st_mtime_ns for p in finished.glob("*.safetensors")}
+
+
+def test_earlier_parts_are_frozen_while_later_ones_learn(tmp_path, one_thread):
+    """Train all but the flow, then the flow alone: nothing else moves."""
+    folder = train(TrainConfig(**MICRO, out=str(tmp_path / "run")))
+    before = {k: v for k, v in tensors_of(folder).items() if k != "mmdit.safetensors"}
+    (folder / "mmdit.safetensors").unlink()
+    train(*parse(["--resume", "--out", str(folder)]))
+    after = tensors_of(folder)
+    assert all(torch.equal(before[f][k], after[f][k]) for f in before for k in before[f])
+
+
+def test_one_batch_is_overfitted():
+    torch.manual_seed(0)
+    model = MMDiT(MMDiTConfig.preset("tiny", depth=2, in_channels=4, context_dim=16, pooled_dim=8))
+    x0, noise, t = torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4), torch.tensor([0.2, 0.4, 0.6, 0.8])
+    text = {"context": torch.randn(4, 3, 16), "pooled": torch.randn(4, 8)}
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    losses = []
+    for _ in range(150):
+        loss = flow.loss(model, x0, t=t, noise=noise, **text).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 1.5 and losses[-1] < 0.01, (losses[0], losses[-1])
+
+
+@given(st.integers(1, 5000), st.floats(0, 1), st.integers(1, 300))
+def test_the_learning_rate_warms_up_holds_and_falls_to_nearly_zero(total, decay, warmup):
+    c = TrainConfig(decay=decay, warmup=warmup)
+    rates = [rate_at(step, total, c) for step in range(total)]
+    assert all(0 < r <= 1 for r in rates)
+    peak = rates.index(max(rates))
+    assert rates[:peak + 1] == sorted(rates[:peak + 1])
+    tail = rates[-max(1, round(decay * total) // 2):]
+    assert tail == sorted(tail, reverse=True)
+
+
+def test_minutes_shortens_stages_that_would_not_fit(tmp_path, capsys):
+    folder = train(TrainConfig(**MICRO | dict(flow_steps=100_000, minutes=0.3), out=str(tmp_path / "short")))
+    rows = [r for r in csv.DictReader(open(folder / "metrics.csv", encoding="utf-8")) if r["stage"] == "flow"]
+    assert 60 <= len(rows) < 2000
+    assert float(rows[-1]["rate"]) < 0.1 * max(float(r["rate"]) for r in rows)       # the rate still comes down to the end
+
+
+def test_the_start_tells_device_dtype_sizes_and_time_and_the_end_tells_the_next_command(tmp_path, capsys):
+    train(TrainConfig(**MICRO, out=str(tmp_path / "run")))
+    said = capsys.readouterr().out
+    for word in ("device: cpu", "float32 (as asked)", "mmdit ", "vae ", "expected:", "python sample.py"):
+        assert word in said, word
+
+
+def test_sample_grids_appear_as_it_learns(tmp_path):
+    folder = train(TrainConfig(**MICRO | dict(preview_every=3), out=str(tmp_path / "run")))
+    grids = sorted((folder / "samples").glob("*.png"))
+    assert [g.name for g in grids] == ["000003.png", "000006.png"]
+    assert Image.open(grids[0]).size[0] > 4 * 64
+
+
+def test_a_folder_of_real_pictures_trains_like_drawings_and_bad_files_are_counted(tmp_path, capsys):
+    pictures = tmp_path / "mine"
+    pictures.mkdir()
+    for i in range(12):
+        Image.new("RGB", (90, 70), (20 * i, 100, 200 - 10 * i)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(f"a plain picture number {i}\nan even colour, {i}", encoding="utf-8")
+    (pictures / "3.png").write_bytes(b"not a picture")
+    folder = train(TrainConfig(**MICRO, data=str(pictures), out=str(tmp_path / "run")))
+    assert "skipped 3.png" in capsys.readouterr().out and (folder / "mmdit.safetensors").exists()
+
+
+def test_emoji_train_without_a_change(tmp_path):
+    assert (train(TrainConfig(**MICRO, data="emoji", out=str(tmp_path / "run"))) / "mmdit.safetensors").exists()
+
+
+def test_flags_are_the_fields_of_the_config():
+    config, resume = parse(["--tiny", "--flow-steps", "7", "--data", "emoji", "--checkpointing"])
+    assert (config.flow_steps, config.data, config.checkpointing, resume) == (7, "emoji", True, False)
+    assert dataclasses.replace(config, flow_steps=TrainConfig.flow_steps, data="drawn", checkpointing=False) == TrainConfig()
+
+
+@pytest.mark.parametrize("flags, cause", [
+    (["--flow-stepz", "3"], "did you mean --flow-steps"),
+    (["--size", "50"], "not a multiple of 16: try 48|multiple of 16"),
+    (["--flow-steps", "0"], "must be above 0"),
+    (["--flow-rate", "-1"], "must be above 0"),
+    (["--density", "bell"], "logit_normal"),
+    (["--model", "sd9"], "choose from"),
+    (["--dtype", "int8"], "bfloat16"),
+    (["--device", "tpu9"], "--device cpu"),
+    (["--data", "no/such/folder"], "no/such/folder"),
+    (["--resume"], "train.py --tiny"),
+])
+def test_bad_input_ends_in_one_line_with_cause_and_remedy_and_exit_code_2(flags, cause, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        training.main(flags)
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and any(c in said for c in cause.split("|")) and len(said.splitlines()) == 1, said
+    assert not list(tmp_path.glob("runs/*/*.safetensors"))
+
+
+def test_a_folder_that_holds_a_run_is_never_overwritten(finished, capsys):
+    before = {p: p.read_bytes() for p in finished.glob("*.json")}
+    with pytest.raises(SystemExit) as end:
+        training.main(["--out", str(finished), "--flow-steps", "3"])
+    assert end.value.code == 2 and "--resume" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in finished.glob("*.json")}
+
+
+def test_resume_refuses_other_settings_by_name(finished, capsys):
+    with pytest.raises(SystemExit) as end:
+        training.main(["--resume", "--out", str(finished), "--seed", "9"])
+    assert end.value.code == 2 and "--seed" in capsys.readouterr().err
+
+
+def test_a_state_of_another_architecture_is_refused_by_name(finished, tmp_path, monkeypatch):
+    import shutil
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "mmdit.safetensors").unlink()
+    from checkpoints import CheckpointError, save_tensors
+    save_tensors(run / "state.safetensors", {"model.x": torch.zeros(2)}, {"stage": "flow", "step": 2, "total": 6})
+    with pytest.raises(CheckpointError, match="another architecture"):
+        train(*parse(["--resume", "--out", str(run)]))
+
+
+def test_a_diverging_loss_stops_with_advice(tmp_path):
+    with pytest.raises(FloatingPointError, match="--vae-rate"):
+        train(TrainConfig(**MICRO | dict(vae_rate=1e18, vae_steps=40), out=str(tmp_path / "run")))
+
+
+def test_the_command_line_runs_as_a_program(tmp_path):
+    flags = [x for k, v in MICRO.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--tiny", *flags], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs" / "drawn" / "config.json").read_text())["flow_steps"] == 6

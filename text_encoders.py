@@ -1,0 +1,560 @@
+"""The text encoders: how does a prompt become (B, 154, 4096) and (B, 2048)?
+
+Three frozen models read the same prompt; SD3 joins what they say into two tensors:
+
+    encoder        parameters  tokens           width  features from                  pooled vector
+    CLIP ViT-L/14     123.1 M  77, BOS .. EOS     768  last layer but one, not normed  at EOS, 768
+    OpenCLIP bigG     694.7 M  77, BOS .. EOS    1280  last layer but one, not normed  at EOS, projected, 1280
+    T5-v1.1-XXL     4,762.3 M  T = 77, .. EOS    4096  last layer, normed              none
+
+                   0        768           2048                4096
+                 0 +---------+--------------+-------------------+
+    context        | CLIP-L  |     bigG     |       zeros       |     pooled (B, 2048) = [CLIP-L | bigG]
+    (B,154,4096)77 +---------+--------------+-------------------+
+                   |                     T5                     |     context: the transformer's text stream,
+               154 +--------------------------------------------+     pooled: its modulation
+
+In float16 the weights take 0.25, 1.4 and 9.5 GB, and T5 costs more than the others together. Nothing of this
+changes while SD3 trains: encode each caption once, store the features; `drop_encoders` works on those.
+
+Worth knowing before reading on
+- Padding is attended to, in CLIP, in T5 and in the transformer; the real models were trained so. Hence T
+  belongs to the conditioning: 77 and 256 give different pictures.
+- CLIP-L pads with EOS, bigG with id 0, which is "!". CLIP-L has x * sigmoid(1.702 x) where bigG has GELU.
+- T5 has no 1/sqrt(d) in its attention; one table of relative positions, in block 0, serves all blocks. It
+  overflows in float16: use bfloat16 or float32.
+- Training drops (zeroes) each encoder by its own coin, so any of them may be left out when sampling.
+  The empty prompt of guidance is not dropped but encoded like any other.
+
+DIFFERS: CLIP text is cleaned as Hugging Face's fast tokenizer does; OpenAI's also mends Unicode and HTML.
+DIFFERS: "!" in a prompt is id 0 for bigG, as in diffusers, where padding is special; in Stability's 256.
+DIFFERS: Stability's SD3.5 script cuts T5's text at 226 characters; here only the number of tokens limits it.
+Further ones, about pre-training, stand at init_weights, the losses and train_t5_tokenizer.
+
+Dims: B batch, L tokens, D width, nh heads, hd head dim. Parameter names are those of the Hugging Face files.
+Run `python text_encoders.py`: trains tiny tokenizers, measures the picture above and asserts it, in seconds.
+"""
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+
+TEXT_DROP = 0.464                       # of each encoder in training (appendix B.3; section 5.3.3: 46.3 %)
+ENCODERS = ("clip_l", "clip_g", "t5")   # the order of `drop`, `dropped` and `tokenizers`
+
+
+def preset(cls, name, **changes):
+    """A config by its name in PRESETS, with changes."""
+    if name not in cls.PRESETS:
+        raise ValueError(f"no {cls.__name__} preset {name!r}: choose from {', '.join(cls.PRESETS)}")
+    return cls(**{**dict(zip(cls.__dataclass_fields__, cls.PRESETS[name])), **changes})
+
+
+def init_weights(model):
+    """The published schemes: normal weights with these deviations, zero biases; norms stay at 1.
+
+    DIFFERS: the original gives T5's table of relative positions D^-0.5, from where a short training hardly learns
+    the order of words: with "tiny", 300 steps of 64 captions, masked-span loss 2.5; from 2.0 as here, 1.3.
+    """
+    c, a = model.config, model.config.width ** -0.5
+    if isinstance(c, T5Config):
+        q, o = a * c.head_dim ** -0.5, (c.heads * c.head_dim) ** -0.5   # q has the scale that attention lacks
+        std = {"q": q, "k": a, "v": a, "o": o, "wi_0": a, "wi_1": a, "wo": c.ffn ** -0.5, "shared": 1.0,
+               "relative_attention_bias": 2.0}
+    else:
+        out = a * (2 * c.layers) ** -0.5    # what is added to the residual stream: less in a deeper model
+        std = {"q_proj": a, "k_proj": a, "v_proj": a, "out_proj": out, "fc1": a * 2 ** -0.5, "fc2": out,
+               "text_projection": a, "visual_projection": a, "token_embedding": 0.02,
+               "position_embedding": 0.01 if isinstance(c, CLIPTextConfig) else a}
+    for name, module in model.named_modules():
+        if (leaf := name.rpartition(".")[2]) in std:
+            nn.init.normal_(module.weight, std=std[leaf])
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def attention(x, nh, q, k, v, out, **how):
+    """Self-attention of x (B, L, D) with four linear layers and nh heads."""
+    q, k, v = (f(x).unflatten(-1, (nh, -1)).transpose(1, 2) for f in (q, k, v))             # (B, nh, L, hd)
+    return out(F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2).flatten(2))   # (B, L, D)
+
+
+class LayerNorm(nn.LayerNorm):          # CLIP's norm, in float32 whatever the dtype of weights and input
+    def forward(self, x):
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).type_as(x)
+
+
+class RMSNorm(nn.RMSNorm):              # T5's norm: x / rms(x) * weight, no mean, no bias; float32 as well
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
+
+
+# ------------------------------------------------------------------------------------------------------- CLIP
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    vocab_size: int                     # of the tiny ones: from the trained tokenizer
+    width: int
+    layers: int
+    heads: int
+    ffn: int
+    activation: str                     # "quick_gelu" (OpenAI) | "gelu" (OpenCLIP)
+    context_length: int = 77            # tokens, with BOS and EOS
+    projection_dim: int | None = None   # None: no text_projection, pooled has `width` numbers
+    eos_token_id: int | None = None     # None: the last id. (Old config files say 2; that is not the id)
+    preset = classmethod(preset)
+    PRESETS = {                         # CLIP-L as SD3 uses it; OpenAI's own file has projection_dim=768
+        "clip_l": (49408, 768, 12, 12, 3072, "quick_gelu"),                 # 123,060,480 parameters
+        "clip_g": (49408, 1280, 32, 20, 5120, "gelu", 77, 1280),            # 694,659,840
+        "tiny_l": (1024, 64, 2, 2, 256, "quick_gelu", 20),                  #     166,912
+        "tiny_g": (1024, 96, 3, 3, 384, "gelu", 20, 96)}                    #     445,152
+
+
+@dataclass(frozen=True)
+class CLIPImageConfig:
+    image_size: int                     # pixels along a side
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    ffn: int
+    activation: str
+    projection_dim: int                 # as wide as the text tower's pooled vector
+    preset = classmethod(preset)
+    PRESETS = {"clip_l": (224, 14, 1024, 24, 16, 4096, "quick_gelu", 768),  # 303,966,208 parameters
+               "tiny": (64, 8, 128, 3, 4, 512, "quick_gelu", 64)}           #     636,544
+
+
+class CLIPLayer(nn.Module):
+    """Pre-norm transformer layer, the same in both towers."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.heads, self.quick = config.width, config.heads, config.activation == "quick_gelu"
+        if not self.quick and config.activation != "gelu":
+            raise ValueError(f"no activation {config.activation!r}: choose quick_gelu or gelu")
+        self.layer_norm1, self.layer_norm2 = LayerNorm(D), LayerNorm(D)
+        self.self_attn = nn.ModuleDict({f"{n}_proj": nn.Linear(D, D) for n in ("q", "k", "v", "out")})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, config.ffn), "fc2": nn.Linear(config.ffn, D)})
+
+    def forward(self, x, causal=False):
+        a, h = self.self_attn, self.layer_norm1(x)
+        x = x + attention(h, self.heads, a.q_proj, a.k_proj, a.v_proj, a.out_proj, is_causal=causal)
+        h = self.mlp.fc1(self.layer_norm2(x))
+        h = h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h)
+        return x + self.mlp.fc2(h)
+
+
+class CLIPTextEncoder(nn.Module):
+    """Causal transformer, trained to match captions with pictures (Radford et al. 2021, arXiv 2103.00020)."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.config, D = config, config.width
+        layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.layers))
+        self.text_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(config.vocab_size, D),
+                                         "position_embedding": nn.Embedding(config.context_length, D)}),
+            "encoder": nn.ModuleDict({"layers": layers}), "final_layer_norm": LayerNorm(D)})
+        if config.projection_dim is not None:
+            self.text_projection = nn.Linear(D, config.projection_dim, bias=False)
+        self.eos = config.vocab_size - 1 if config.eos_token_id is None else config.eos_token_id
+        init_weights(self)
+
+    def forward(self, ids):
+        """ids (B, L), L <= context_length -> penultimate (B, L, D), pooled (B, projection_dim or D).
+
+        penultimate: what the last layer is given. pooled: what it makes of the first EOS, normed, and then
+        projected if there is a text_projection. ValueError if ids are too long or a row has no EOS.
+        """
+        is_eos, text, (B, L) = ids == self.eos, self.text_model, ids.shape
+        if L > self.config.context_length or not is_eos.any(1).all():
+            raise ValueError(f"CLIP needs EOS ({self.eos}) in each row and at most "
+                             f"{self.config.context_length} ids: use this model's own tokenizer")
+        x = text.embeddings.token_embedding(ids) + text.embeddings.position_embedding.weight[:L]  # (B, L, D)
+        for layer in text.encoder.layers:
+            penultimate, x = x, layer(x, causal=True)
+        first = is_eos.int().argmax(1)  # (the usual argmax of ids fails when learned tokens come after EOS)
+        pooled = text.final_layer_norm(x[torch.arange(B, device=ids.device), first])              # (B, D)
+        return penultimate, pooled if self.config.projection_dim is None else self.text_projection(pooled)
+
+
+class CLIPImageEncoder(nn.Module):
+    """CLIP's other half, a vision transformer. SD3 does without; it trains tiny CLIPs and scores pictures."""
+
+    def __init__(self, config: CLIPImageConfig):
+        super().__init__()
+        self.config, D, P = config, config.width, config.patch_size
+        embeddings = nn.Module()
+        embeddings.class_embedding = nn.Parameter(torch.randn(D) * D ** -0.5)
+        embeddings.patch_embedding = nn.Conv2d(3, D, P, stride=P, bias=False)
+        embeddings.position_embedding = nn.Embedding((config.image_size // P) ** 2 + 1, D)
+        layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.layers))
+        self.vision_model = nn.ModuleDict({
+            "embeddings": embeddings, "pre_layrnorm": LayerNorm(D),     # spelt so in every checkpoint
+            "encoder": nn.ModuleDict({"layers": layers}), "post_layernorm": LayerNorm(D)})
+        self.visual_projection = nn.Linear(D, config.projection_dim, bias=False)
+        init_weights(self)
+
+    def forward(self, images):
+        """images (B, 3, S, S) in [0, 1], S = image_size -> (B, projection_dim), of any length."""
+        vision, embed, S = self.vision_model, self.vision_model.embeddings, self.config.image_size
+        if images.shape[1:] != (3, S, S):
+            raise ValueError(f"images {tuple(images.shape)}: resize them to (B, 3, {S}, {S})")
+        mean = images.new_tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)   # of CLIP's training set
+        std = images.new_tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+        x = embed.patch_embedding((images - mean) / std).flatten(2).transpose(1, 2)     # (B, N, D)
+        x = torch.cat([embed.class_embedding.expand(len(x), 1, -1), x], dim=1)          # (B, 1+N, D)
+        x = vision.pre_layrnorm(x + embed.position_embedding.weight)
+        for layer in vision.encoder.layers:
+            x = layer(x)
+        return self.visual_projection(vision.post_layernorm(x[:, 0]))
+
+
+def clip_loss(image_embeds, text_embeds, logit_scale, same=None):
+    """Symmetric InfoNCE -> scalar: every picture picks its caption in the batch, every caption its picture.
+
+    image_embeds, text_embeds (B, E). logit_scale: learned scalar, log of the inverse temperature, as in the
+    checkpoints; begin at ln(1 / 0.07); held below ln 100. same (B, B) bool: which captions are equal.
+    DIFFERS: web captions hardly ever repeat, ours do ("a star"); with `same`, equal ones share the target.
+    DIFFERS: the tiny CLIP-L has no text projection, as in SD3; its image tower projects to the text's width.
+    """
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        image, text = (F.normalize(e.float(), dim=-1) for e in (image_embeds, text_embeds))
+        logits = logit_scale.float().clamp(max=math.log(100)).exp() * image @ text.T    # pictures x captions
+        same = torch.eye(len(image), device=image.device) if same is None else same.float()
+        target = same / same.sum(1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+# --------------------------------------------------------------------------------------------------------- T5
+
+@dataclass(frozen=True)
+class T5Config:
+    vocab_size: int                     # of the tiny one: from the trained tokenizer
+    width: int
+    layers: int
+    heads: int
+    head_dim: int
+    ffn: int
+    buckets: int = 32                   # of relative positions, half of them for each direction
+    max_distance: int = 128             # tokens; all from here on share a bucket
+    preset = classmethod(preset)
+    PRESETS = {"xxl": (32128, 4096, 24, 64, 64, 10240),                     # 4,762,310,656 parameters
+               "tiny": (1024, 192, 2, 4, 32, 512)}                          #       984,128
+
+
+def relative_buckets(L, buckets=32, max_distance=128, device=None):
+    """(L, L) bucket of key j as seen from query i (T5, arXiv 1910.10683, section 2.1; details from its code).
+
+    The second half of the buckets is for keys to the right. In a half, distances 0 to 7 have a bucket each;
+    the others begin at 8, 12, 16, 23, 32, 46, 64, 91: a factor sqrt 2. (Whole numbers: equal on any device.)
+    """
+    half, exact = buckets // 2, buckets // 4
+    growth = (max_distance / exact) ** (1 / (half - exact))
+    edges = [math.ceil(exact * growth ** i - 1e-6) for i in range(1, half - exact)]
+    offset = torch.arange(L, device=device)[None, :] - torch.arange(L, device=device)[:, None]      # j - i
+    far = exact + torch.bucketize(offset.abs(), torch.tensor(edges, device=device), right=True)
+    return torch.where(offset.abs() < exact, offset.abs(), far) + half * (offset > 0)
+
+
+class T5Block(nn.Module):
+    def __init__(self, config: T5Config, has_table: bool):
+        super().__init__()
+        D, inner, self.heads = config.width, config.heads * config.head_dim, config.heads
+        attn = nn.ModuleDict({n: nn.Linear(D, inner, bias=False) for n in "qkv"})
+        attn["o"] = nn.Linear(inner, D, bias=False)
+        if has_table:
+            attn["relative_attention_bias"] = nn.Embedding(config.buckets, config.heads)
+        mlp = nn.ModuleDict({n: nn.Linear(D, config.ffn, bias=False) for n in ("wi_0", "wi_1")})
+        mlp["wo"] = nn.Linear(config.ffn, D, bias=False)
+        self.layer = nn.ModuleList([
+            nn.ModuleDict({"layer_norm": RMSNorm(D, eps=1e-6), "SelfAttention": attn}),
+            nn.ModuleDict({"layer_norm": RMSNorm(D, eps=1e-6), "DenseReluDense": mlp})])
+
+    def forward(self, x, bias):
+        (norm1, a), (norm2, mlp) = (part.values() for part in self.layer)
+        x = x + attention(norm1(x), self.heads, a.q, a.k, a.v, a.o, attn_mask=bias, scale=1.0)
+        h = norm2(x)
+        return x + mlp.wo(F.gelu(mlp.wi_0(h), approximate="tanh") * mlp.wi_1(h))    # gated, despite its name
+
+
+class T5Encoder(nn.Module):
+    """The encoder half of T5 v1.1 (Raffel et al. 2020, arXiv 1910.10683; gated GELU: arXiv 2002.05202)."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config, D = config, config.width
+        self.shared = nn.Embedding(config.vocab_size, D)
+        self.encoder = nn.ModuleDict({
+            "block": nn.ModuleList(T5Block(config, has_table=i == 0) for i in range(config.layers)),
+            "final_layer_norm": RMSNorm(D, eps=1e-6)})
+        init_weights(self)
+
+    def forward(self, ids, mask=None):
+        """ids (B, L) -> hidden (B, L, D), normed. mask (B, L) bool: which to attend to; SD3 gives none."""
+        if self.shared.weight.dtype == torch.float16:
+            raise ValueError("T5 overflows in float16: load it in bfloat16 or float32")
+        x, c = self.shared(ids), self.config
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        bias = table(relative_buckets(ids.shape[1], c.buckets, c.max_distance, ids.device))
+        bias = bias.permute(2, 0, 1)[None]                                          # (1, nh, L, L)
+        if mask is not None:            # not -inf: a row without any token must not become NaN
+            bias = bias.masked_fill(~mask[:, None, None, :], -1e30)                 # (B, nh, L, L)
+        for block in self.encoder.block:
+            x = block(x, bias)
+        return self.encoder.final_layer_norm(x)
+
+
+def masked_span_loss(encoder, ids, *, generator, rate=0.15, span=2, sentinel=None):
+    """Pre-trains a T5 encoder by itself: hide spans, guess them from both sides -> scalar cross-entropy.
+
+    ids (B, L). About `rate` of the text tokens are hidden, at least one in a row with text, in spans of
+    `span`, longer where two meet. All tokens of a row's n-th span become <extra_id_n>, with id sentinel - n
+    (default: the last id; 32099 in the real one). Their outputs meet the embeddings times D^-0.5, as in T5.
+    DIFFERS: T5 puts one sentinel for a span, of mean length 3, and a decoder spells it out. Here lengths stay
+    and the encoder itself answers, as in BERT: no decoder is needed. Our captions are short, hence 2.
+    """
+    L, text = ids.shape[1], ids > 2                                     # 0 1 2 are <pad> </s> <unk>
+    if not text.any():
+        raise ValueError("masked_span_loss: no text in this batch; leave out empty captions")
+    rand = torch.rand(ids.shape, generator=generator, device=generator.device).to(ids.device) + ~text
+    starts = text & ((rand < rate / span) | (rand == rand.min(1, keepdim=True).values))
+    hidden = text & torch.stack([F.pad(starts, (k, 0))[:, :L] for k in range(span)]).any(0)
+    begins = hidden & ~F.pad(hidden, (1, 0))[:, :L]
+    sentinel = encoder.config.vocab_size - 1 if sentinel is None else sentinel
+    output = encoder(torch.where(hidden, sentinel + 1 - begins.cumsum(1), ids))[hidden]     # (hidden, D)
+    logits = F.linear(output, encoder.shared.weight) * encoder.config.width ** -0.5
+    return F.cross_entropy(logits.float(), ids[hidden])
+
+
+# ------------------------------------------------------------------------------------------------- tokenizers
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"                               # of CLIP
+SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]               # of T5: number 0 has the last id
+CLIP_WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+
+
+class TextTokenizer:
+    """Texts to rows of ids: BOS (CLIP only), tokens, EOS, padding. Long texts lose their end, but never EOS.
+
+    Takes any Python string; lone surrogates, which UTF-8 cannot hold, count as U+FFFD. Has vocab_size and the
+    ids bos (None for T5), eos, pad. length: when a call gives none.
+    """
+
+    def __init__(self, tok, bos, eos, pad, length):
+        special = [token for token in (bos, eos, pad) if token]
+        if missing := [token for token in special if tok.token_to_id(token) is None]:
+            raise ValueError(f"not the right kind of tokenizer: its vocabulary has no {', '.join(missing)}")
+        tok.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+        tok.no_padding()                # a file's own settings do not count
+        tok.no_truncation()
+        self.tok, self.length, self.vocab_size = tok, length, tok.get_vocab_size()
+        self.bos, self.eos, self.pad = (t and tok.token_to_id(t) for t in (bos, eos, pad))
+
+    def _encode(self, texts, length):   # -> how many tokens have room beside BOS and EOS; all tokens
+        texts = [texts] if isinstance(texts, str) else texts
+        room = (self.length if length is None else length) - 1 - (self.bos is not None)
+        if room < 0:
+            raise ValueError(f"length {length}: no room for EOS; ask for 2 or more")
+        texts = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]
+        return room, [self.tok.encode(text, add_special_tokens=False).ids for text in texts]
+
+    def __call__(self, texts, length=None):
+        """B strings -> ids (B, length) int64, on the CPU."""
+        room, rows = self._encode(texts, length)
+        head = [] if self.bos is None else [self.bos]
+        rows = [head + ids[:room] + [self.eos] + [self.pad] * (room - len(ids)) for ids in rows]
+        return torch.tensor(rows, dtype=torch.long)
+
+    def truncated(self, texts, length=None) -> list[bool]:
+        """Which of the texts lose their end."""
+        room, rows = self._encode(texts, length)
+        return [len(ids) > room for ids in rows]
+
+
+def byte_pairs(model) -> Tokenizer:
+    """CLIP's cleaning and its split into words, around a byte-pair model; letters stand for bytes."""
+    tok = Tokenizer(model)
+    tok.normalizer = normalizers.Sequence([
+        normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(CLIP_WORDS, "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return tok
+
+
+def load_clip_tokenizer(folder, pad=EOS, length=77) -> TextTokenizer:
+    """From vocab.json + merges.txt, or tokenizer.json. pad: EOS for CLIP-L, "!" for bigG."""
+    vocab, merges, both = (Path(folder, name) for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    if vocab.is_file() and merges.is_file():
+        tok = byte_pairs(models.BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>"))
+    elif both.is_file():
+        tok = Tokenizer.from_file(str(both))
+    else:
+        raise ValueError(f"no CLIP tokenizer in {folder}: needs vocab.json and merges.txt, or tokenizer.json")
+    return TextTokenizer(tok, BOS, EOS, pad, length)
+
+
+def load_t5_tokenizer(folder, length=77) -> TextTokenizer:
+    """From tokenizer.json, which has T5's cleaning in it."""
+    if not (path := Path(folder, "tokenizer.json")).is_file():
+        raise ValueError(f"no tokenizer.json in {folder}; spiece.model alone is not read")
+    return TextTokenizer(Tokenizer.from_file(str(path)), None, "</s>", "<pad>", length)
+
+
+def train_clip_tokenizer(captions, folder, vocab_size=1024):
+    """Byte-pair encoding (arXiv 1508.07909) -> vocab.json, merges.txt. Ids as in the real one: 256 bytes, 256
+    that end a word (so nothing is unknown), merges, BOS, EOS. vocab_size: the most it may be, 514 or more."""
+    if vocab_size < 514:
+        raise ValueError(f"vocab_size {vocab_size}: needs 514 or more (256 bytes twice, BOS, EOS)")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = byte_pairs(models.BPE(end_of_word_suffix="</w>"))
+    tok.train_from_iterator(captions, trainers.BpeTrainer(              # "special" tokens get the first ids
+        vocab_size=vocab_size - 2, special_tokens=letters + [c + "</w>" for c in letters],
+        end_of_word_suffix="</w>", show_progress=False))
+    model = json.loads(tok.to_str())["model"]
+    vocab = {**model["vocab"], BOS: len(model["vocab"]), EOS: len(model["vocab"]) + 1}
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    Path(folder, "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+
+
+def train_t5_tokenizer(captions, folder, vocab_size=1024):
+    """A unigram model (arXiv 1804.10959) -> tokenizer.json: <pad> </s> <unk>, pieces, 100 sentinels.
+
+    Characters neither ASCII nor in the captions are unknown, as in T5. vocab_size: the most there may be.
+    DIFFERS: SentencePiece finds pieces by expectation maximisation; here they are the commonest words and all
+    characters. (The library's trainer orders pieces differently each time, and splits words of few captions.)
+    """
+    tok = Tokenizer(models.Unigram())
+    tok.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(),
+                                           normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()])
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")   # "a star" -> "▁a" "▁star"
+    words, counts = Counter(), Counter([chr(i) for i in range(33, 127)] + ["▁"])
+    for caption in captions:
+        for word, _ in tok.pre_tokenizer.pre_tokenize_str(tok.normalizer.normalize_str(caption)):
+            counts.update(word)
+            words.update(re.findall(r"▁\w+|\w\w+", word))               # without punctuation
+    if (room := vocab_size - 3 - len(counts) - len(SENTINELS)) < 0:
+        raise ValueError(f"vocab_size {vocab_size}: characters and sentinels alone need {vocab_size - room}")
+    counts.update(dict(sorted(words.items(), key=lambda item: (-item[1], item[0]))[:room]))
+    specials, total = ["<pad>", "</s>", "<unk>"], counts.total()
+    pieces = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    pieces = [(token, 0.0) for token in specials] + [(piece, math.log(n / total)) for piece, n in pieces]
+    tok.model = models.Unigram(pieces, 2, False)                        # 2: the id of <unk>
+    tok.add_special_tokens(specials + SENTINELS)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tok.save(str(Path(folder, "tokenizer.json")))
+
+
+# --------------------------------------------------------------------------------------------------- the join
+
+@dataclass
+class Conditioning:
+    context: torch.Tensor               # (B, 77 + T, 4096)
+    pooled: torch.Tensor                # (B, 2048)
+
+
+class TextEncoders(nn.Module):
+    """Prompts to conditioning. The encoders and their tokenizers, in the order of ENCODERS; no gradients.
+
+    An encoder may be None: zeros stand in its place, `widths` wide, as when training dropped it. (So does
+    diffusers with a missing T5; others leave its tokens out: t5_length=0.) ValueError if parts do not fit.
+    """
+
+    def __init__(self, clip_l, clip_g, t5, tokenizers, widths=(768, 1280, 4096)):
+        super().__init__()
+        self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
+        configs = [e and e.config for e in (clip_l, clip_g, t5)]
+        self.widths = [c.width if c else w for c, w in zip(configs, widths)]
+        self.pooled_dims = [c and c.projection_dim or w for c, w in zip(configs[:2], self.widths)] + [0]
+        self.clip_length = next((c.context_length for c in configs[:2] if c), 77)
+        for e, tok in zip((clip_l, clip_g, t5), tokenizers):
+            if e and (tok.vocab_size > e.config.vocab_size or tok.eos != getattr(e, "eos", 1)):
+                raise ValueError("a tokenizer does not fit its encoder: load both from one model's folder")
+        if sum(self.widths[:2]) > self.widths[2]:
+            raise ValueError(f"widths {self.widths}: T5's must hold both CLIPs'; give `widths` if T5 is None")
+
+    @torch.no_grad()
+    def forward(self, prompts, t5_length=77, drop=()) -> Conditioning:
+        """B prompts -> context (B, 77 + t5_length, 4096), pooled (B, 2048), on the first encoder's device.
+        drop: names out of ENCODERS; those are not run, their slices are zero."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if unknown := set(drop) - set(ENCODERS):
+            raise ValueError(f"cannot drop {sorted(unknown)}: choose from {', '.join(ENCODERS)}")
+        B, like, said = len(prompts), next(self.parameters(), torch.zeros(())), []
+        for i, name in enumerate(ENCODERS):
+            encoder, length = getattr(self, name), t5_length if name == "t5" else self.clip_length
+            if encoder is None or name in drop or length == 0:
+                said += like.new_zeros(B, length, self.widths[i]), like.new_zeros(B, self.pooled_dims[i])
+            else:
+                ids = self.tokenizers[i](prompts, length).to(next(encoder.parameters()).device)
+                said += encoder(ids) if name != "t5" else (encoder(ids), like.new_zeros(B, 0))
+        l, pooled_l, g, pooled_g, t5, none = (x.to(like.device) for x in said)  # the encoders may live apart
+        lg = torch.cat([l, g], dim=-1)                                          # (B, 77, 768 + 1280)
+        lg = F.pad(lg, (0, self.widths[2] - lg.shape[-1]))                      # (B, 77, 4096)
+        return Conditioning(torch.cat([lg, t5], dim=1), torch.cat([pooled_l, pooled_g, none], dim=-1))
+
+
+def sample_drops(n, generator, p=TEXT_DROP):
+    """(n, 3) bool: which of ENCODERS each of n training samples goes without."""
+    return torch.rand(n, 3, generator=generator, device=generator.device) < p
+
+
+def drop_encoders(context, pooled, dropped, clip_length, widths):
+    """Zeroes the slices of dropped encoders in joined, maybe stored, features -> new (context, pooled).
+
+    dropped (B, 3) bool; clip_length: tokens before T5's; widths of CLIP-L, bigG: in context and pooled alike.
+    """
+    wl, wg = widths
+    if pooled.shape[-1] != wl + wg:
+        raise ValueError(f"pooled {tuple(pooled.shape)} is not {wl} + {wg} wide: give the CLIPs' own widths")
+    dropped = dropped.to(context.device)
+    clips, t5 = context.split([clip_length, context.shape[1] - clip_length], dim=1)
+    wide = dropped[:, [0] * wl + [1] * wg]                                  # (B, wl + wg)
+    clips = clips.masked_fill(F.pad(wide, (0, clips.shape[-1] - wl - wg))[:, None], 0)
+    t5 = t5.masked_fill(dropped[:, 2, None, None], 0)
+    return torch.cat([clips, t5], dim=1), pooled.masked_fill(wide, 0)
+
+
+def demo():
+    """The picture at the top of this file, measured: which numbers change without an encoder."""
+    captions = ["a red star left of a blue ring", "two green hearts", "a big white circle at the top left"]
+    with TemporaryDirectory() as folder:
+        train_clip_tokenizer(captions, folder + "/clip", 600)
+        train_t5_tokenizer(captions, folder + "/t5", 600)
+        toks = [load_clip_tokenizer(folder + "/clip", pad, length=20) for pad in (EOS, "!")]
+        toks += [load_t5_tokenizer(folder + "/t5", length=20)]
+    for name, tok in zip(ENCODERS, toks):
+        print(f"{name:6s}", *(tok.tok.id_to_token(i) for i in tok(captions[0])[0, :14].tolist()), "...")
+    clips = [CLIPTextEncoder(CLIPTextConfig.preset(f"tiny_{x}", vocab_size=toks[0].vocab_size)) for x in "lg"]
+    encode = TextEncoders(*clips, T5Encoder(T5Config.preset("tiny", vocab_size=toks[2].vocab_size)), toks)
+    full = encode(captions, t5_length=16)
+    context, pooled = full.context, full.pooled                             # (3, 36, 192), (3, 160)
+    l, g, t5 = ((context != encode(captions, 16, drop=(name,)).context).all(0) for name in ENCODERS)
+    owner = l + 2 * g + 4 * t5                                              # (36, 192)
+    print(f"context {tuple(context.shape)}, pooled {tuple(pooled.shape)}; a letter is 4 tokens x 4 features:")
+    print("\n".join("  " + "".join(".LG?T???"[k] for k in row) for row in owner[::4, ::4].tolist()))
+    expected = torch.tensor([1] * 64 + [2] * 96 + [0] * 32).repeat(36, 1)
+    expected[20:] = 4
+    assert torch.equal(owner, expected) and not context[:, :20, 160:].any() and pooled.shape == (3, 64 + 96)
+    print("passed: L, G and T fill their own rectangles and no others; the rest is zero")
+
+
+# Exercises. (1) Pad CLIP-L with "!": its features change behind EOS only, its pooled vector not at all. Why?
+# (2) Zero relative_attention_bias: T5 becomes blind to order; "a b" gives what "b a" gives, places exchanged.
+# (3) Leave out `same` in clip_loss on a batch of equal captions: the loss cannot fall below ln B.
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,318 @@
+"""The autoencoder: what is a latent?
+
+A 1024 x 1024 picture has three million numbers, most of them predictable from their neighbours. SD3 therefore does its
+diffusion in the code of a convolutional autoencoder, 8 times smaller along each side and 16 channels deep:
+
+    image (B,3,8H,8W) in [-1,1] --Encoder--> mean, logvar (B,16,H,W) --sample--> z --Decoder--> image
+                                                                    |      ^
+                                       to_latent: (z - 0.0609) * 1.5305    from_latent: x / 1.5305 + 0.0609
+                                                                    v      |
+                                                              x: what the flow model sees (about unit variance)
+
+Sixteen channels and not four (SD 1 and SDXL): the paper's table 3 measures reconstruction FID 2.41, 1.56 and 1.06 for 4, 8
+and 16 channels; the price is a latent that is harder to model, which only a deep transformer pays back.
+
+Worth knowing before reading on
+- No 1x1 "quant" convolutions around the latent, unlike SD 1 and SDXL: the Encoder's last convolution emits mean and logvar.
+- Down-sampling pads one row below and one column to the right, not all around: the grid of a stride-2 convolution then
+  starts at the corner. Pad evenly and real weights give blurred, shifted pictures.
+- Shift and scale belong to the weights: 0.0609 and 1.5305 for SD3 (FLUX's look-alike has 0.1159 and 0.3611). A model trained
+  here measures its own, `measure_latents`.
+- The real weights overflow in float16 (black pictures): decode in float32 or bfloat16.
+- Training uses a sample of the posterior, so that neighbouring codes decode alike; `posterior.mean` is for measuring.
+
+DIFFERS: LPIPS, the perceptual loss of the published autoencoders, needs a downloaded network. Here its part is played by
+image gradients (edges) at three scales, and optionally by the same patch discriminator.
+
+Dims: B batch, C latent channels, H W latent height and width. Parameter names are those of Stability's single files.
+Presets:  sd3 83,819,683 parameters | tiny 707,491
+Run `python vae.py`: learns a small autoencoder of moving discs in under a minute and asserts what it reconstructs.
+"""
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    ch: int = 128                               # channels at full resolution
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)     # times ch at each level; one halving between levels: 4 levels = 8x
+    num_res_blocks: int = 2                     # a level of the encoder; the decoder has one more
+    z_channels: int = 16
+    num_groups: int = 32                        # of every GroupNorm
+    shift: float = 0.0609                       # latent = (z - shift) * scale
+    scale: float = 1.5305
+
+    @staticmethod
+    def preset(name: str, **changes) -> "VAEConfig":
+        """"sd3": the published autoencoder. "tiny": the one `train.py --tiny` trains; its shift and scale are measured."""
+        presets = {
+            "sd3": VAEConfig(),
+            "tiny": VAEConfig(ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, z_channels=8, num_groups=8, shift=0.0, scale=1.0),
+        }
+        if name not in presets:
+            raise ValueError(f"no VAE preset {name!r}: choose from {', '.join(presets)}")
+        return replace(presets[name], **changes)
+
+    @property
+    def factor(self) -> int:                    # pixels per latent cell along each side
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------ parts
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 on the shortcut where the width changes."""
+
+    def __init__(self, cin: int, cout: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        if cin != cout:
+            self.nin_shortcut = nn.Conv2d(cin, cout, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions of the smallest grid; the only part that sees the whole picture."""
+
+    def __init__(self, ch: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, ch, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(ch, ch, 1) for _ in range(4))
+
+    def forward(self, x):
+        B, ch, H, W = x.shape
+        h = self.norm(x)
+        q, k, v = (f(h).reshape(B, 1, ch, H * W).transpose(2, 3) for f in (self.q, self.k, self.v))  # (B, 1, HW, ch)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.transpose(2, 3).reshape(B, ch, H, W))
+
+
+class Downsample(nn.Module):
+    def __init__(self, ch: int):
+        super().__init__()
+        self.conv = nn.Conv2d(ch, ch, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                    # right and bottom only
+
+
+class Upsample(nn.Module):
+    def __init__(self, ch: int):
+        super().__init__()
+        self.conv = nn.Conv2d(ch, ch, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def middle(ch: int, groups: int) -> nn.Module:
+    mid = nn.Module()
+    mid.block_1 = ResnetBlock(ch, ch, groups)
+    mid.attn_1 = AttnBlock(ch, groups)
+    mid.block_2 = ResnetBlock(ch, ch, groups)
+    return mid
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: VAEConfig):
+        super().__init__()
+        widths = [c.ch * m for m in c.ch_mult]
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        ch = widths[0]
+        for i, width in enumerate(widths):
+            level = nn.Module()
+            level.block = nn.ModuleList(
+                ResnetBlock(ch if b == 0 else width, width, c.num_groups) for b in range(c.num_res_blocks))
+            ch = width
+            if i < len(widths) - 1:
+                level.downsample = Downsample(ch)
+            self.down.append(level)
+        self.mid = middle(ch, c.num_groups)
+        self.norm_out = nn.GroupNorm(c.num_groups, ch, eps=1e-6)
+        self.conv_out = nn.Conv2d(ch, 2 * c.z_channels, 3, padding=1)       # mean and logvar
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for level in self.down:
+            for block in level.block:
+                h = block(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """The Encoder mirrored. `up` is indexed by resolution as in the checkpoints: up[0] is the finest and runs last."""
+
+    def __init__(self, c: VAEConfig):
+        super().__init__()
+        widths = [c.ch * m for m in c.ch_mult]
+        ch = widths[-1]
+        self.conv_in = nn.Conv2d(c.z_channels, ch, 3, padding=1)
+        self.mid = middle(ch, c.num_groups)
+        levels = []
+        for i, width in reversed(list(enumerate(widths))):
+            level = nn.Module()
+            level.block = nn.ModuleList(
+                ResnetBlock(ch if b == 0 else width, width, c.num_groups) for b in range(c.num_res_blocks + 1))
+            ch = width
+            if i > 0:
+                level.upsample = Upsample(ch)
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)
+        self.norm_out = nn.GroupNorm(c.num_groups, ch, eps=1e-6)
+        self.conv_out = nn.Conv2d(ch, 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.conv_in(z)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        for level in reversed(self.up):
+            for block in level.block:
+                h = block(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))                      # no tanh: values may leave [-1, 1] a little
+
+
+# ------------------------------------------------------------------------------------------------------------ autoencoder
+
+@dataclass
+class Posterior:
+    """A Gaussian for each latent number: mean and logvar, both (B, C, H, W)."""
+    mean: torch.Tensor
+    logvar: torch.Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        noise = torch.empty_like(self.mean).normal_(generator=generator)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> torch.Tensor:
+        """KL divergence to N(0, 1), in nats per latent number: a scalar."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).mean()
+
+
+class AutoencoderKL(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """Variance-preserving convolutions and silent residual branches: training starts from a linear autoencoder.
+
+        With PyTorch's defaults the first few hundred steps of a small autoencoder find nothing but the mean picture.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (ResnetBlock, AttnBlock)):
+                nn.init.zeros_((module.conv2 if isinstance(module, ResnetBlock) else module.proj_out).weight)
+        with torch.no_grad():
+            self.encoder.conv_out.bias[self.config.z_channels:] = -6.0                  # logvar: std 0.05, little noise
+
+    def encode(self, x: torch.Tensor) -> Posterior:
+        """Images (B, 3, 8H, 8W) in [-1, 1] -> Posterior of (B, C, H, W). Sides must be multiples of 8."""
+        f = self.config.factor
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(f"the VAE encodes (B, 3, height, width) with sides in multiples of {f}, got {tuple(x.shape)}")
+        mean, logvar = self.encoder(x).float().chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """z (B, C, H, W), already through `from_latent` -> images (B, 3, 8H, 8W), about [-1, 1]."""
+        return self.decoder(z)
+
+    def to_latent(self, z: torch.Tensor) -> torch.Tensor:
+        """Codes -> what the flow model learns: centred, about unit variance."""
+        return (z - self.config.shift) * self.config.scale
+
+    def from_latent(self, x: torch.Tensor) -> torch.Tensor:
+        return x / self.config.scale + self.config.shift
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKL, images: torch.Tensor, batch: int = 64) -> tuple[float, float]:
+    """Shift and scale that give the codes of these images (N, 3, h, w), in [-1, 1], mean 0 and variance 1 overall.
+
+    One number for all channels, as in SD3: the channels keep their relative strength.
+    """
+    z = torch.cat([vae.encode(x).sample(torch.Generator(x.device).manual_seed(0)) for x in images.split(batch)])
+    return z.mean().item(), 1.0 / z.std().item()
+
+
+# ----------------------------------------------------------------------------------------------------------------- losses
+
+def edge_loss(x: torch.Tensor, y: torch.Tensor, scales: int = 3) -> torch.Tensor:
+    """Mean absolute difference of horizontal and vertical image gradients, at full, half and quarter size.
+
+    A blurred edge costs little in pixels but a lot here. x, y (B, 3, h, w) -> scalar.
+    """
+    total = x.new_zeros(())
+    for _ in range(scales):
+        d = x - y                                                           # gradients are linear: diff of difference
+        total = total + d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return total / scales
+
+
+def vae_loss(vae: AutoencoderKL, images: torch.Tensor, *, generator=None, kl_weight: float = 1e-3, edge_weight: float = 0.3,
+             critic: "PatchDiscriminator | None" = None, critic_weight: float = 0.1):
+    """Squared error + edges + KL (+ the critic's opinion). images (B, 3, h, w) in [-1, 1].
+
+    Squared and not absolute error: on flat backgrounds the latter is content with the median, one grey for everything.
+    Returns (loss, parts, reconstruction): `parts` are detached scalars for the log.
+    """
+    posterior = vae.encode(images)
+    recon = vae.decode(posterior.sample(generator)).float()
+    pixel, edge, kl = F.mse_loss(recon, images), edge_loss(recon, images), posterior.kl()
+    loss = pixel + edge_weight * edge + kl_weight * kl
+    parts = {"mse": pixel.detach(), "edge": edge.detach(), "kl": kl.detach()}
+    if critic is not None:
+        fooled = -critic(recon).mean()
+        loss = loss + critic_weight * fooled
+        parts["fooled"] = fooled.detach()
+    return loss, parts, recon
+
+
+class PatchDiscriminator(nn.Module):
+    """Says of each patch whether it is a photograph or a reconstruction: (B, 3, h, w) -> (B, 1, h/8, w/8) logits.
+
+    The PatchGAN of pix2pix (Isola et al. 2017), with GroupNorm: batch statistics would tie the pictures of a batch together.
+    """
+
+    def __init__(self, ch: int = 32):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(ch, 2 * ch, 4, 2, 1), nn.GroupNorm(8, 2 * ch), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * ch, 4 * ch, 4, 2, 1), nn.GroupNorm(8, 4 * ch), nn.LeakyReLU(0.2),
+            nn.Conv2d(4 * ch, 1, 3, 1, 1))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def discriminator_loss(critic: PatchDiscriminator, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Hinge loss: real patches above +1, reconstructed ones below -1, nothing to gain beyond."""
+    return 0.5 * (F.relu(1 - critic(real)).mean() + F.relu(1 + critic(fake.detach())).mean())
+
+
+def psnr(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1] (peak 2)."""
+    return (10 * torch.log10(4 / F.mse_loss(x.float(), y.float()))).item()
