@@ -2,18 +2,21 @@
 
 A run is a folder that `train.py` fills and `sample.py` reads:
 
-    config.json                    how it was trained: every field of TrainConfig, and which caption prompts the previews use
+    config.json                    how it was trained: every field of TrainConfig, and which caption prompts
+                                   the previews use
     tokenizers/clip, tokenizers/t5 vocab.json + merges.txt, tokenizer.json
-    vae.safetensors                the four kinds of part, each finished by its own stage; the config that shapes a part stands
-    clip_l, clip_g, clip_l_image,    in its file's metadata, so a part can be loaded without guessing
-    clip_g_image, t5 .safetensors
+    vae.safetensors                the four kinds of part, each finished by its own stage; the config that
+    clip_l, clip_g, clip_l_image,    shapes a part stands in its file's metadata, so a part can be loaded
+    clip_g_image, t5 .safetensors    without guessing
     mmdit.safetensors              the averaged (EMA) weights: what is sampled from
-    state.safetensors              everything that the unfinished stage needs to go on; gone when training is done
+    state.safetensors              everything that the unfinished stage needs to go on; gone when training is
+                                   done
     metrics.csv, loss.png, samples/
 
-Three rules. Nothing is ever unpickled: tensors are safetensors, the rest is JSON. A file is written under a temporary name,
-flushed to disk and renamed, so a crash leaves the old one. Loading is strict: every parameter is filled exactly once, with the
-right shape and finite numbers, or a CheckpointError says in one line what is wrong and what to do.
+Three rules. Nothing is ever unpickled: tensors are safetensors, the rest is JSON. A file is written under a
+temporary name, flushed to disk and renamed, so a crash leaves the old one. Loading is strict: every parameter
+is filled exactly once, with the right shape and finite numbers, or a CheckpointError says in one line what is
+wrong and what to do.
 
 Run `python checkpoints.py`: saves a part, loads it back bit by bit, and shows what a damaged file says.
 """
@@ -27,8 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mmdit import MMDiT, MMDiTConfig
-from text_encoders import (EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder,
-                           load_clip_tokenizer, load_t5_tokenizer)
+from text_encoders import (EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder, T5Config,
+                           T5Encoder, load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
 
 PARTS = {                                       # file name: (module, its config)
@@ -37,13 +40,16 @@ PARTS = {                                       # file name: (module, its config
     "clip_l_image": (CLIPImageEncoder, CLIPImageConfig), "clip_g_image": (CLIPImageEncoder, CLIPImageConfig),
 }
 
+ADAMW = ("step", "exp_avg", "exp_avg_sq")
+
 
 class CheckpointError(ValueError):
     """A file that cannot be used; the message is one line with cause and remedy."""
 
 
 def write_atomically(path, write) -> None:
-    """write(temporary path), then fsync and rename: the file at `path` is the old one or the new one, never half of it."""
+    """write(temporary path), then fsync and rename: the file at `path` is the old one or the new one,
+    never half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -51,23 +57,26 @@ def write_atomically(path, write) -> None:
         write(temporary)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)                      # safetensors makes its files readable by their owner alone
+        os.chmod(temporary, 0o644)              # safetensors makes its files readable by their owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value) -> None:
-    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8"))
+    write_atomically(
+        path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8"))
 
 
 def read_json(path) -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: is this the folder of a finished or interrupted run?") from None
+        raise CheckpointError(
+            f"{path} is missing: is this the folder of a finished or interrupted run?") from None
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read as JSON ({e}): restore it, or train the run again") from None
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({e}): restore it, or train the run again") from None
 
 
 def save_tensors(path, tensors: dict, about: dict) -> None:
@@ -82,31 +91,35 @@ def load_tensors(path) -> tuple[dict, dict]:
         with safe_open(path, framework="pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the run did not get so far, continue it with train.py --resume") from None
+        raise CheckpointError(f"{path} is missing: the run did not get so far, "
+                              "continue it with train.py --resume") from None
     except (SafetensorError, OSError, ValueError) as e:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({e}): delete it and go on with an older copy, "
-                              "or train the run again") from None
+        raise CheckpointError(f"{path} is not a whole safetensors file ({e}): delete it and go on with "
+                              "an older copy, or train the run again") from None
 
 
 def load_strict(module: torch.nn.Module, tensors: dict, path) -> torch.nn.Module:
-    """Fill every parameter and buffer of `module` exactly once from `tensors`; anything else is a CheckpointError."""
+    """Fill every parameter and buffer of `module` exactly once from `tensors`;
+    anything else is a CheckpointError."""
     own = module.state_dict()
     for name in [*own, *tensors]:
         if name not in tensors or name not in own:
             kind = "lacks" if name in own else "has an unknown"
-            raise CheckpointError(f"{path} {kind} {name}: it belongs to another architecture or version of this code")
+            raise CheckpointError(
+                f"{path} {kind} {name}: it belongs to another architecture or version of this code")
         if own[name].shape != tensors[name].shape:
-            raise CheckpointError(f"{path}: {name} is {tuple(tensors[name].shape)}, this model needs {tuple(own[name].shape)}: "
-                                  "it belongs to another architecture")
+            raise CheckpointError(f"{path}: {name} is {tuple(tensors[name].shape)}, this model needs "
+                                  f"{tuple(own[name].shape)}: it belongs to another architecture")
         if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
-            raise CheckpointError(f"{path}: {name} holds NaN or infinity: training diverged or the file is damaged, "
-                                  "use an older checkpoint or a smaller learning rate")
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity: training diverged or the file is "
+                                  "damaged, use an older checkpoint or a smaller learning rate")
     module.load_state_dict(tensors)
     return module
 
 
 def save_part(run, name: str, module: torch.nn.Module) -> None:
-    save_tensors(Path(run, f"{name}.safetensors"), module.state_dict(), {"part": name, "config": asdict(module.config)})
+    save_tensors(Path(run, f"{name}.safetensors"), module.state_dict(),
+                 {"part": name, "config": asdict(module.config)})
 
 
 def load_part(run, name: str) -> torch.nn.Module:
@@ -115,12 +128,14 @@ def load_part(run, name: str) -> torch.nn.Module:
     tensors, about = load_tensors(path)
     module, config = PARTS[name]
     if about.get("part") != name:
-        raise CheckpointError(f"{path} was not written as {name!r} by train.py: it cannot be loaded as a part of a run")
+        raise CheckpointError(
+            f"{path} was not written as {name!r} by train.py: it cannot be loaded as a part of a run")
     try:
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
         built = module(config(**settings))
     except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{path} describes an architecture that this code does not know ({e})") from None
+        raise CheckpointError(
+            f"{path} describes an architecture that this code does not know ({e})") from None
     return load_strict(built, tensors, path).eval().requires_grad_(False)
 
 
@@ -128,11 +143,13 @@ def load_tokenizers(folder, clip_length: int) -> dict:
     """A run's three, in the order of the encoders: CLIP's two share a vocabulary and pad differently."""
     words = Path(folder) / "tokenizers"
     return {"clip_l": load_clip_tokenizer(words / "clip", EOS, clip_length),
-            "clip_g": load_clip_tokenizer(words / "clip", "!", clip_length), "t5": load_t5_tokenizer(words / "t5")}
+            "clip_g": load_clip_tokenizer(words / "clip", "!", clip_length),
+            "t5": load_t5_tokenizer(words / "t5")}
 
 
 def save_state(run, stage: str, step: int, total: int, params: dict, average: dict, optimizer) -> None:
-    """Everything that the rest of the stage depends on, in one file: weights, their average, AdamW's moments, the step."""
+    """Everything that the rest of the stage depends on, in one file: weights, their average, AdamW's moments,
+    the step."""
     tensors = {f"model.{k}": p for k, p in params.items()} | {f"average.{k}": v for k, v in average.items()}
     for k, p in params.items():
         tensors |= {f"adamw.{moment}.{k}": v for moment, v in optimizer.state[p].items()}
@@ -150,10 +167,15 @@ def load_state(run, stage: str, params: dict, average: dict, optimizer, total: i
     for prefix, target in (("model.", params), ("average.", average)):
         for k, p in target.items():
             if prefix + k not in tensors or tensors[prefix + k].shape != p.shape:
-                raise CheckpointError(f"{path} does not fit this model at {k}: it belongs to another architecture")
+                raise CheckpointError(
+                    f"{path} does not fit this model at {k}: it belongs to another architecture")
             p.data.copy_(tensors[prefix + k])
     for k, p in params.items():
-        optimizer.state[p] = {m: tensors[f"adamw.{m}.{k}"].to(p.device) for m in ("step", "exp_avg", "exp_avg_sq")}
+        moments = [m for m in ADAMW if f"adamw.{m}.{k}" in tensors]
+        if moments and len(moments) < len(ADAMW):
+            raise CheckpointError(f"{path} lacks a part of AdamW's state of {k}: delete it and start the stage again")
+        if moments:                                     # none: the last block's ln_q, which never gets a gradient
+            optimizer.state[p] = {m: tensors[f"adamw.{m}.{k}"].to(p.device) for m in ADAMW}
     print(f"{stage}: going on at step {about['step']} of {about['total']}")
     return about["step"], about["total"]
 
@@ -191,7 +213,8 @@ def demo():
 
 
 # Exercises. (1) Leave out the rename and kill the process while it saves: what does the next start find?
-# (2) Flip one byte in the middle of a file: it loads without a word. What would you store beside it to notice?
+# (2) Flip one byte in the middle of a file: it loads without a word.
+# What would you store beside it to notice?
 
 if __name__ == "__main__":
     demo()

@@ -82,8 +82,7 @@ def find_objects(image):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (len(image), len(image), 3):
         raise ValueError(f"a picture is a square uint8 array (S, S, 3), not {image.dtype} {image.shape}: "
                          "crop it, scale it to 0..255")
-    way = Image.Resampling.BOX if len(image) > SIDE else Image.Resampling.BICUBIC
-    picture = Image.fromarray(image).resize((SIDE, SIDE), way)                  # 64 x 64 stays as it is
+    picture = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)     # 64 x 64: unchanged
     pixels = np.asarray(picture, np.float32)                                    # (H, W, 3)
     border = np.pad(np.zeros((SIDE - 4, SIDE - 4), bool), 2, constant_values=True)
     ground = np.median(pixels[border], axis=0)                                  # (3,)
@@ -157,7 +156,7 @@ def recognise(pixels, share, region, rays):
     iou = np.minimum(view, views).sum(axis=(1, 2)) / np.maximum(view, views).sum(axis=(1, 2))
     best = int(iou.argmax())
     level, core = 0.5, solid & (iou[best] < SURE)
-    while core.any():               # unknown: have several run into each other? Cut where pale, then where thin
+    while core.any():               # unknown: several run together? Cut where it is pale, then where thin
         parts = grow(connected(core, SMALLEST // 2), region, 8)
         if len(parts) > 1:
             return [f for part in parts for f in recognise(pixels, share, part, rays)]
@@ -288,7 +287,8 @@ def summary(records, tasks):
     for by_task in result.values():
         by_task["overall"] = sum(by_task.values()) / len(tasks)
     result["error"] = dict(zip(tasks, errors), overall=math.hypot(*errors) / len(tasks))
-    result["seen"], result["unseen"] = (share("correct", "colors", "color_attr", unseen=u) for u in (False, True))
+    pairs = ("colors", "color_attr")
+    result["seen"], result["unseen"] = (share("correct", *pairs, unseen=u) for u in (False, True))
     result["shape"], result["colour"] = share("shape", "single_object", "colors"), share("colour", "colors")
     return result | {"records": records}
 
@@ -319,15 +319,15 @@ def falsify(metadata, rng):
 
 
 def blur(sigma):
-    return lambda image, rng: np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
+    return lambda image, _: np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
 
 
 def noise(sigma):
     return lambda image, rng: np.uint8((image + rng.normal(0, sigma, image.shape)).round().clip(0, 255))
 
 
-SPOILS = {"clean": lambda image, rng: image, "blur 0.7": blur(0.7), "blur 1.2": blur(1.2),
-          "half size": lambda image, rng: np.asarray(Image.fromarray(image).reduce(2).resize(image.shape[:2])),
+SPOILS = {"clean": lambda image, _: image, "blur 0.7": blur(0.7), "blur 1.2": blur(1.2),
+          "half size": lambda image, _: np.asarray(Image.fromarray(image).reduce(2).resize(image.shape[:2])),
           "noise 6": noise(6), "noise 12": noise(12)}
 
 

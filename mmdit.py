@@ -312,3 +312,58 @@ class MMDiT(nn.Module):
         if t.shape != (B,) or context.ndim != 3 or context.shape[::2] != (B, c.context_dim) or pooled.shape != (B, c.pooled_dim):
             raise ValueError(f"for {B} latents expected t ({B},), context ({B}, M, {c.context_dim}) and pooled "
                              f"({B}, {c.pooled_dim}); got {tuple(t.shape)}, {tuple(context.shape)}, {tuple(pooled.shape)}")
+
+
+# ------------------------------------------------------------------------------------------------------ demo
+
+def demo():
+    """The shapes of a forward pass; what an untrained model does; four pictures learned from captions."""
+    torch.manual_seed(0)
+    c = MMDiTConfig.preset("tiny")
+    model = MMDiT(c)
+    B, M = 4, 12
+    x0, noise = torch.randn(B, c.in_channels, 8, 8), torch.randn(1, c.in_channels, 8, 8).expand(B, -1, -1, -1)
+    context, pooled, t = torch.randn(B, M, c.context_dim), torch.zeros(B, c.pooled_dim), torch.ones(B)
+
+    def show(name):
+        def hook(module, inputs, output):
+            block = isinstance(module, JointBlock)
+            for stream, x in zip(("text", "image"), output) if block else [("", output)]:
+                print(f"  {name:18s} {stream:5s}  {'ends here' if x is None else tuple(x.shape)}")
+            if block:                                           # gates are zero: both streams pass unchanged
+                assert all(x is None or torch.equal(x, before) for x, before in zip(output, inputs))
+        return hook
+
+    parts = dict(model.named_children()) | {f"joint_blocks.{i}": b for i, b in enumerate(model.joint_blocks)}
+    hooks = [part.register_forward_hook(show(name)) for name, part in parts.items()]
+    v = model(noise, t, context, pooled)
+    for hook in hooks:
+        hook.remove()
+    assert v.shape == x0.shape and not v.any()
+    count = sum(p.numel() for p in model.parameters())
+    print(f"untrained: {count:,} parameters, blocks are the identity, velocity {tuple(v.shape)} exactly 0")
+
+    # All four start from one noise at t = 1, without pooled text: only tokens say which picture is meant.
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+    for step in range(90):
+        loss = F.mse_loss(model(noise, t, context, pooled), noise - x0)     # d/dt of (1 - t) x0 + t noise
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 30 == 0:
+            print(f"step {step:3d}  loss {loss.item():.4f}")
+    with torch.no_grad():
+        right = F.mse_loss(noise - model(noise, t, context, pooled), x0).item()             # x0 = noise - v
+        wrong = F.mse_loss(noise - model(noise, t, context.roll(1, 0), pooled), x0).item()
+    print(f"trained: drawn in one step, squared error {right:.5f}; with captions exchanged {wrong:.2f}")
+    assert right < 0.01 and wrong > 1
+
+
+# Exercises, in demo(). (1) Leave final_layer.linear out of `zeros` in initialize_weights: blocks still are
+# the identity, but the first loss is nearly 4 instead of 2, the price of predicting nothing. (2) Give all
+# four captions the same context: the loss stops near 0.75, the variance among the four pictures, since the
+# best velocity is then their mean. (3) Multiply the MLP's gate by zero in StreamBlock.finish: attention alone
+# still learns the batch, a little later (loss 0.008 instead of 0.005 at step 60).
+
+if __name__ == "__main__":
+    demo()

@@ -1,14 +1,18 @@
-"""What each stage of training learns, and from what: kept apart from train.py so that the loop there stays on one page.
+"""What each stage of training learns, and from what: kept apart from train.py so that the loop there stays on
+one page.
 
-    stage   trains                       a step's batch                           loss
-    vae     AutoencoderKL                pictures                                 squared error + edges + KL   (vae.vae_loss)
-    clip    two text towers, and the     pictures, a caption each                 InfoNCE of both pairs        (clip_loss)
-            image towers that teach them
-    t5      T5Encoder                    captions with hidden words               cross-entropy of the words   (masked_span_loss)
-    flow    MMDiT                        latents, text features, noise, times     flow matching                (flow.loss)
+    stage  trains                 a step's batch              loss
+    vae    AutoencoderKL          pictures                    squared error + edges + KL  (vae.vae_loss)
+    clip   two text towers, and   pictures, a caption each    InfoNCE of both pairs       (clip_loss)
+           the image towers that
+           teach them
+    t5     T5Encoder              captions with hidden words  cross-entropy of the words  (masked_span_loss)
+    flow   MMDiT                  latents, text features,     flow matching               (flow.loss)
+                                  noise, times
 
-Each function returns a Stage: the modules to train and loss(step, generator). All randomness comes from that generator, which
-depends on (seed, stage, step) alone. Each stage uses what earlier ones have learnt, frozen; the flow reads it from `cache`.
+Each function returns a Stage: the modules to train and loss(step, generator). All randomness comes from that
+generator, which depends on (seed, stage, step) alone. Each stage uses what earlier ones have learnt, frozen;
+the flow reads it from `cache`.
 """
 import dataclasses
 import math
@@ -23,11 +27,13 @@ import flow
 from data import contact_sheet
 from mmdit import MMDiT, MMDiTConfig
 from sample import Pipeline
-from text_encoders import (CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder, clip_loss,
-                           drop_encoders, masked_span_loss, sample_drops)
-from vae import AutoencoderKL, PatchDiscriminator, VAEConfig, discriminator_loss, measure_latents, psnr, vae_loss
+from text_encoders import (CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder, T5Config,
+                           T5Encoder, clip_loss, drop_encoders, masked_span_loss, sample_drops)
+from vae import (AutoencoderKL, PatchDiscriminator, VAEConfig, discriminator_loss, measure_latents, psnr,
+                 vae_loss)
 
-PARTS_OF = {"vae": ("vae",), "clip": ("clip_l", "clip_g", "clip_l_image", "clip_g_image"), "t5": ("t5",), "flow": ("mmdit",)}
+PARTS_OF = {"vae": ("vae",), "clip": ("clip_l", "clip_g", "clip_l_image", "clip_g_image"), "t5": ("t5",),
+            "flow": ("mmdit",)}
 STAGES = tuple(PARTS_OF)
 
 
@@ -37,24 +43,29 @@ class Stage:
     name: str
     model: nn.Module                        # all that is trained
     loss: object                            # (step, generator) -> (scalar, {name: scalar for the log})
-    preview: object = None                  # (step) -> None: a sample grid, called while the model has its averaged weights
+    preview: object = None                  # (step) -> None: a sample grid, drawn with the averaged weights
     ema: bool = False                       # keep an average of the weights and return it
 
 
 def build(c, tokenizers: dict) -> dict[str, nn.Module]:
-    """Every part, untrained, under the name of its file. The transformer's config follows from the others'."""
+    """Every part, untrained, under the name of its file.
+    The transformer's config follows from the others'."""
     torch.manual_seed(c.seed)
     vae = AutoencoderKL(VAEConfig.preset("tiny"))
-    clip_l = CLIPTextConfig.preset("tiny_l", vocab_size=tokenizers["clip_l"].vocab_size, context_length=c.clip_length)
-    clip_g = CLIPTextConfig.preset("tiny_g", vocab_size=tokenizers["clip_g"].vocab_size, context_length=c.clip_length)
+    clip_l = CLIPTextConfig.preset(
+        "tiny_l", vocab_size=tokenizers["clip_l"].vocab_size, context_length=c.clip_length)
+    clip_g = CLIPTextConfig.preset(
+        "tiny_g", vocab_size=tokenizers["clip_g"].vocab_size, context_length=c.clip_length)
     t5 = T5Config.preset("tiny", vocab_size=tokenizers["t5"].vocab_size)
     tokens = c.size // (2 * vae.config.factor)                              # along a side of a picture
     mmdit = MMDiTConfig.preset(
-        c.model, in_channels=vae.config.z_channels, context_dim=t5.width, pooled_dim=clip_l.width + clip_g.projection_dim,
+        c.model, in_channels=vae.config.z_channels, context_dim=t5.width,
+        pooled_dim=clip_l.width + clip_g.projection_dim,
         pos_max=max(32, 4 * tokens), pos_sample=tokens, pos_base=tokens)
     return {"vae": vae, "clip_l": CLIPTextEncoder(clip_l), "clip_g": CLIPTextEncoder(clip_g),
             "clip_l_image": CLIPImageEncoder(CLIPImageConfig.preset("tiny", projection_dim=clip_l.width)),
-            "clip_g_image": CLIPImageEncoder(CLIPImageConfig.preset("tiny", projection_dim=clip_g.projection_dim)),
+            "clip_g_image": CLIPImageEncoder(
+                CLIPImageConfig.preset("tiny", projection_dim=clip_g.projection_dim)),
             "t5": T5Encoder(t5), "mmdit": MMDiT(mmdit)}
 
 
@@ -68,7 +79,8 @@ def vae_stage(run, parts, pictures) -> Stage:
     critic = PatchDiscriminator() if c.vae_critic else None
 
     def loss(step, g):
-        x = to_unit(pictures.images[torch.randint(len(pictures.images), (c.vae_batch,), generator=g)], run.device)
+        x = to_unit(
+            pictures.images[torch.randint(len(pictures.images), (c.vae_batch,), generator=g)], run.device)
         if critic is None:
             return vae_loss(vae, x, generator=g)[:2]
         critic.requires_grad_(False)                                        # it learns from its own loss only
@@ -77,7 +89,8 @@ def vae_stage(run, parts, pictures) -> Stage:
         judged = discriminator_loss(critic, x, recon)
         return total + judged, logged | {"critic": judged.detach()}
 
-    return Stage("vae", nn.ModuleDict({"vae": vae} if critic is None else {"vae": vae, "critic": critic}), loss)
+    return Stage(
+        "vae", nn.ModuleDict({"vae": vae} if critic is None else {"vae": vae, "critic": critic}), loss)
 
 
 @torch.no_grad()
@@ -88,7 +101,8 @@ def measure_vae(run, vae, pictures) -> None:
         shift, scale = measure_latents(vae, some)
         again = torch.cat([vae.decode(vae.encode(x).mean) for x in some.split(64)])
     vae.config = dataclasses.replace(vae.config, shift=shift, scale=scale)
-    print(f"vae: {psnr(again, some):.1f} dB from picture to latent and back; latent = (z - {shift:.3f}) * {scale:.3f}", flush=True)
+    print(f"vae: {psnr(again, some):.1f} dB from picture to latent and back; "
+          f"latent = (z - {shift:.3f}) * {scale:.3f}", flush=True)
 
 
 def clip_stage(run, parts, pictures, tokenizers) -> Stage:
@@ -134,8 +148,9 @@ def t5_stage(run, parts, pictures, tokenizers) -> Stage:
 def cache(run, vae, encoders, pictures):
     """Everything that the flow model will be fed, computed once and kept on the device.
 
-    Returns latent mean and standard deviation (n, C, H, W), so that each step still samples the posterior; context
-    (captions, M, ctx) and pooled (captions, pool) in bfloat16; and for each picture the row numbers of its captions.
+    Returns latent mean and standard deviation (n, C, H, W), so that each step still samples the posterior;
+    context (captions, M, ctx) and pooled (captions, pool) in bfloat16; and for each picture the row numbers
+    of its captions.
     """
     start, mean, std, context, pooled = time.monotonic(), [], [], [], []
     captions = sorted({text for texts in pictures.captions for text in texts})
@@ -149,7 +164,8 @@ def cache(run, vae, encoders, pictures):
             text = encoders(captions[i:i + 512], run.config.t5_length)
             context.append(text.context.bfloat16())
             pooled.append(text.pooled.bfloat16())
-    print(f"flow: {len(pictures.images)} latents and {len(captions)} captions encoded in {time.monotonic() - start:.0f} s", flush=True)
+    print(f"flow: {len(pictures.images)} latents and {len(captions)} captions encoded "
+          f"in {time.monotonic() - start:.0f} s", flush=True)
     rows = [[index[text] for text in texts] for texts in pictures.captions]
     return torch.cat(mean), torch.cat(std), torch.cat(context), torch.cat(pooled), rows
 
@@ -163,15 +179,17 @@ def flow_stage(run, parts, pictures, encoders) -> Stage:
         i = torch.randint(len(mean), (c.flow_batch,), generator=g)
         text = torch.tensor([choose(rows[k], g) for k in i.tolist()], device=run.device)
         i = i.to(run.device)
-        x0 = mean[i] + std[i] * flow.draw_noise(mean[i].shape, g, run.device)                       # (B, C, H, W)
+        x0 = mean[i] + std[i] * flow.draw_noise(mean[i].shape, g, run.device)       # (B, C, H, W)
         t = flow.shift_t(flow.sample_t(c.density, len(i), generator=g, device=run.device), c.shift)
         noise = flow.draw_noise(x0.shape, g, run.device)
-        ctx, pool = drop_encoders(context[text].float(), pooled[text].float(), sample_drops(len(i), g, c.text_drop),
-                                  encoders.clip_length, encoders.widths[:2])
+        ctx, pool = drop_encoders(
+            context[text].float(), pooled[text].float(), sample_drops(len(i), g, c.text_drop),
+            encoders.clip_length, encoders.widths[:2])
         return flow.loss(model, x0, t=t, noise=noise, context=ctx, pooled=pool).mean(), {}
 
     prompts = preview_prompts(c, pictures)
-    pipe = Pipeline(model, vae, encoders, t5_length=c.t5_length, shift=c.shift, kind="clean", size=(c.size, c.size), zero_empty=True,
+    pipe = Pipeline(model, vae, encoders, t5_length=c.t5_length, shift=c.shift, kind="clean",
+                    size=(c.size, c.size), zero_empty=True,
                     dtype=None if run.dtype == torch.float32 else run.dtype)
 
     def preview(step):
@@ -186,5 +204,6 @@ def flow_stage(run, parts, pictures, encoders) -> Stage:
 def preview_prompts(c, pictures) -> list[str]:
     if c.data != "drawn":
         return [pictures.captions[k * len(pictures.captions) // 8][0] for k in range(8)]
-    return ["a star", "a red circle", "three hearts", "a ring and a cross", "a square left of a ring", "a star above a heart",
-            "a red star left of a blue ring", "a small green square at the top left and a big white ring at the right"]
+    return ["a star", "a red circle", "three hearts", "a ring and a cross", "a square left of a ring",
+            "a star above a heart", "a red star left of a blue ring",
+            "a small green square at the top left and a big white ring at the right"]

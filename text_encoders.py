@@ -61,8 +61,8 @@ def preset(cls, name, **changes):
 def init_weights(model):
     """The published schemes: normal weights with these deviations, zero biases; norms stay at 1.
 
-    DIFFERS: the original gives T5's table of relative positions D^-0.5, from where a short training hardly learns
-    the order of words: with "tiny", 300 steps of 64 captions, masked-span loss 2.5; from 2.0 as here, 1.3.
+    DIFFERS: the original gives T5's table of relative positions D^-0.5, from where a short training hardly
+    learns the order of words: "tiny", 300 steps of 64 captions: masked-span loss 2.5; from 2.0 as here: 1.3.
     """
     c, a = model.config, model.config.width ** -0.5
     if isinstance(c, T5Config):

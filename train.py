@@ -1,35 +1,42 @@
 """Training: how is each part of Stable Diffusion 3 made? One loop, four stages, one command.
 
-    python train.py --tiny                        everything, from nothing, on drawn shapes: minutes on a laptop
-    python train.py --tiny --minutes 5            the same in five minutes; the pictures will be rougher
-    python train.py --tiny --data emoji           1,026 Twemoji instead, which ship with the project
-    python train.py --tiny --data DIR             your pictures: name.png + name.txt, or captions.jsonl (see data.py)
-    python train.py --tiny --flow-steps 30000     longer: what a GPU can afford
-    python train.py --resume                      go on with the last run, exactly where it was
-    python sample.py "a red star left of a blue ring"       then draw something
+    python train.py --tiny                     everything, from nothing, on drawn shapes: minutes on a laptop
+    python train.py --tiny --minutes 5         the same in five minutes; the pictures will be rougher
+    python train.py --tiny --data emoji        1,026 Twemoji instead, which ship with the project
+    python train.py --tiny --data DIR          your pictures: name.png + name.txt, or captions.jsonl
+                                               (see data.py)
+    python train.py --tiny --flow-steps 30000  longer: what a GPU can afford
+    python train.py --resume                   go on with the last run, exactly where it was
+    python sample.py "a red star left of a blue ring"    then draw something
 
-    stage      learns                                                from                                  loss
-    vae        pictures -> latents -> pictures                       pictures                              error + edges + KL
-    clip       two text towers, which feel what a picture shows      pictures and captions                 InfoNCE
-    t5         one text encoder, which knows which word goes where   captions                              hidden words
-    flow       MMDiT: the velocity from noise to latents             cached latents and text features      flow matching
+    stage   learns                                               from                    loss
+    vae     pictures -> latents -> pictures                      pictures                error + edges + KL
+    clip    two text towers, which feel what a picture shows     pictures and captions   InfoNCE
+    t5      one text encoder, which knows which word goes where  captions                hidden words
+    flow    MMDiT: the velocity from noise to latents            cached latents and      flow matching
+                                                                 text features
 
-Each stage freezes what it has learnt. Before the last, every picture and caption is encoded once, so that the stage that takes
-longest never runs the VAE or a text encoder (in the paper this saves 20 GB and half of the time, table 7).
+Each stage freezes what it has learnt. Before the last, every picture and caption is encoded once, so that the
+stage that takes longest never runs the VAE or a text encoder (in the paper this saves 20 GB and half of the
+time, table 7).
 
 What to know
-- float32: weights, optimizer, EMA, norms, the path and the loss. Matrix products run in bfloat16 under autocast where that is
-  faster on this device; the log's first lines say so and why.
-- All randomness of a step comes from (seed, stage, step). Nothing else needs saving, and a run that was interrupted and resumed
-  equals one that was not, bit by bit on the same machine with one thread.
-- Each text encoder is dropped with probability 46.4 %, by its own coin; with all three gone the model learns to draw anything,
-  which is what guidance pushes away from.
-- The EMA of the weights is what gets sampled and saved. It starts fast, (1 + step) / (10 + step), and ends at `ema`.
+- float32: weights, optimizer, EMA, norms, the path and the loss. Matrix products run in bfloat16 under
+  autocast where that is faster on this device; the log's first lines say so and why.
+- All randomness of a step comes from (seed, stage, step). Nothing else needs saving, and a run that was
+  interrupted and resumed equals one that was not, bit by bit on the same machine with one thread.
+- Each text encoder is dropped with probability 46.4 %, by its own coin; with all three gone the model learns
+  to draw anything, which is what guidance pushes away from.
+- The EMA of the weights is what gets sampled and saved. It starts fast, (1 + step) / (10 + step),
+  and ends at `ema`.
 
-DIFFERS: the published encoders and autoencoder were trained by others for months on other data; here they are made on the spot.
-DIFFERS: dropped text is zeros, and zeros stand for "no prompt" in sampling too; released SD3 weights expect an encoded "".
+DIFFERS: the published encoders and autoencoder were trained by others for months on other data;
+here they are made on the spot.
+DIFFERS: dropped text is zeros, and zeros stand for "no prompt" in sampling too;
+released SD3 weights expect an encoded "".
 
-The whole step stands in `fit`. Order: rate -> loss -> backward -> clip -> step -> EMA -> log -> preview -> save.
+The whole step stands in `fit`.
+Order: rate -> loss -> backward -> clip -> step -> EMA -> log -> preview -> save.
 """
 import argparse
 import csv
@@ -48,14 +55,17 @@ from torch import nn
 from tqdm import tqdm
 
 import flow
-from checkpoints import has_run, last_run, load_part, load_state, load_tokenizers, read_json, save_part, save_state, write_json
+from checkpoints import (has_run, last_run, load_part, load_state, load_tokenizers, read_json, save_part,
+                         save_state, write_json)
 from data import load_pictures
 from mmdit import MMDiTConfig
 from sample import pick_device
-from stages import PARTS_OF, STAGES, Stage, build, clip_stage, flow_stage, measure_vae, preview_prompts, t5_stage, vae_stage
-from text_encoders import TextEncoders, load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer, train_t5_tokenizer
+from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, flow_stage, measure_vae, preview_prompts,
+                    t5_stage, vae_stage)
+from text_encoders import (TextEncoders, load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
+                           train_t5_tokenizer)
 
-SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.95}     # of the time that --minutes leaves, for each stage at its start
+SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.95}      # of what --minutes leaves at a stage's start
 
 
 def flag(default, help):
@@ -74,16 +84,17 @@ class TrainConfig:
     device: str = flag("auto", "auto | cuda | mps | cpu")
     dtype: str = flag("auto", "auto | bfloat16 | float32, of matrix products")
     seed: int = flag(0, "repeats a run on the same machine")
-    minutes: float = flag(20.0, "bound on the whole run: where it is too slow, stages get fewer steps; 0: no bound")
+    minutes: float = flag(
+        20.0, "bound on the whole run: where it is too slow, stages get fewer steps; 0: no bound")
     # how long and how fast, by stage
-    vae_steps: int = flag(800, "steps of the autoencoder")
+    vae_steps: int = flag(700, "steps of the autoencoder")
     vae_batch: int = flag(16, "pictures a step")
     vae_rate: float = flag(2e-3, "peak learning rate")
     vae_critic: float = flag(0.0, "weight of the patch discriminator; 0: none")
-    clip_steps: int = flag(200, "steps of the two CLIP pairs")
-    clip_batch: int = flag(128, "pictures and captions a step")
+    clip_steps: int = flag(120, "steps of the two CLIP pairs")
+    clip_batch: int = flag(64, "pictures and captions a step")
     clip_rate: float = flag(1e-3, "peak learning rate")
-    t5_steps: int = flag(300, "steps of T5")
+    t5_steps: int = flag(200, "steps of T5")
     t5_batch: int = flag(128, "captions a step")
     t5_rate: float = flag(2e-3, "peak learning rate")
     flow_steps: int = flag(6500, "steps of the transformer")
@@ -93,13 +104,14 @@ class TrainConfig:
     clip_length: int = flag(0, "tokens of the CLIP towers; 0: as many as the short captions need, up to 77")
     t5_length: int = flag(0, "tokens of T5; 0: as many as all captions need, up to 77")
     density: str = flag("logit_normal", "of training times: uniform | logit_normal | mode | cosmap")
-    shift: float = flag(1.0, "of training and sampling times towards noise; 3 at 1024 pixels")
+    shift: float = flag(3.0, "of training and sampling times towards noise; 1: none")
     text_drop: float = flag(0.464, "probability that an encoder's features are zeroed")
     ema: float = flag(0.999, "decay of the averaged weights")
     warmup: int = flag(50, "steps of linear warm-up in each stage")
     decay: float = flag(0.4, "last part of each stage in which the rate falls to zero")
     clip_norm: float = flag(1.0, "largest norm of the gradient")
-    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, a third slower")
+    checkpointing: bool = flag(
+        False, "recompute activations in the backward pass: less memory, a third slower")
     preview_every: int = flag(500, "steps between sample grids; 0: none")
     save_every: int = flag(500, "steps between saves of the unfinished stage")
 
@@ -120,10 +132,11 @@ class TrainConfig:
         flow.shift_t(0.5, self.shift)
 
 
-# ------------------------------------------------------------------------------------------------------- device and dtype
+# ------------------------------------------------------------------------------------------- device and dtype
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """(dtype of matrix products, the reason in a few words). On a CPU the two are timed, since only some have bfloat16 units."""
+    """(dtype of matrix products, the reason in a few words). On a CPU the two are timed,
+    since only some have bfloat16 units."""
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type == "cuda":
@@ -141,10 +154,11 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times)
     gain = seconds[torch.float32] / seconds[torch.bfloat16]
-    return (torch.bfloat16 if gain > 1.3 else torch.float32), f"bfloat16 products take 1/{gain:.1f} of float32's time here"
+    return (torch.bfloat16 if gain > 1.3 else torch.float32,
+            f"bfloat16 products take 1/{gain:.1f} of float32's time here")
 
 
-# ------------------------------------------------------------------------------------------------------------ the one loop
+# ----------------------------------------------------------------------------------------------- the one loop
 
 class Run:
     """What all stages share: folder, device, dtype, clock."""
@@ -160,7 +174,8 @@ class Run:
 
     def generator(self, stage: str, step: int) -> torch.Generator:
         """The source of all randomness of one step. On the CPU: the same numbers on every device."""
-        return torch.Generator().manual_seed((self.config.seed * len(STAGES) + STAGES.index(stage)) * 10**9 + step)
+        return torch.Generator().manual_seed(
+            (self.config.seed * len(STAGES) + STAGES.index(stage)) * 10**9 + step)
 
     def left(self) -> float:
         """Seconds until --minutes is over."""
@@ -168,7 +183,8 @@ class Run:
 
 
 def rate_at(step: int, total: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate: up linearly over the warm-up, level, down linearly to zero over the last part."""
+    """Share of the peak learning rate: up linearly over the warm-up, level,
+    down linearly to zero over the last part."""
     warmup = min(config.warmup, total // 5 + 1)
     return min((step + 1) / warmup, 1.0, (total - step) / max(1, round(config.decay * total)))
 
@@ -176,14 +192,15 @@ def rate_at(step: int, total: int, config: TrainConfig) -> float:
 def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     """Train stage.model in place, from its start or from where the run was interrupted.
 
-    share: how much of the time left until --minutes this stage may take. Its first steps are timed, and if not all of them
-    fit, there will be fewer. FloatingPointError if the loss is no longer finite.
+    share: how much of the time left until --minutes this stage may take. Its first steps are timed, and if
+    not all of them fit, there will be fewer. FloatingPointError if the loss is no longer finite.
     """
     c, model = run.config, stage.model.to(run.device).train()
     total, peak = getattr(c, f"{stage.name}_steps"), getattr(c, f"{stage.name}_rate")
     params = dict(model.named_parameters())
-    groups = [{"params": [p for p in params.values() if p.ndim > 1], "weight_decay": 0.01},     # matrices decay,
-              {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]      # biases and norms do not
+    # matrices decay, biases and norms do not
+    groups = [{"params": [p for p in params.values() if p.ndim > 1], "weight_decay": 0.01},
+              {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=run.device.type != "mps")
     average = {k: p.detach().clone() for k, p in params.items()} if stage.ema else {}
     first, total = load_state(run.folder, stage.name, params, average, optimizer, total)
@@ -204,7 +221,7 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         step += 1
         log.add(step, total, loss, norm, group["lr"], parts)
 
-        if c.minutes and first == 0 and step in (10, 30):                   # plan the rest by the speed of 20 steps
+        if c.minutes and first == 0 and step in (10, 30):           # plan the rest by the speed of 20 steps
             now = time.monotonic()
             if step == 30:
                 total = min(total, max(60, 30 + int(share * run.left() / ((now - timed) / 20))))
@@ -215,6 +232,7 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
                 stage.preview(step)
             model.train()
         if step % c.save_every == 0 and step < total:
+            log.flush(step, total)                              # what the log tells is never behind the state
             save_state(run.folder, stage.name, step, total, params, average, optimizer)
     for name, value in average.items():
         params[name].data.copy_(value)
@@ -239,8 +257,9 @@ class Log:
     def __init__(self, run: Run, stage: str, first: int, total: int):
         self.stage, self.path, self.pending, self.smooth = stage, run.folder / "metrics.csv", [], None
         self.first, self.start, self.said = first, time.monotonic(), time.monotonic()
-        self.bar = tqdm(total=total, initial=first, desc=f"{stage:4s}", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        rows = read_metrics(self.path)                                      # what an interrupted run wrote after its last save
+        self.bar = tqdm(total=total, initial=first, desc=f"{stage:4s}", disable=not sys.stderr.isatty(),
+                        dynamic_ncols=True)
+        rows = read_metrics(self.path)                  # what an interrupted run wrote after its last save
         rows = [r for r in rows if r[0] != stage or int(r[1]) <= first]
         with open(self.path, "w", newline="", encoding="utf-8") as f:
             csv.writer(f).writerows([METRICS] + rows)
@@ -249,16 +268,19 @@ class Log:
         self.pending.append((step, loss.detach(), norm, rate, parts))
         self.bar.total = total
         self.bar.update()
-        if len(self.pending) >= 20 or step == total:                        # read rarely: reading a tensor makes a GPU wait
+        if len(self.pending) >= 20 or step == total:    # read rarely: reading a tensor makes a GPU wait
             self.flush(step, total)
 
     def flush(self, step, total):
+        if not self.pending:
+            return
         rows = [(self.stage, s, f"{x.item():.6g}", f"{n.item():.4g}", f"{rate:.4g}",
-                 " ".join(f"{k}={v.item():.4g}" for k, v in parts.items())) for s, x, n, rate, parts in self.pending]
+                 " ".join(f"{k}={v.item():.4g}" for k, v in parts.items()))
+                for s, x, n, rate, parts in self.pending]
         values, norm, self.pending = [float(r[2]) for r in rows], rows[-1][3], []
         if not all(map(math.isfinite, values)):
-            raise FloatingPointError(f"the loss of stage {self.stage} is not finite near step {step}: start again with a lower "
-                                     f"--{self.stage}-rate, or with --dtype float32")
+            raise FloatingPointError(f"the loss of stage {self.stage} is not finite near step {step}: "
+                                     f"start again with a lower --{self.stage}-rate, or with --dtype float32")
         with open(self.path, "a", newline="", encoding="utf-8") as f:
             csv.writer(f).writerows(rows)
         mean, now = sum(values) / len(values), time.monotonic()
@@ -266,8 +288,9 @@ class Log:
         self.bar.set_postfix_str(f"loss {self.smooth:.4f}, grad {norm}")
         if self.bar.disable and (now - self.said > 15 or step == total):
             each, self.said = (now - self.start) / (step - self.first), now
-            print(f"{self.stage:4s} {step:6d}/{total}  loss {self.smooth:.4f}  grad {norm}  {1000 * each:.0f} ms a step  "
-                  f"{clock(each * (total - step))} left in this stage", flush=True)
+            print(f"{self.stage:4s} {step:6d}/{total}  loss {self.smooth:.4f}  grad {norm}  "
+                  f"{1000 * each:.0f} ms a step  {clock(each * (total - step))} left in this stage",
+                  flush=True)
 
 
 METRICS = ("stage", "step", "loss", "grad_norm", "rate", "parts")
@@ -277,7 +300,8 @@ def read_metrics(path) -> list[list[str]]:
     if not Path(path).exists():
         return []
     with open(path, newline="", encoding="utf-8") as f:
-        return [row for row in list(csv.reader(f))[1:] if len(row) == len(METRICS)]     # a torn last line is left out
+        return [row for row in list(csv.reader(f))[1:]
+                if len(row) == len(METRICS)]                                # a torn last line is left out
 
 
 def plot_losses(path) -> None:
@@ -305,12 +329,13 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-# --------------------------------------------------------------------------------------------------------------- all of it
+# -------------------------------------------------------------------------------------------------- all of it
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train every part that the run's folder does not hold yet; returns the folder.
 
-    Raises ValueError (also CheckpointError) where the input is at fault, FloatingPointError where training diverged.
+    Raises ValueError (also CheckpointError) where the input is at fault,
+    FloatingPointError where training diverged.
     """
     pictures = load_pictures(config.data, config.size, count=config.pictures, seed=config.seed)
     folder = Path(config.out) if resume else new_folder(config)
@@ -322,9 +347,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     for part in parts.values():
         part.to(run.device)
     encoders = TextEncoders(parts["clip_l"], parts["clip_g"], parts["t5"], list(tokenizers.values()))
-    todo = [stage for stage, names in PARTS_OF.items() if not all((folder / f"{name}.safetensors").is_file() for name in names)]
-    make = {"vae": lambda: vae_stage(run, parts, pictures), "clip": lambda: clip_stage(run, parts, pictures, tokenizers),
-            "t5": lambda: t5_stage(run, parts, pictures, tokenizers), "flow": lambda: flow_stage(run, parts, pictures, encoders)}
+    todo = [stage for stage, names in PARTS_OF.items()
+            if not all((folder / f"{name}.safetensors").is_file() for name in names)]
+    make = {"vae": lambda: vae_stage(run, parts, pictures),
+            "clip": lambda: clip_stage(run, parts, pictures, tokenizers),
+            "t5": lambda: t5_stage(run, parts, pictures, tokenizers),
+            "flow": lambda: flow_stage(run, parts, pictures, encoders)}
     introduce(run, parts, pictures, todo, {stage: make[stage]() for stage in todo if stage != "flow"})
     for stage in todo:
         fit(run, make[stage](), SHARE[stage])
@@ -334,26 +362,29 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             save_part(folder, name, parts[name])
         plot_losses(folder / "metrics.csv")
     (folder / "state.safetensors").unlink(missing_ok=True)
-    print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. Now type\n"
-          f'    python sample.py "{preview_prompts(config, pictures)[6]}"')
+    print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. "
+          f'Now type\n    python sample.py "{preview_prompts(config, pictures)[6]}"')
     return folder
 
 
 def introduce(run: Run, parts, pictures, todo, stages) -> None:
-    """The log's first lines: device, dtype and why, data, sizes, and how long it should take, by timing each kind of step."""
+    """The log's first lines: device, dtype and why, data, sizes, and how long it should take,
+    by timing each kind of step."""
     c = run.config
-    print(f"run: {run.folder}\ndevice: {run.device}, {torch.get_num_threads()} CPU threads; matrix products in "
-          f"{str(run.dtype).removeprefix('torch.')} ({run.why}), all else in float32")
+    print(f"run: {run.folder}\ndevice: {run.device}, {torch.get_num_threads()} CPU threads; matrix products "
+          f"in {str(run.dtype).removeprefix('torch.')} ({run.why}), all else in float32")
     for name, reason in pictures.skipped[:5]:
         print(f"skipped {name}: {reason}")
-    print(f"data: {c.data}, {len(pictures.images)} pictures of {c.size} x {c.size}, {len(pictures.skipped)} skipped; "
-          f"text: {c.clip_length} tokens for CLIP, {c.t5_length} for T5")
-    print("parameters: " + ", ".join(f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in parts.items()))
+    print(f"data: {c.data}, {len(pictures.images)} pictures of {c.size} x {c.size}, "
+          f"{len(pictures.skipped)} skipped; text: {c.clip_length} tokens for CLIP, {c.t5_length} for T5")
+    print("parameters: " + ", ".join(
+        f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in parts.items()))
 
     def flow_loss(step, g):
         m, side = parts["mmdit"].config, c.size // parts["vae"].config.factor
         x, text = torch.randn(c.flow_batch, m.in_channels, side, side), c.clip_length + c.t5_length
-        return flow.loss(parts["mmdit"], x.to(run.device), context=torch.randn(len(x), text, m.context_dim, device=run.device),
+        return flow.loss(parts["mmdit"], x.to(run.device),
+                         context=torch.randn(len(x), text, m.context_dim, device=run.device),
                          pooled=torch.randn(len(x), m.pooled_dim, device=run.device)).mean(), {}
 
     seconds = {}
@@ -377,7 +408,8 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
 def new_folder(c: TrainConfig) -> Path:
     """Where a new run goes. It never touches the folder of another."""
     if c.out and has_run(c.out):
-        raise ValueError(f"{c.out} holds a run already: go on with it by  --resume --out {c.out}  or choose another --out")
+        raise ValueError(f"{c.out} holds a run already: go on with it by  --resume --out {c.out}  "
+                         "or choose another --out")
     if not c.out:
         name = c.data if c.data in ("drawn", "emoji") else Path(c.data).resolve().name
         numbered = (Path("runs", name + (f"-{i}" if i > 1 else "")) for i in itertools.count(1))
@@ -386,10 +418,12 @@ def new_folder(c: TrainConfig) -> Path:
 
 
 def make_tokenizers(folder: Path, c: TrainConfig, captions: list[str], short: list[str]) -> dict:
-    """CLIP's two (one vocabulary, other padding) and T5's, trained on the captions unless the folder has them.
+    """CLIP's two (one vocabulary, other padding) and T5's, trained on the captions
+    unless the folder has them.
 
-    Also settles clip_length and t5_length: attention to padding is not free, so CLIP gets as many tokens as the short captions
-    need and T5 as many as all do, in fours and up to SD3's 77. Whatever is longer gets cut, as it is there.
+    Also settles clip_length and t5_length: attention to padding is not free, so CLIP gets as many tokens as
+    the short captions need and T5 as many as all do, in fours and up to SD3's 77. Whatever is longer gets
+    cut, as it is there.
     """
     words = folder / "tokenizers"
     if not (words / "t5" / "tokenizer.json").is_file():
@@ -397,41 +431,52 @@ def make_tokenizers(folder: Path, c: TrainConfig, captions: list[str], short: li
         train_t5_tokenizer(captions, words / "t5", 2048)
 
     def needed(tokenizer, texts):
-        return min(77, 4 * math.ceil((max(tokenizer(list(set(texts)), 77).eq(tokenizer.eos).int().argmax(1)) + 1) / 4))
+        return min(77, 4 * math.ceil(
+            (max(tokenizer(list(set(texts)), 77).eq(tokenizer.eos).int().argmax(1)) + 1) / 4))
 
     c.clip_length = c.clip_length or needed(load_clip_tokenizer(words / "clip"), short)
     c.t5_length = c.t5_length or needed(load_t5_tokenizer(words / "t5"), captions)
     return load_tokenizers(folder, c.clip_length)
 
 
-# ------------------------------------------------------------------------------------------------------------ command line
+# ----------------------------------------------------------------------------------------------- command line
 
 def parse(argv=None) -> tuple[TrainConfig, bool]:
-    """Flags are the fields of TrainConfig. With --resume the run's own settings count, and only --minutes may change."""
+    """Flags are the fields of TrainConfig. With --resume the run's own settings count,
+    and only --minutes may change."""
     parser = argparse.ArgumentParser(description="train every part of Stable Diffusion 3", allow_abbrev=False,
                                      epilog="example: python train.py --tiny --data emoji --minutes 60")
-    parser.add_argument("--tiny", action="store_true", help="the sizes that train on a laptop; also the default")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the last one")
+    parser.add_argument("--tiny", action="store_true",
+                        help="the sizes that train on a laptop; also the default")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out, or with the last one")
     for f in dataclasses.fields(TrainConfig):
-        name, how = "--" + f.name.replace("_", "-"), {"help": f"{f.metadata['help']} (default: {f.default})", "default": None}
-        parser.add_argument(name, **how, **({"action": "store_true"} if f.type == "bool" else {"type": type(f.default)}))
+        name, how = "--" + f.name.replace("_", "-"), {
+            "help": f"{f.metadata['help']} (default: {f.default})", "default": None}
+        parser.add_argument(
+            name, **how, **({"action": "store_true"} if f.type == "bool" else {"type": type(f.default)}))
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], [s for a in parser._actions for s in a.option_strings], 1)
-        raise ValueError(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see python train.py --help"))
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None}
+        near = difflib.get_close_matches(
+            unknown[0], [s for a in parser._actions for s in a.option_strings], 1)
+        raise ValueError(f"unknown flag {unknown[0]}"
+                         + (f": did you mean {near[0]}?" if near else ": see python train.py --help"))
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)
+             if getattr(args, f.name) is not None}
     if not args.resume:
         return TrainConfig(**given), False
     folder = Path(given.pop("out", "") or last_run())
     saved = read_json(folder / "config.json")
     for name, value in given.items():
         if name != "minutes" and saved.get(name) != value:
-            raise ValueError(f"--{name.replace('_', '-')} {value} contradicts {folder}/config.json ({saved.get(name)}): "
-                             "a run keeps its settings; leave the flag out or start a new run")
+            raise ValueError(f"--{name.replace('_', '-')} {value} contradicts {folder}/config.json "
+                             f"({saved.get(name)}): a run keeps its settings; "
+                             "leave the flag out or start a new run")
     try:
         return TrainConfig(**{**saved, **given, "out": str(folder)}), True
     except TypeError as e:
-        raise ValueError(f"{folder}/config.json is from another version of train.py ({e}): start a new run") from None
+        raise ValueError(f"{folder}/config.json is from another version of train.py ({e}): "
+                         "start a new run") from None
 
 
 def main(argv=None) -> None:
@@ -444,7 +489,8 @@ def main(argv=None) -> None:
         sys.exit(2)
 
 
-# Exercises. (1) --text-drop 0: guidance now compares with a state that the model never saw; what do samples look like?
+# Exercises. (1) --text-drop 0: guidance now compares with a state that the model never saw;
+# what do samples look like?
 # (2) --density uniform: the paper's table 1 says worse for few sampling steps; compare at 5 and at 50.
 # (3) --ema 0: sample from the raw weights. Where in training does the average start to win?
 

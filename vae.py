@@ -316,3 +316,58 @@ def discriminator_loss(critic: PatchDiscriminator, real: torch.Tensor, fake: tor
 def psnr(x: torch.Tensor, y: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1] (peak 2)."""
     return (10 * torch.log10(4 / F.mse_loss(x.float(), y.float()))).item()
+
+
+# ------------------------------------------------------------------------------------------------------- demo
+
+def draw_discs(n: int, generator: torch.Generator, size: int = 16) -> torch.Tensor:
+    """n pictures of a disc that has moved in each, in two random colours -> (n, 3, size, size) in [-1, 1]."""
+    where = size * (0.15 + 0.7 * torch.rand(n, 2, 1, 1, generator=generator))
+    radius = size * (0.12 + 0.13 * torch.rand(n, 1, 1, generator=generator))
+    disc, ground = 2 * torch.rand(2, n, 3, 1, 1, generator=generator) - 1
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    inside = radius - torch.hypot(x - where[:, 0], y - where[:, 1])                        # (n, size, size)
+    return torch.lerp(ground, disc, (inside + 0.5).clamp(0, 1).unsqueeze(1))
+
+
+def demo():
+    """A small autoencoder of moving discs, 4 times smaller along each side; what noise on latents costs."""
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(0)
+    vae, steps = AutoencoderKL(VAEConfig.preset("tiny", ch_mult=(1, 2, 2))), 500
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 20, 1.0, 2 * (steps - step) / steps)
+        loss, parts, _ = vae_loss(vae, draw_discs(16, g), generator=g)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"step {step}  loss {loss:.4f} ", *(f" {k} {v:.4f}" for k, v in parts.items()))
+
+    images = draw_discs(256, g)                                             # not seen before
+    shift, scale = measure_latents(vae, images)
+    vae.config = replace(vae.config, shift=shift, scale=scale)
+    with torch.no_grad():
+        z = vae.encode(images).sample(g)
+        x = vae.to_latent(z)
+        noise, quality = torch.empty_like(x).normal_(generator=g), []
+        for std in (0.0, 0.1, 0.2, 0.4, 0.8):
+            quality.append(psnr(vae.decode(vae.from_latent(x + std * noise)), images))
+            print(f"noise {std} on the latents: {quality[-1]:.1f} dB")
+    flat = psnr(images.mean((2, 3), keepdim=True).expand_as(images), images)
+    print(f"images {tuple(images.shape)} -> latents {tuple(x.shape)}: mean {x.mean():.3f}, std {x.std():.3f}")
+    print(f"for comparison, a picture of the mean colour: {flat:.1f} dB")
+    assert torch.allclose(vae.from_latent(x), z, atol=1e-5)
+    assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
+    assert quality[0] > 23 > flat + 4 and quality == sorted(quality, reverse=True)
+
+
+# Exercises, in demo(). (1) Give the preset z_channels=2: 24.0 dB instead of 25.9, and 16.6 instead of 20.2
+# with noise of 0.8: few channels have no room to say a thing twice. (2) Pass kl_weight=0.1 to vae_loss: kl
+# falls from 2.8 to 0.2 and takes the pictures along, 17.4 dB: worth less than a picture's mean colour.
+# (3) Pass edge_weight=0: edges are a third worse, and squared error, all that is left to learn, is no better.
+
+if __name__ == "__main__":
+    demo()

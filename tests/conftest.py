@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(min(2, torch.get_num_threads()))      # small tensors: more threads only wait for each other
+torch.set_num_threads(min(2, torch.get_num_threads()))      # small tensors: more threads only wait
 
 settings.register_profile("default", deadline=None, max_examples=15, derandomize=True, database=None)
 settings.register_profile("thorough", deadline=None, max_examples=500)

@@ -1,4 +1,5 @@
-"""Claims about checkpoints.py: parts come back bit by bit, a crash leaves the old file, a bad file is refused in one line."""
+"""Claims about checkpoints.py: parts come back bit by bit, a crash leaves the old file,
+a bad file is refused in one line."""
 import json
 import os
 import pickle
@@ -12,18 +13,22 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import checkpoints
-from checkpoints import (PARTS, CheckpointError, has_run, last_run, load_part, load_state, load_strict, load_tensors,
-                         read_json, save_part, save_state, save_tensors, write_atomically, write_json)
+from checkpoints import (PARTS, CheckpointError, has_run, last_run, load_part, load_state, load_strict,
+                         load_tensors, read_json, save_part, save_state, save_tensors, write_atomically,
+                         write_json)
 from mmdit import MMDiT, MMDiTConfig
 from text_encoders import CLIPImageConfig, CLIPTextConfig, T5Config
 from vae import AutoencoderKL, VAEConfig
 
-text, image = CLIPTextConfig(60, 16, 1, 2, 32, "gelu", 8, 16), CLIPImageConfig(16, 8, 16, 1, 2, 32, "gelu", 16)
+text, image = (CLIPTextConfig(60, 16, 1, 2, 32, "gelu", 8, 16),
+               CLIPImageConfig(16, 8, 16, 1, 2, 32, "gelu", 16))
 CONFIGS = {
-    "mmdit": MMDiTConfig(2, heads=2, head_dim=8, in_channels=4, context_dim=8, pooled_dim=8, pos_max=4, pos_sample=2,
-                         pos_base=2, dual_blocks=1),
-    "vae": VAEConfig(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=2, num_groups=2, shift=-0.1, scale=1.7),
-    "t5": T5Config(60, 16, 1, 2, 8, 32), "clip_l": text, "clip_g": text, "clip_l_image": image, "clip_g_image": image,
+    "mmdit": MMDiTConfig(2, heads=2, head_dim=8, in_channels=4, context_dim=8, pooled_dim=8, pos_max=4,
+                         pos_sample=2, pos_base=2, dual_blocks=1),
+    "vae": VAEConfig(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=2, num_groups=2, shift=-0.1,
+                     scale=1.7),
+    "t5": T5Config(60, 16, 1, 2, 8, 32), "clip_l": text, "clip_g": text, "clip_l_image": image,
+    "clip_g_image": image,
 }
 
 
@@ -50,7 +55,7 @@ def refuses(call, *words):
         assert word in message, message
 
 
-# ------------------------------------------------------------------------------------------------------------ there and back
+# --------------------------------------------------------------------------------------------- there and back
 
 def test_every_kind_of_part_is_known_here():
     assert CONFIGS.keys() == PARTS.keys()
@@ -76,15 +81,16 @@ def test_tuples_of_a_config_survive_the_way_through_json(saved):
     [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]), max_size=4), st.integers(0, 3))
 def test_tensors_of_any_name_dtype_and_layout_come_back(tmp_path_factory, dtypes, n):
     path = tmp_path_factory.mktemp("x") / "x.safetensors"
-    tensors = {k: torch.arange(2 * n).view(2, n).t().to(dtype) for k, dtype in dtypes.items()}     # not contiguous
+    tensors = {k: torch.arange(2 * n).view(2, n).t().to(dtype) for k, dtype in dtypes.items()}  # transposed
     save_tensors(path, tensors, {"names": sorted(dtypes)})
     again, about = load_tensors(path)
     assert about == {"names": sorted(dtypes)} and again.keys() == tensors.keys()
     assert all(again[k].dtype == v.dtype and torch.equal(again[k], v) for k, v in tensors.items())
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-                           lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3), max_leaves=8)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3), max_leaves=8)
 
 
 @given(json_values)
@@ -94,7 +100,7 @@ def test_json_comes_back(tmp_path_factory, value):
     assert read_json(path) == value
 
 
-# ------------------------------------------------------------------------------------------------------------------- crashes
+# ---------------------------------------------------------------------------------------------------- crashes
 
 @pytest.mark.parametrize("problem", [OSError("disk full"), KeyboardInterrupt(), RuntimeError("bug")])
 def test_a_crash_while_writing_leaves_the_old_file_and_no_other(tmp_path, problem):
@@ -121,8 +127,10 @@ def test_what_a_killed_process_left_behind_is_neither_read_nor_kept(saved, tmp_p
 
 def test_files_are_flushed_before_they_take_the_place_of_the_old(tmp_path, monkeypatch):
     happened = []
-    monkeypatch.setattr(checkpoints.os, "fsync", lambda fd, real=os.fsync: (happened.append("flush"), real(fd)))
-    monkeypatch.setattr(checkpoints.os, "replace", lambda *a, real=os.replace: (happened.append("rename"), real(*a)))
+    monkeypatch.setattr(checkpoints.os, "fsync",
+                        lambda fd, real=os.fsync: (happened.append("flush"), real(fd)))
+    monkeypatch.setattr(checkpoints.os, "replace",
+                        lambda *a, real=os.replace: (happened.append("rename"), real(*a)))
     write_json(tmp_path / "new" / "folder" / "x.json", 1)
     assert happened[:2] == ["flush", "rename"]
 
@@ -132,7 +140,7 @@ def test_files_can_be_read_by_others(saved):
     assert stat.S_IMODE((saved / "vae.safetensors").stat().st_mode) == 0o644
 
 
-# ----------------------------------------------------------------------------------------------------------------- bad files
+# -------------------------------------------------------------------------------------------------- bad files
 
 def with_bytes(folder, data):
     (folder / "vae.safetensors").write_bytes(data)
@@ -143,7 +151,8 @@ def with_bytes(folder, data):
 def test_a_file_cut_short_anywhere_is_refused(saved, tmp_path_factory, data):
     whole = (saved / "vae.safetensors").read_bytes()
     n = data.draw(st.integers(0, len(whole) - 1))
-    refuses(with_bytes(tmp_path_factory.mktemp("cut"), whole[:n]), "vae.safetensors is not a whole", "delete it")
+    refuses(with_bytes(tmp_path_factory.mktemp("cut"), whole[:n]),
+            "vae.safetensors is not a whole", "delete it")
 
 
 def pickled():
@@ -155,8 +164,10 @@ def pickled():
 
 @pytest.mark.parametrize("name, data", {
     "empty": b"", "a web page": b"<!DOCTYPE html><html>please log in</html>", "a pickle": pickled(),
-    "a huge header": (2**62).to_bytes(8, "little") + b"{}", "a header that is no JSON": (4).to_bytes(8, "little") + b"{{{{",
-    "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n",
+    "a huge header": (2**62).to_bytes(8, "little") + b"{}",
+    "a header that is no JSON": (4).to_bytes(8, "little") + b"{{{{",
+    "text": b"version https://git-lfs.github.com/spec/v1\n"
+            b"oid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n",
 }.items())
 def test_files_of_another_kind_are_refused_and_never_unpickled(tmp_path, monkeypatch, name, data):
     monkeypatch.chdir(tmp_path)
@@ -165,7 +176,8 @@ def test_files_of_another_kind_are_refused_and_never_unpickled(tmp_path, monkeyp
 
 
 def test_bytes_beyond_the_end_are_refused(saved, tmp_path):
-    refuses(with_bytes(tmp_path, (saved / "vae.safetensors").read_bytes() + b"\0"), "not a whole", "delete it")
+    refuses(with_bytes(tmp_path, (saved / "vae.safetensors").read_bytes() + b"\0"),
+            "not a whole", "delete it")
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
@@ -203,8 +215,10 @@ NAME = "decoder.conv_in.weight"
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.pop(NAME), ("lacks " + NAME, "another architecture or version")),
     (lambda t: t.update(surplus=torch.zeros(1)), ("unknown surplus", "another architecture or version")),
-    (lambda t: t.update({NAME: t[NAME][:, :1]}), (NAME, "(8, 1, 3, 3)", "(8, 2, 3, 3)", "another architecture")),
-    (lambda t: t[NAME].view(-1)[5:6].fill_(float("nan")), (NAME, "NaN", "older checkpoint", "smaller learning rate")),
+    (lambda t: t.update({NAME: t[NAME][:, :1]}),
+     (NAME, "(8, 1, 3, 3)", "(8, 2, 3, 3)", "another architecture")),
+    (lambda t: t[NAME].view(-1)[5:6].fill_(float("nan")),
+     (NAME, "NaN", "older checkpoint", "smaller learning rate")),
     (lambda t: t[NAME].view(-1)[:1].fill_(float("-inf")), (NAME, "infinity", "older checkpoint")),
 ], ids=["missing", "surplus", "shape", "NaN", "infinity"])
 def test_every_parameter_is_filled_once_with_its_shape_and_finite_numbers(saved, tmp_path, change, words):
@@ -229,14 +243,15 @@ def test_damaged_json_is_refused(tmp_path, data):
 
 
 def test_missing_json_asks_whether_this_is_a_run(tmp_path):
-    refuses(lambda: read_json(tmp_path / "config.json"), "config.json is missing", "folder of a finished or interrupted run")
+    refuses(lambda: read_json(tmp_path / "config.json"),
+            "config.json is missing", "folder of a finished or interrupted run")
 
 
-# ------------------------------------------------------------------------------------------------- runs and unfinished stages
+# --------------------------------------------------------------------------------- runs and unfinished stages
 
 def test_the_last_run_is_the_one_written_to_last(tmp_path):
-    for age, (name, file) in enumerate([("b", "config.json"), ("a", "config.json"), ("b", "mmdit.safetensors"),
-                                        ("c", "config.json")]):
+    for age, (name, file) in enumerate([("b", "config.json"), ("a", "config.json"),
+                                        ("b", "mmdit.safetensors"), ("c", "config.json")]):
         write_json(tmp_path / name / file, {})
         os.utime(tmp_path / name / file, (1000 + age, 1000 + age))
     assert last_run(tmp_path) == tmp_path / "c" and has_run(tmp_path / "c")

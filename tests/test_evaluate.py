@@ -85,9 +85,10 @@ def test_every_shape_is_found_with_its_colour_place_and_box(shape, colour, r, u,
     [f] = find_objects(data.draw([Thing(shape, colour, x, y, r)]))
     outline = data.OUTLINES[shape] * r + (x, y)
     assert (f.shape, f.colour) == (shape, colour) and 0.85 < f.confidence <= 1
-    assert np.allclose(f.box, (*outline.min(axis=0), *outline.max(axis=0)), atol=3 / 64)    # thin tips fade
-    inside = outline.mean(axis=0) if shape == "heart" else (x, y)
-    assert np.allclose((f.x, f.y), inside, atol=(0.2 * r if shape == "heart" else 0.7 / 64))
+    thin = shape not in ("circle", "square", "ring", "cross")                   # tips fade
+    assert np.allclose(f.box, (*outline.min(axis=0), *outline.max(axis=0)), atol=(3 if thin else 1) / 64)
+    if shape != "heart":            # the others balance on their centres
+        assert np.allclose((f.x, f.y), (x, y), atol=0.3 / 64)
 
 
 @few
@@ -158,6 +159,14 @@ def test_any_picture_is_measured_quickly_and_without_warnings(seed, block):
     assert time.process_time() - start < 2
     assert all(0 <= f.confidence <= 1 and 0 <= min(f.box) and max(f.box) <= 1 for f in found)
     assert [f.confidence for f in found] == sorted((f.confidence for f in found), reverse=True)
+
+
+def test_small_shapes_may_lose_their_corners():
+    for shape in data.SHAPES:
+        for r in (0.13, 0.16):
+            drawn = evaluate.blur(1.5)(data.draw([Thing(shape, "white", 0.5, 0.5, r)]), None)
+            sharp = 190 + 2 * (drawn.astype(float) - 190)       # twice as steep about half height
+            assert names(find_objects(sharp.clip(128, 252).astype(np.uint8))) == [("white", shape)]
 
 
 def test_blobs_are_unknown_but_count_as_clutter():
@@ -252,6 +261,8 @@ def test_the_most_confident_object_of_a_shape_must_have_the_colour():
     red, blue = at("star", "red", 0.2, 0.2, 0.9), at("star", "blue", 0.7, 0.7, 0.95)
     wanted = asked("colors", ("star", "red", 1))
     assert judge([blue, red], wanted)[0] is False and judge([red, blue], wanted)[0] is True
+    two = asked("counting", ("star", "red", 2))
+    assert judge([red, blue], two)[0] is False and judge([red, red], two)[0] is True
 
 
 @pytest.mark.parametrize("offset, held", [
@@ -316,6 +327,13 @@ def test_shares_count_what_they_name():
     assert result["error"]["overall"] == pytest.approx(((p * (1 - p) + q * (1 - q)) / 40) ** 0.5 / 2)
     assert score(painter, n=2, tasks=("counting",))["unseen"] is None
 
+    def only_trained(prompts, seeds):
+        unseen = {m["prompt"] for m in data.prompts("colors", 20) if m["unseen"]}
+        return [GREY if p in unseen else paint(p) for p in prompts]
+
+    trained = score(only_trained, n=20, tasks=("colors",))
+    assert (trained["seen"], trained["unseen"], trained["score"]["colors"]) == (1, 0, 0.9)
+
 
 def test_prompts_and_seeds_depend_neither_on_n_nor_on_the_other_tasks():
     def asked(**options):
@@ -371,10 +389,10 @@ def test_a_run_is_scored_beside_its_ceilings(tmp_path, monkeypatch, capsys):
 
 
 def test_the_sheet_frames_right_pictures_green_and_wrong_ones_red():
-    records = [{"task": task, "prompt": "a star", "correct": right} for task in "ab" for right in (True, False)]
+    records = [{"task": task, "prompt": "a", "correct": ok} for task in "ab" for ok in (True, task == "a")]
     page = np.asarray(evaluate.sheet([GREY] * 4, records))
-    for name in ("green", "red"):
-        assert (page == data.COLOURS[name]).all(axis=2).sum() == 2 * (104 ** 2 - 96 ** 2)       # two frames
+    for name, frames in (("green", 3), ("red", 1)):
+        assert (page == data.COLOURS[name]).all(axis=2).sum() == frames * (104 ** 2 - 96 ** 2)
 
 
 def test_the_demo_passes(capsys):

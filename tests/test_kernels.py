@@ -1,4 +1,5 @@
-"""Claims about the three operations in kernels/, each held against the formula in float64, sample by sample."""
+"""Claims about the three operations in kernels/, each held against the formula in float64,
+sample by sample."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ def norm_scales(hd=HD, seed=1):
 
 
 def exact(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights=None, text_lengths=None, eps=1e-6):
-    """Joint attention in float64, one sample and one head at a time, with masked text cut away. -> (out_txt, out_img)"""
+    """Joint attention in float64, one sample and one head at a time, with masked text cut away.
+    -> (out_txt, out_img)"""
     def norm(x, w):
         return x if w is None else x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w.double()
 
@@ -40,7 +42,8 @@ def exact(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights=None, text_leng
         n = M if text_lengths is None else int(text_lengths[b])
         for h in range(nh):
             q = torch.cat([q_txt[b, :, h], q_img[b, :, h]])
-            k, v = (torch.cat([t[b, :n, h], i[b, :, h]]) for t, i in ((k_txt, k_img), (v_txt.double(), v_img.double())))
+            k, v = (torch.cat([t[b, :n, h], i[b, :, h]])
+                    for t, i in ((k_txt, k_img), (v_txt.double(), v_img.double())))
             out[b, :, h] = (q @ k.T / hd ** 0.5).softmax(-1) @ v
     return out[:, :M], out[:, M:]
 
@@ -53,7 +56,7 @@ def assert_close(got, expected, tolerance=2e-6):
         assert error < tolerance, f"relative error {error:.1e}"
 
 
-# ------------------------------------------------------------------------------------------------------ joint attention
+# -------------------------------------------------------------------------------------------- joint attention
 
 @given(sizes, st.booleans(), st.data())
 def test_joint_attention_is_softmax_attention_over_text_and_image_in_one_sequence(size, with_norm, data):
@@ -108,7 +111,8 @@ def test_text_beyond_its_length_has_no_influence():
     for b, n in enumerate(lengths):
         for key_or_value in other[1:3]:
             key_or_value[b, n:] = 1e4
-    for before, after in zip(joint_attention(*x, text_lengths=lengths), joint_attention(*other, text_lengths=lengths)):
+    for before, after in zip(joint_attention(*x, text_lengths=lengths),
+                             joint_attention(*other, text_lengths=lengths)):
         assert torch.equal(before, after)
 
 
@@ -160,7 +164,7 @@ def test_gradients_of_joint_attention_are_those_of_the_formula(lengths):
         assert_close(got, expected, 1e-5)
 
 
-# ----------------------------------------------------------------------------------------------- norms and modulation
+# --------------------------------------------------------------------------------------- norms and modulation
 
 def test_rms_norm_survives_values_whose_square_overflows_float16():
     x = torch.tensor([[300.0, -400.0, 500.0, 0.0]], dtype=torch.float16)
@@ -188,7 +192,7 @@ shapes = st.tuples(st.integers(1, 3), st.integers(0, 9), st.sampled_from([2, 7, 
 def test_modulate_is_a_plain_layer_norm_then_scale_and_shift(shape):
     x, _, _, shift, scale = activations(*shape)
     if shape[-1] == 2:
-        x[..., 0] += 1                                  # two almost equal numbers: their norm is ill-conditioned
+        x[..., 0] += 1                              # two almost equal numbers: their norm is ill-conditioned
     assert_close(modulate(x, shift, scale), exact_modulate(x, shift, scale), 1e-4)
 
 
@@ -201,7 +205,8 @@ def test_gate_residual_modulate_adds_the_gated_branch_then_modulates_the_sum(sha
 
 
 def test_each_sample_has_its_own_modulation_and_eps_keeps_constant_tokens_finite():
-    x, shift, scale = torch.full((2, 3, 4), 7.0), torch.tensor([[1.0] * 4, [2.0] * 4]), torch.full((2, 4), 5.0)
+    x, shift, scale = (torch.full((2, 3, 4), 7.0), torch.tensor([[1.0] * 4, [2.0] * 4]),
+                       torch.full((2, 4), 5.0))
     assert torch.equal(modulate(x, shift, scale), shift.unsqueeze(1).expand(2, 3, 4))
     x = torch.tensor([[[1.0, -1.0]]])
     assert_close(modulate(x, torch.zeros(1, 2), torch.zeros(1, 2), eps=3.0), x / 2)
@@ -233,7 +238,7 @@ def test_gradients_of_the_modulations_are_those_of_the_formula():
         assert_close(got, expected, 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 def test_an_unknown_back_end_is_refused_with_the_choices():
     x, y, gate, shift, scale = activations(1, 2, 4)

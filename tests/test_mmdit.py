@@ -1,5 +1,6 @@
-"""Claims about mmdit.py. Parity: fixtures/parity/mmdit_* hold small random models in the layout of Stability's files with
-the velocities of the original SD3.5 code and of diffusers 0.42; manifests/ the keys and shapes of the real files."""
+"""Claims about mmdit.py. Parity: fixtures/parity/mmdit_* hold small random models in the layout of
+Stability's files with the velocities of the original SD3.5 code and of diffusers 0.42; manifests/ the keys
+and shapes of the real files."""
 import json
 import math
 from pathlib import Path
@@ -16,8 +17,9 @@ from mmdit import MMDiT, MMDiTConfig, crop_positions, position_table, timestep_e
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"
 PREFIX = "model.diffusion_model."
-SMALL = MMDiTConfig(3, heads=2, head_dim=8, in_channels=4, context_dim=12, pooled_dim=6, pos_max=16, pos_sample=4, pos_base=4)
-KINDS = {"no norm": {"qk_norm": False}, "QK-norm": {}, "dual attention": {"dual_blocks": 2}}      # the three published kinds
+SMALL = MMDiTConfig(3, heads=2, head_dim=8, in_channels=4, context_dim=12, pooled_dim=6, pos_max=16,
+                    pos_sample=4, pos_base=4)
+KINDS = {"no norm": {"qk_norm": False}, "QK-norm": {}, "dual attention": {"dual_blocks": 2}}    # as published
 each_kind = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 
 
@@ -37,21 +39,22 @@ def random_model(**changes):
 def inputs(B=2, H=8, W=6, M=5, seed=0):
     """x, t, context, pooled for SMALL"""
     g = torch.Generator().manual_seed(seed)
-    return (torch.randn(B, 4, H, W, generator=g), torch.rand(B, generator=g), torch.randn(B, M, 12, generator=g),
-            torch.randn(B, 6, generator=g))
+    return (torch.randn(B, 4, H, W, generator=g), torch.rand(B, generator=g),
+            torch.randn(B, M, 12, generator=g), torch.randn(B, 6, generator=g))
 
 
 def tokens(model, B=2, M=5, N=12):
     """context, x, c inside the stack"""
     D, g = model.config.width, torch.Generator().manual_seed(1)
-    return (torch.randn(B, M, D, generator=g), torch.randn(B, N, D, generator=g), torch.randn(B, D, generator=g))
+    return (torch.randn(B, M, D, generator=g), torch.randn(B, N, D, generator=g),
+            torch.randn(B, D, generator=g))
 
 
 def error(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# ------------------------------------------------------------------------------------------------------ published models
+# ------------------------------------------------------------------------------------------- published models
 
 @pytest.mark.parametrize("name", ["sd3_medium", "sd3_5_large", "sd3_5_medium"])
 @torch.no_grad()
@@ -87,7 +90,7 @@ def test_depth_alone_sets_the_size():
     assert MMDiTConfig.preset("tiny", depth=2).width == 128
 
 
-# -------------------------------------------------------------------------------------------------------- before training
+# -------------------------------------------------------------------------------------------- before training
 
 @each_kind
 @torch.no_grad()
@@ -114,7 +117,7 @@ def test_the_first_step_moves_the_output_layer_and_nothing_else():
         "final_layer.linear.weight", "final_layer.linear.bias"}
 
 
-# ------------------------------------------------------------------------------------------------------- who sees what
+# ---------------------------------------------------------------------------------------------- who sees what
 
 @each_kind
 @torch.no_grad()
@@ -179,7 +182,7 @@ def test_velocities_have_the_shape_of_the_latents_for_any_picture_and_text(B, h,
     assert v.shape == x.shape and v.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------------- positions, time
+# -------------------------------------------------------------------------------------------- positions, time
 
 def sincos(p, width):
     """(len(p), width), in float64: sines, then cosines."""
@@ -195,9 +198,9 @@ def test_positions_of_sd3_are_those_of_256_pixel_training_stretched_and_extended
     table = table.view(pos_max, pos_max, 16)
     p = [(i - (pos_max - 64) / 2) / 4 for i in range(pos_max)]
     axis = sincos(p, 8).float()
-    assert torch.allclose(table[5, :, :8], axis, atol=1e-6)                 # the first half tells the column ...
-    assert torch.allclose(table[:, 7, 8:], axis, atol=1e-6)                 # ... the second the row
-    assert p[0] < 0                                                         # further out than 0: extended, not wrapped
+    assert torch.allclose(table[5, :, :8], axis, atol=1e-6)     # the first half tells the column ...
+    assert torch.allclose(table[:, 7, 8:], axis, atol=1e-6)     # ... the second the row
+    assert p[0] < 0                                             # further out than 0: extended, not wrapped
 
 
 def test_a_1024_pixel_picture_covers_coordinates_0_to_15_75():
@@ -210,7 +213,7 @@ def test_a_1024_pixel_picture_covers_coordinates_0_to_15_75():
 @given(st.integers(1, 13), st.integers(1, 13), st.sampled_from([13, 14]))
 def test_a_picture_of_any_aspect_ratio_takes_the_centre_of_the_table_row_by_row(h, w, side):
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    table = torch.stack([rows, columns], -1).view(1, side * side, 2)        # every cell holds its own coordinates
+    table = torch.stack([rows, columns], -1).view(1, side * side, 2)    # every cell holds its own coordinates
     top, left = (side - h) // 2, (side - w) // 2
     expected = [[top + i, left + j] for i in range(h) for j in range(w)]
     assert crop_positions(table, h, w)[0].tolist() == expected
@@ -226,7 +229,7 @@ def test_time_becomes_cosines_then_sines_of_1000_t(ts, dtype):
             assert abs(row[i] - math.cos(angle)) < 2e-4 and abs(row[128 + i] - math.sin(angle)) < 2e-4
 
 
-# ---------------------------------------------------------------------------------------- what may be left out, recomputed
+# --------------------------------------------------------------------------- what may be left out, recomputed
 
 def test_queries_of_the_last_texts_have_no_influence_and_no_gradient():
     model, D = random_model(), SMALL.width
@@ -279,7 +282,7 @@ def test_gradient_checkpointing_computes_blocks_twice_and_changes_no_gradient():
 def test_a_bfloat16_model_agrees_with_float32_to_a_few_percent():
     model, batch = random_model(), inputs()
     exact = model(*batch)
-    rounded = model.bfloat16()(*batch)                  # inputs may stay in float32; so does t, until its sinusoid is made
+    rounded = model.bfloat16()(*batch)    # inputs may stay in float32; so does t, until its sinusoid is made
     assert rounded.dtype == torch.bfloat16
     assert error(rounded.float(), exact) < 0.05
 
@@ -298,13 +301,15 @@ def test_one_batch_can_be_learned_by_heart():
     assert losses[-1] < 0.05 * losses[0], (losses[0], losses[-1])
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("i, shape, says", [
-    (0, (2, 5, 8, 6), "latents must be"), (0, (2, 4, 7, 6), "multiples of 2"), (0, (2, 4, 8, 5), "multiples of 2"),
-    (0, (4, 8, 6), "latents must be"), (0, (2, 4, 34, 6), "17 x 3 tokens exceed.*16 x 16.*smaller"),
-    (1, (1,), r"expected t \(2,\)"), (1, (2, 1), r"expected t \(2,\)"), (2, (2, 5, 11), r"context \(2, M, 12\)"),
-    (2, (1, 5, 12), r"context \(2, M, 12\)"), (2, (2, 12), r"context \(2, M, 12\)"), (3, (2, 7), r"pooled \(2, 6\)")])
+    (0, (2, 5, 8, 6), "latents must be"), (0, (2, 4, 7, 6), "multiples of 2"),
+    (0, (2, 4, 8, 5), "multiples of 2"), (0, (4, 8, 6), "latents must be"),
+    (0, (2, 4, 34, 6), "17 x 3 tokens exceed.*16 x 16.*smaller"),
+    (1, (1,), r"expected t \(2,\)"), (1, (2, 1), r"expected t \(2,\)"),
+    (2, (2, 5, 11), r"context \(2, M, 12\)"), (2, (1, 5, 12), r"context \(2, M, 12\)"),
+    (2, (2, 12), r"context \(2, M, 12\)"), (3, (2, 7), r"pooled \(2, 6\)")])
 def test_wrong_shapes_are_refused_in_one_line_that_says_what_was_expected(i, shape, says):
     batch = list(inputs())
     batch[i] = torch.zeros(shape)

@@ -1,4 +1,5 @@
-"""Claims about the documents: the README's commands run, its list of differences is the code's, its files exist."""
+"""Claims about the documents: the README's commands run, its list of differences is the code's,
+its files exist."""
 import re
 import shlex
 import subprocess
@@ -13,10 +14,12 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(?:bash|sh)?\n(.*?)```", README, re.S)
-COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if "python " in line]
-SOURCES = [p for p in ROOT.rglob("*.py") if "tests" not in p.parts and not any(part.startswith(".") for part in p.parts)]
-SMALL = ("--pictures 40 --vae-steps 2 --vae-batch 2 --clip-steps 1 --clip-batch 4 --t5-steps 1 --t5-batch 4 --flow-steps 2 "
-         "--flow-batch 4 --preview-every 0 --dtype float32 --device cpu").split()
+COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines()
+            if "python " in line]
+SOURCES = [p for p in ROOT.rglob("*.py")
+           if "tests" not in p.parts and not any(part.startswith(".") for part in p.parts)]
+SMALL = ("--pictures 40 --vae-steps 2 --vae-batch 2 --clip-steps 1 --clip-batch 4 --t5-steps 1 --t5-batch 4 "
+         "--flow-steps 2 --flow-batch 4 --preview-every 0 --dtype float32 --device cpu").split()
 
 
 def words(command):
@@ -24,7 +27,8 @@ def words(command):
 
 
 def test_the_two_commands_of_a_fresh_machine_are_there():
-    for command in ("pip install -r requirements.txt && python train.py --tiny", "pip install -r requirements.txt && python -m pytest"):
+    for command in ("pip install -r requirements.txt && python train.py --tiny",
+                    "pip install -r requirements.txt && python -m pytest"):
         assert command in README
 
 
@@ -43,7 +47,8 @@ def test_training_commands_of_the_readme_run_with_tiny_settings(command, tmp_pat
         train.main(flags)
     else:
         kept = {f for f in flags if f.startswith("--")}
-        small = [x for pair in zip(SMALL[::2], SMALL[1::2]) if pair[0] not in kept or pair[0].endswith("steps") for x in pair]
+        small = [x for pair in zip(SMALL[::2], SMALL[1::2])
+                 if pair[0] not in kept or pair[0].endswith("steps") for x in pair]
         train.main(flags + small)                               # the last of two equal flags counts
     assert list(tmp_path.glob("runs/*/mmdit.safetensors"))
 
@@ -61,20 +66,24 @@ def test_sampling_commands_of_the_readme_run(command, tmp_path_factory, monkeypa
     assert capsys.readouterr().out.strip().endswith(".png")
 
 
-@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if re.fullmatch(r"python (flow|mmdit|vae|text_encoders|data)\.py", c)}))
+@pytest.mark.parametrize("command", sorted(
+    {c for c in COMMANDS if re.fullmatch(r"python (flow|mmdit|vae|text_encoders|data)\.py", c)}))
 def test_the_demos_of_the_readme_pass(command, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / words(command)[0])], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / words(command)[0])], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_readme_lists_every_place_marked_as_different():
-    marked = {p.relative_to(ROOT).as_posix(): len(re.findall(r"DIFFERS:", p.read_text(encoding="utf-8"))) for p in SOURCES}
+    marked = {p.relative_to(ROOT).as_posix(): len(re.findall(r"DIFFERS:", p.read_text(encoding="utf-8")))
+              for p in SOURCES}
     listed = dict(re.findall(r"^\| `([\w/]+\.py)` \(DIFFERS x (\d+)\)", README, re.M))
     assert {k: str(n) for k, n in marked.items() if n} == listed
 
 
 def test_every_file_that_the_readme_names_exists():
-    for name in set(re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|png|txt|jsonl|md))`", README)) - {"name.png", "name.txt", "captions.jsonl"}:
+    for name in set(re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|png|txt|jsonl|md))`", README)) - {
+            "name.png", "name.txt", "captions.jsonl"}:
         assert (ROOT / name).exists() or name in ("loss.png", "heart.png"), name
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / link).exists(), link

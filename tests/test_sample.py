@@ -1,4 +1,5 @@
-"""Claims about sampling: reproducible pictures of any multiple of 16, prompts of any kind, nothing overwritten, clear errors."""
+"""Claims about sampling: reproducible pictures of any multiple of 16, prompts of any kind,
+nothing overwritten, clear errors."""
 import json
 import shutil
 from pathlib import Path
@@ -18,10 +19,12 @@ from train import TrainConfig, train
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of a few steps, its last layer stirred: after so little training all its velocities would be nearly equal."""
+    """A run of a few steps, its last layer stirred: after so little training all its velocities would be
+    nearly equal."""
     folder = train(TrainConfig(
-        pictures=48, vae_steps=3, vae_batch=4, clip_steps=1, clip_batch=4, t5_steps=1, t5_batch=4, flow_steps=1, flow_batch=4,
-        preview_every=0, dtype="float32", device="cpu", out=str(tmp_path_factory.mktemp("work") / "runs" / "drawn")))
+        pictures=48, vae_steps=3, vae_batch=4, clip_steps=1, clip_batch=4, t5_steps=1, t5_batch=4,
+        flow_steps=1, flow_batch=4, preview_every=0, dtype="float32", device="cpu",
+        out=str(tmp_path_factory.mktemp("work") / "runs" / "drawn")))
     tensors, about = load_tensors(folder / "mmdit.safetensors")
     g = torch.Generator().manual_seed(0)
     for name, value in tensors.items():
@@ -64,7 +67,8 @@ def test_prompt_negative_and_guidance_all_matter_and_guidance_one_ignores_the_ne
     assert not torch.allclose(plain, draw(pipe, "a blue ring"), atol=1e-3)
     assert not torch.allclose(plain, draw(pipe, "a red star", negative="a ring"), atol=1e-3)
     assert not torch.allclose(plain, draw(pipe, "a red star", guidance=6.0), atol=1e-3)
-    assert torch.equal(draw(pipe, "a red star", guidance=1.0), draw(pipe, "a red star", guidance=1.0, negative="a ring"))
+    assert torch.equal(draw(pipe, "a red star", guidance=1.0),
+                       draw(pipe, "a red star", guidance=1.0, negative="a ring"))
 
 
 def test_the_empty_prompt_of_a_run_is_zeros_as_in_training(pipe):
@@ -127,10 +131,12 @@ def test_nan_weights_are_refused_by_name_when_loaded_and_when_they_arise(run, pi
 
 
 @pytest.mark.parametrize("how, cause", [
-    (dict(height=50), "height 50 is not a multiple of 16"), (dict(width=0), "multiple of 16"), (dict(width=-16), "multiple of 16"),
-    (dict(steps=0), "steps is 0"), (dict(steps=-3), "at least 1"), (dict(method="ddim"), "euler"), (dict(output="jpeg"), "pil"),
+    (dict(height=50), "height 50 is not a multiple of 16"), (dict(width=0), "multiple of 16"),
+    (dict(width=-16), "multiple of 16"), (dict(steps=0), "steps is 0"), (dict(steps=-3), "at least 1"),
+    (dict(method="ddim"), "euler"), (dict(output="jpeg"), "pil"),
     (dict(seed=-1), "seeds"), (dict(seed=2**63), "seeds"), (dict(seed=[1, 2]), "as many seeds"),
-    (dict(noise=torch.zeros(1, 4, 8, 8)), "noise"), (dict(height=16 * 40), "positions"), (dict(negative=["a", "b"]), "negative"),
+    (dict(noise=torch.zeros(1, 4, 8, 8)), "noise"), (dict(height=16 * 40), "positions"),
+    (dict(negative=["a", "b"]), "negative"),
 ])
 def test_bad_arguments_raise_one_line_that_names_them(pipe, how, cause):
     with pytest.raises(ValueError, match=cause) as e:
@@ -138,17 +144,19 @@ def test_bad_arguments_raise_one_line_that_names_them(pipe, how, cause):
     assert len(str(e.value).splitlines()) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 def test_the_last_run_draws_and_the_png_tells_its_settings(run, monkeypatch, capsys):
     monkeypatch.chdir(run.parent.parent)
-    sample.main(["a réd ☆ star", "--steps", "2", "-n", "2", "--seed", "8", "--width", "96", "--device", "cpu"])
+    sample.main(["a réd ☆ star", "--steps", "2", "-n", "2", "--seed", "8", "--width", "96",
+                 "--device", "cpu"])
     paths = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
     assert len(paths) == 2
     with Image.open(paths[1]) as image:
         told = json.loads(image.text["parameters"])
         assert image.size == (96, 64)
-    assert (told["prompt"], told["seed"], told["steps"], told["width"], told["method"]) == ("a réd ☆ star", 9, 2, 96, "euler")
+    assert (told["prompt"], told["seed"], told["steps"], told["width"], told["method"]) == (
+        "a réd ☆ star", 9, 2, 96, "euler")
     sample.main(["a réd ☆ star", "--steps", "2", "--seed", "8", "--width", "96", "--device", "cpu"])
     (again,) = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
     assert again not in paths                                   # the name is new, the picture is not
@@ -187,7 +195,8 @@ def test_without_a_usable_run_one_line_says_what_to_do(argv, cause, tmp_path, mo
     assert not (tmp_path / "samples").exists()
 
 
-@pytest.mark.parametrize("flags", [["--steps", "0"], ["--height", "50"], ["--seed", "-1"], ["--width", "100000"]])
+@pytest.mark.parametrize(
+    "flags", [["--steps", "0"], ["--height", "50"], ["--seed", "-1"], ["--width", "100000"]])
 def test_bad_flags_end_with_exit_code_2_and_no_file(run, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:

@@ -1,4 +1,5 @@
-"""Claims about training: four stages through one loop, resumed bit by bit, bounded in time, and clear about bad input."""
+"""Claims about training: four stages through one loop, resumed bit by bit, bounded in time,
+and clear about bad input."""
 import csv
 import dataclasses
 import json
@@ -20,8 +21,8 @@ from mmdit import MMDiT, MMDiTConfig
 from train import TrainConfig, parse, rate_at, train
 
 ROOT = Path(__file__).resolve().parent.parent
-MICRO = dict(pictures=48, vae_steps=3, vae_batch=4, clip_steps=2, clip_batch=8, t5_steps=2, t5_batch=8, flow_steps=6, flow_batch=8,
-             preview_every=0, save_every=2, dtype="float32", device="cpu")
+MICRO = dict(pictures=48, vae_steps=3, vae_batch=4, clip_steps=2, clip_batch=8, t5_steps=2, t5_batch=8,
+             flow_steps=6, flow_batch=8, preview_every=0, save_every=2, dtype="float32", device="cpu")
 
 
 @pytest.fixture
@@ -56,7 +57,8 @@ def assert_same(a, b):
 def test_a_run_leaves_every_part_the_losses_and_no_unfinished_state(finished):
     names = {p.name for p in finished.iterdir()}
     assert {f"{part}.safetensors" for parts in training.PARTS_OF.values() for part in parts} <= names
-    assert {"config.json", "metrics.csv", "loss.png", "tokenizers"} <= names and "state.safetensors" not in names
+    assert ({"config.json", "metrics.csv", "loss.png", "tokenizers"} <= names
+            and "state.safetensors" not in names)
     rows = list(csv.DictReader(open(finished / "metrics.csv", encoding="utf-8")))
     assert [r["stage"] for r in rows] == ["vae"] * 3 + ["clip"] * 2 + ["t5"] * 2 + ["flow"] * 6
     assert all(math.isfinite(float(r["loss"])) for r in rows)
@@ -70,7 +72,8 @@ def test_the_same_seed_repeats_a_run_bit_by_bit_and_another_does_not(finished, t
 
 
 @pytest.mark.parametrize("stage, at", [("vae", 2), ("flow", 3), ("flow", 4)])
-def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(finished, tmp_path, monkeypatch, one_thread, stage, at):
+def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(
+        finished, tmp_path, monkeypatch, one_thread, stage, at):
     original = training.Run.generator
 
     def power_cut(self, name, step):                    # every step asks for its generator
@@ -78,7 +81,7 @@ def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(finished
             raise KeyboardInterrupt
         return original(self, name, step)
 
-    def estimating(run):                                # the start times a few steps of each stage, before any is trained
+    def estimating(run):                    # the start times a few steps of each stage, before any is trained
         return not (run.folder / "metrics.csv").exists()
 
     monkeypatch.setattr(training.Run, "generator", power_cut)
@@ -140,7 +143,7 @@ def test_minutes_shortens_stages_that_would_not_fit(tmp_path, capsys):
     folder = train(TrainConfig(**MICRO | dict(flow_steps=100_000, minutes=0.3), out=str(tmp_path / "short")))
     rows = [r for r in csv.DictReader(open(folder / "metrics.csv", encoding="utf-8")) if r["stage"] == "flow"]
     assert 60 <= len(rows) < 2000
-    assert float(rows[-1]["rate"]) < 0.1 * max(float(r["rate"]) for r in rows)       # the rate still comes down to the end
+    assert float(rows[-1]["rate"]) < 0.1 * max(float(r["rate"]) for r in rows)  # still comes down to the end
 
 
 def test_the_start_tells_device_dtype_sizes_and_time_and_the_end_tells_the_next_command(tmp_path, capsys):
@@ -162,20 +165,23 @@ def test_a_folder_of_real_pictures_trains_like_drawings_and_bad_files_are_counte
     pictures.mkdir()
     for i in range(12):
         Image.new("RGB", (90, 70), (20 * i, 100, 200 - 10 * i)).save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text(f"a plain picture number {i}\nan even colour, {i}", encoding="utf-8")
+        (pictures / f"{i}.txt").write_text(
+            f"a plain picture number {i}\nan even colour, {i}", encoding="utf-8")
     (pictures / "3.png").write_bytes(b"not a picture")
     folder = train(TrainConfig(**MICRO, data=str(pictures), out=str(tmp_path / "run")))
     assert "skipped 3.png" in capsys.readouterr().out and (folder / "mmdit.safetensors").exists()
 
 
 def test_emoji_train_without_a_change(tmp_path):
-    assert (train(TrainConfig(**MICRO, data="emoji", out=str(tmp_path / "run"))) / "mmdit.safetensors").exists()
+    assert (train(TrainConfig(**MICRO, data="emoji", out=str(tmp_path / "run")))
+            / "mmdit.safetensors").exists()
 
 
 def test_flags_are_the_fields_of_the_config():
     config, resume = parse(["--tiny", "--flow-steps", "7", "--data", "emoji", "--checkpointing"])
     assert (config.flow_steps, config.data, config.checkpointing, resume) == (7, "emoji", True, False)
-    assert dataclasses.replace(config, flow_steps=TrainConfig.flow_steps, data="drawn", checkpointing=False) == TrainConfig()
+    assert dataclasses.replace(
+        config, flow_steps=TrainConfig.flow_steps, data="drawn", checkpointing=False) == TrainConfig()
 
 
 @pytest.mark.parametrize("flags, cause", [
@@ -190,12 +196,14 @@ def test_flags_are_the_fields_of_the_config():
     (["--data", "no/such/folder"], "no/such/folder"),
     (["--resume"], "train.py --tiny"),
 ])
-def test_bad_input_ends_in_one_line_with_cause_and_remedy_and_exit_code_2(flags, cause, tmp_path, monkeypatch, capsys):
+def test_bad_input_ends_in_one_line_with_cause_and_remedy_and_exit_code_2(
+        flags, cause, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         training.main(flags)
     said = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and any(c in said for c in cause.split("|")) and len(said.splitlines()) == 1, said
+    assert (end.value.code == 2 and any(c in said for c in cause.split("|"))
+            and len(said.splitlines()) == 1), said
     assert not list(tmp_path.glob("runs/*/*.safetensors"))
 
 
@@ -219,7 +227,8 @@ def test_a_state_of_another_architecture_is_refused_by_name(finished, tmp_path, 
     shutil.copytree(finished, run)
     (run / "mmdit.safetensors").unlink()
     from checkpoints import CheckpointError, save_tensors
-    save_tensors(run / "state.safetensors", {"model.x": torch.zeros(2)}, {"stage": "flow", "step": 2, "total": 6})
+    save_tensors(run / "state.safetensors", {"model.x": torch.zeros(2)},
+                 {"stage": "flow", "step": 2, "total": 6})
     with pytest.raises(CheckpointError, match="another architecture"):
         train(*parse(["--resume", "--out", str(run)]))
 
@@ -231,7 +240,7 @@ def test_a_diverging_loss_stops_with_advice(tmp_path):
 
 def test_the_command_line_runs_as_a_program(tmp_path):
     flags = [x for k, v in MICRO.items() for x in (f"--{k.replace('_', '-')}", str(v))]
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--tiny", *flags], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--tiny", *flags], cwd=tmp_path,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "runs" / "drawn" / "config.json").read_text())["flow_steps"] == 6
