@@ -213,14 +213,19 @@ def parse(argv=None):
     p.add_argument("--method", default="euler", choices=flow.METHODS, help="sampler (default: euler)")
     p.add_argument("--device", default="auto", help="auto | cuda | mps | cpu (default: auto)")
     p.add_argument("--out", help="file to write (default: a new name under samples/)")
+    p.error = refuse
     return p.parse_args(argv)
 
 
+def refuse(message: str):
+    raise ValueError(f"{message}: see python sample.py --help")
+
+
 def main(argv=None) -> None:
-    args = parse(argv)
-    if args.prompt is None:
-        return demo()
     try:
+        args = parse(argv)
+        if args.prompt is None:
+            return demo()
         if args.n < 1:
             raise ValueError(f"-n is {args.n}: ask for 1 picture or more")
         paths = [free_path(args.out, args.prompt, args.seed + i, args.n) for i in range(args.n)]

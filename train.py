@@ -337,18 +337,19 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     Raises ValueError (also CheckpointError) where the input is at fault,
     FloatingPointError where training diverged.
     """
-    pictures = load_pictures(config.data, config.size, count=config.pictures, seed=config.seed)
     folder = Path(config.out) if resume else new_folder(config)
+    run = Run(config, folder)
+    pictures = load_pictures(config.data, config.size, count=config.pictures, seed=config.seed)
     tokenizers = make_tokenizers(folder, config, [text for texts in pictures.captions for text in texts],
                                  [texts[0] for texts in pictures.captions])
     write_json(folder / "config.json", dataclasses.asdict(config))
-    run, parts = Run(config, folder), build(config, tokenizers)
-    parts |= {name: load_part(folder, name) for name in parts if (folder / f"{name}.safetensors").is_file()}
+    parts = build(config, tokenizers)
+    todo = [stage for stage, names in PARTS_OF.items()
+            if not all((folder / f"{name}.safetensors").is_file() for name in names)]
+    parts |= {name: load_part(folder, name) for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]}
     for part in parts.values():
         part.to(run.device)
     encoders = TextEncoders(parts["clip_l"], parts["clip_g"], parts["t5"], list(tokenizers.values()))
-    todo = [stage for stage, names in PARTS_OF.items()
-            if not all((folder / f"{name}.safetensors").is_file() for name in names)]
     make = {"vae": lambda: vae_stage(run, parts, pictures),
             "clip": lambda: clip_stage(run, parts, pictures, tokenizers),
             "t5": lambda: t5_stage(run, parts, pictures, tokenizers),
@@ -441,11 +442,16 @@ def make_tokenizers(folder: Path, c: TrainConfig, captions: list[str], short: li
 
 # ----------------------------------------------------------------------------------------------- command line
 
+def refuse(message: str):
+    raise ValueError(f"{message}: see python train.py --help")
+
+
 def parse(argv=None) -> tuple[TrainConfig, bool]:
     """Flags are the fields of TrainConfig. With --resume the run's own settings count,
     and only --minutes may change."""
     parser = argparse.ArgumentParser(description="train every part of Stable Diffusion 3", allow_abbrev=False,
                                      epilog="example: python train.py --tiny --data emoji --minutes 60")
+    parser.error = refuse
     parser.add_argument("--tiny", action="store_true",
                         help="the sizes that train on a laptop; also the default")
     parser.add_argument("--resume", action="store_true",
@@ -454,7 +460,7 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
         name, how = "--" + f.name.replace("_", "-"), {
             "help": f"{f.metadata['help']} (default: {f.default})", "default": None}
         parser.add_argument(
-            name, **how, **({"action": "store_true"} if f.type == "bool" else {"type": type(f.default)}))
+            name, **how, **({"action": "store_true"} if f.type is bool else {"type": type(f.default)}))
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(

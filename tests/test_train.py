@@ -194,6 +194,7 @@ def test_flags_are_the_fields_of_the_config():
     (["--dtype", "int8"], "bfloat16"),
     (["--device", "tpu9"], "--device cpu"),
     (["--data", "no/such/folder"], "no/such/folder"),
+    (["--flow-steps", "many"], "--flow-steps"),
     (["--resume"], "train.py --tiny"),
 ])
 def test_bad_input_ends_in_one_line_with_cause_and_remedy_and_exit_code_2(
