@@ -107,7 +107,7 @@ def crop_positions(table: torch.Tensor, h: int, w: int) -> torch.Tensor:
 
 
 def timestep_embedding(t: torch.Tensor, dim: int = 256) -> torch.Tensor:
-    """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 frequencies from 1 down to 1/10000. float32."""
+    """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 frequencies from 1 to nearly 1/10000. float32."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
     angle = 1000.0 * t.float()[:, None] * freqs
     return torch.cat([angle.cos(), angle.sin()], dim=-1)

@@ -91,6 +91,12 @@ def test_every_shape_is_found_with_its_colour_place_and_box(shape, colour, r, u,
         assert np.allclose((f.x, f.y), (x, y), atol=0.3 / 64)
 
 
+def test_blur_moves_neither_the_box_nor_the_centroid():
+    square = data.draw([Thing("square", "red", 0.4, 0.55, 0.2)])
+    [sharp], [blurred] = find_objects(square), find_objects(evaluate.blur(1.5)(square, None))
+    assert sharp.box == blurred.box and np.allclose(sharp[2:4], blurred[2:4], atol=0.1 / 64)
+
+
 @few
 @given(st.integers(0, 10**6))
 def test_a_falsified_caption_differs_in_one_thing(seed):

@@ -67,7 +67,7 @@ def test_sampling_commands_of_the_readme_run(command, tmp_path_factory, monkeypa
 
 
 @pytest.mark.parametrize("command", sorted(
-    {c for c in COMMANDS if re.fullmatch(r"python (flow|mmdit|vae|text_encoders|data)\.py", c)}))
+    {c for c in COMMANDS if re.fullmatch(r"python (flow|mmdit|vae|text_encoders|data|checkpoints|evaluate)\.py", c)}))
 def test_the_demos_of_the_readme_pass(command, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / words(command)[0])], cwd=tmp_path,
                           capture_output=True, text=True)
