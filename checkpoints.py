@@ -2,8 +2,7 @@
 
 A run is a folder that `train.py` fills and `sample.py` reads:
 
-    config.json                    how it was trained: every field of TrainConfig, and which caption prompts
-                                   the previews use
+    config.json                    how it was trained: every field of TrainConfig
     tokenizers/clip, tokenizers/t5 vocab.json + merges.txt, tokenizer.json
     vae.safetensors                the four kinds of part, each finished by its own stage; the config that
     clip_l, clip_g, clip_l_image,    shapes a part stands in its file's metadata, so a part can be loaded
@@ -173,8 +172,9 @@ def load_state(run, stage: str, params: dict, average: dict, optimizer, total: i
     for k, p in params.items():
         moments = [m for m in ADAMW if f"adamw.{m}.{k}" in tensors]
         if moments and len(moments) < len(ADAMW):
-            raise CheckpointError(f"{path} lacks a part of AdamW's state of {k}: delete it and start the stage again")
-        if moments:                                     # none: the last block's ln_q, which never gets a gradient
+            raise CheckpointError(f"{path} lacks a part of AdamW's state of {k}: "
+                                  "delete it and start the stage again")
+        if moments:                         # none: the last block's ln_q, which never gets a gradient
             optimizer.state[p] = {m: tensors[f"adamw.{m}.{k}"].to(p.device) for m in ADAMW}
     print(f"{stage}: going on at step {about['step']} of {about['total']}")
     return about["step"], about["total"]

@@ -12,7 +12,7 @@
     guidance   v = v_uncond + w (v_cond - v_uncond), on all channels; costs a second pass a step;
                w = 1 switches it off
     cost       steps x 2 passes of the transformer (4 with heun), then one of the decoder
-    shift      belongs to the weights: a run's is read from its config.json and printed
+    shift      belongs to the weights: a run's is read from its config.json, the PNG's settings tell it
 
 Each picture has its own generator on the CPU, seeded with its own number: picture i does not depend on the
 batch it is drawn in or on the device (up to the rounding of the device's arithmetic).

@@ -76,7 +76,7 @@ def to_unit(images: torch.Tensor, device) -> torch.Tensor:
 
 def vae_stage(run, parts, pictures) -> Stage:
     c, vae = run.config, parts["vae"]
-    critic = PatchDiscriminator() if c.vae_critic else None
+    critic = PatchDiscriminator().to(run.device) if c.vae_critic else None
 
     def loss(step, g):
         x = to_unit(
@@ -109,6 +109,7 @@ def clip_stage(run, parts, pictures, tokenizers) -> Stage:
     """Both text towers, each with an image tower that teaches it what its words look like."""
     c, names = run.config, ("clip_l", "clip_g")
     scales = nn.ParameterDict({name: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for name in names})
+    scales.to(run.device)
     side = parts["clip_l_image"].config.image_size
 
     def loss(step, g):

@@ -195,7 +195,7 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     share: how much of the time left until --minutes this stage may take. Its first steps are timed, and if
     not all of them fit, there will be fewer. FloatingPointError if the loss is no longer finite.
     """
-    c, model = run.config, stage.model.to(run.device).train()
+    c, model = run.config, stage.model.train()
     total, peak = getattr(c, f"{stage.name}_steps"), getattr(c, f"{stage.name}_rate")
     params = dict(model.named_parameters())
     # matrices decay, biases and norms do not
@@ -346,7 +346,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     parts = build(config, tokenizers)
     todo = [stage for stage, names in PARTS_OF.items()
             if not all((folder / f"{name}.safetensors").is_file() for name in names)]
-    parts |= {name: load_part(folder, name) for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]}
+    done = [name for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]]
+    parts |= {name: load_part(folder, name) for name in done}
     for part in parts.values():
         part.to(run.device)
     encoders = TextEncoders(parts["clip_l"], parts["clip_g"], parts["t5"], list(tokenizers.values()))
@@ -354,9 +355,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             "clip": lambda: clip_stage(run, parts, pictures, tokenizers),
             "t5": lambda: t5_stage(run, parts, pictures, tokenizers),
             "flow": lambda: flow_stage(run, parts, pictures, encoders)}
-    introduce(run, parts, pictures, todo, {stage: make[stage]() for stage in todo if stage != "flow"})
+    stages = {stage: make[stage]() for stage in todo if stage != "flow"}  # it needs what these learn
+    introduce(run, parts, pictures, todo, stages)
     for stage in todo:
-        fit(run, make[stage](), SHARE[stage])
+        fit(run, stages[stage] if stage in stages else make[stage](), SHARE[stage])
         if stage == "vae":
             measure_vae(run, parts["vae"], pictures)
         for name in PARTS_OF[stage]:
@@ -399,8 +401,8 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
             value.item()                                                    # waits for a GPU
             times.append(time.perf_counter() - start)
         seconds[stage] = min(times[1:]) * getattr(c, f"{stage}_steps")
-    for part in parts.values():
-        part.zero_grad(set_to_none=True)
+    for module in [*parts.values(), *(stage.model for stage in stages.values())]:
+        module.zero_grad(set_to_none=True)
     total = sum(seconds.values())
     print("expected: " + ", ".join(f"{k} {clock(v)}" for k, v in seconds.items()) + f"; {clock(total)} in all"
           + (f", bounded by --minutes {c.minutes:g}" if c.minutes else ""), flush=True)
@@ -490,7 +492,7 @@ def main(argv=None) -> None:
         train(*parse(argv))
     except KeyboardInterrupt:
         sys.exit("stopped; go on with  python train.py --resume")
-    except (ValueError, FloatingPointError) as e:
+    except (ValueError, FloatingPointError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)
 

@@ -94,7 +94,8 @@ def check_backend(backend: str) -> None:
 
 
 def demo() -> None:
-    """One attention over two streams is attention over their concatenation; text that nobody reads costs nothing."""
+    """One attention over two streams is attention over their concatenation, and leaving out the text's
+    queries changes nothing for the image."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 7 + 16, 3, 64) for _ in range(3))             # 7 text and 16 image tokens
     split = [x for pair in zip(*(x.split([7, 16], dim=1) for x in (q, k, v))) for x in pair]
