@@ -1,44 +1,55 @@
 """The autoencoder: what is a latent?
 
-A 1024 x 1024 picture has three million numbers, most of them predictable from their neighbours. SD3 therefore does its
-diffusion in the code of a convolutional autoencoder, 8 times smaller along each side and 16 channels deep:
+A 1024 x 1024 picture has three million numbers, most of them predictable from their neighbours. SD3
+therefore does its diffusion in the code of a convolutional autoencoder, 8 times smaller along each side and
+16 channels deep:
 
     image (B,3,8H,8W) in [-1,1] --Encoder--> mean, logvar (B,16,H,W) --sample--> z --Decoder--> image
                                                                     |      ^
                                        to_latent: (z - 0.0609) * 1.5305    from_latent: x / 1.5305 + 0.0609
                                                                     v      |
-                                                              x: what the flow model sees (about unit variance)
+                                                  x: what the flow model sees (about unit variance)
 
-Sixteen channels and not four (SD 1 and SDXL): the paper's table 3 measures reconstruction FID 2.41, 1.56 and 1.06 for 4, 8
-and 16 channels; the price is a latent that is harder to model, which only a deep transformer pays back.
+Sixteen channels and not four (SD 1 and SDXL): the paper's table 3 measures reconstruction FID 2.41, 1.56
+and 1.06 for 4, 8 and 16 channels; the price is a latent that is harder to model, which only a deep
+transformer pays back.
 
 Worth knowing before reading on
-- No 1x1 "quant" convolutions around the latent, unlike SD 1 and SDXL: the Encoder's last convolution emits mean and logvar.
-- Down-sampling pads one row below and one column to the right, not all around: the grid of a stride-2 convolution then
-  starts at the corner. Pad evenly and real weights give blurred, shifted pictures.
-- Shift and scale belong to the weights: 0.0609 and 1.5305 for SD3 (FLUX's look-alike has 0.1159 and 0.3611). A model trained
-  here measures its own, `measure_latents`.
+- No 1x1 "quant" convolutions around the latent, unlike SD 1 and SDXL: the Encoder's last convolution emits
+  mean and logvar.
+- Down-sampling pads one row below and one column to the right, not all around: the grid of a stride-2
+  convolution then starts at the corner. Pad evenly and real weights give blurred, shifted pictures.
+- Shift and scale belong to the weights: 0.0609 and 1.5305 for SD3 (FLUX's look-alike has 0.1159 and
+  0.3611). A model trained here measures its own, `measure_latents`.
 - The real weights overflow in float16 (black pictures): decode in float32 or bfloat16.
-- Training uses a sample of the posterior, so that neighbouring codes decode alike; `posterior.mean` is for measuring.
+- Training uses a sample of the posterior, so that neighbouring codes decode alike; `posterior.mean` is for
+  measuring.
+- The decoder's activations, not its weights, fill the memory: large pictures are decoded in overlapping
+  tiles. GroupNorm and the attention then see a tile instead of the picture, so tiles differ a little in
+  colour, and the overlaps are blended; the larger the tile, the closer to the whole.
 
-DIFFERS: LPIPS, the perceptual loss of the published autoencoders, needs a downloaded network. Here its part is played by
-image gradients (edges) at three scales, and optionally by the same patch discriminator.
+DIFFERS: LPIPS, the perceptual loss of the published autoencoders, needs a downloaded network. Here its part
+is played by image gradients (edges) at three scales, and optionally by the same patch discriminator.
 
-Dims: B batch, C latent channels, H W latent height and width. Parameter names are those of Stability's single files.
+Dims: B batch, C latent channels, H W latent height and width. Names are those of Stability's single files.
 Presets:  sd3 83,819,683 parameters | tiny 707,491
-Run `python vae.py`: learns a small autoencoder of moving discs in under a minute and asserts what it reconstructs.
+Run `python vae.py`: learns a small autoencoder of moving discs and asserts what it reconstructs, whole and
+in tiles, in under a minute.
 """
+import math
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+TILE = 128              # latent cells a side of the most that is decoded at once: SD3's 1024 x 1024 pixels
+
 
 @dataclass(frozen=True)
 class VAEConfig:
     ch: int = 128                               # channels at full resolution
-    ch_mult: tuple[int, ...] = (1, 2, 4, 4)     # times ch at each level; one halving between levels: 4 levels = 8x
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)     # times ch at each level; all but the last halve: 8x
     num_res_blocks: int = 2                     # a level of the encoder; the decoder has one more
     z_channels: int = 16
     num_groups: int = 32                        # of every GroupNorm
@@ -47,10 +58,11 @@ class VAEConfig:
 
     @staticmethod
     def preset(name: str, **changes) -> "VAEConfig":
-        """"sd3": the published autoencoder. "tiny": the one `train.py --tiny` trains; its shift and scale are measured."""
+        """"sd3": the published one. "tiny": for `train.py --tiny`; its shift and scale are measured."""
         presets = {
             "sd3": VAEConfig(),
-            "tiny": VAEConfig(ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, z_channels=8, num_groups=8, shift=0.0, scale=1.0),
+            "tiny": VAEConfig(ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, z_channels=8, num_groups=8,
+                              shift=0.0, scale=1.0),
         }
         if name not in presets:
             raise ValueError(f"no VAE preset {name!r}: choose from {', '.join(presets)}")
@@ -61,7 +73,7 @@ class VAEConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
 
-# ------------------------------------------------------------------------------------------------------------------ parts
+# ------------------------------------------------------------------------------------------------------ parts
 
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 on the shortcut where the width changes."""
@@ -82,7 +94,8 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions of the smallest grid; the only part that sees the whole picture."""
+    """Single-head self-attention over all positions of the smallest grid: beside the norms' statistics the
+    only part that sees the whole picture."""
 
     def __init__(self, ch: int, groups: int):
         super().__init__()
@@ -92,7 +105,8 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         B, ch, H, W = x.shape
         h = self.norm(x)
-        q, k, v = (f(h).reshape(B, 1, ch, H * W).transpose(2, 3) for f in (self.q, self.k, self.v))  # (B, 1, HW, ch)
+        q, k, v = (f(h).reshape(B, 1, ch, H * W).transpose(2, 3)                # (B, 1, HW, ch)
+                   for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.transpose(2, 3).reshape(B, ch, H, W))
 
@@ -154,7 +168,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The Encoder mirrored. `up` is indexed by resolution as in the checkpoints: up[0] is the finest and runs last."""
+    """The Encoder mirrored. `up` is indexed as in the checkpoints: up[0] is the finest and runs last."""
 
     def __init__(self, c: VAEConfig):
         super().__init__()
@@ -166,7 +180,8 @@ class Decoder(nn.Module):
         for i, width in reversed(list(enumerate(widths))):
             level = nn.Module()
             level.block = nn.ModuleList(
-                ResnetBlock(ch if b == 0 else width, width, c.num_groups) for b in range(c.num_res_blocks + 1))
+                ResnetBlock(ch if b == 0 else width, width, c.num_groups)
+                for b in range(c.num_res_blocks + 1))
             ch = width
             if i > 0:
                 level.upsample = Upsample(ch)
@@ -183,10 +198,10 @@ class Decoder(nn.Module):
                 h = block(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))                      # no tanh: values may leave [-1, 1] a little
+        return self.conv_out(F.silu(self.norm_out(h)))          # no tanh: values may leave [-1, 1] a little
 
 
-# ------------------------------------------------------------------------------------------------------------ autoencoder
+# ------------------------------------------------------------------------------------------------ autoencoder
 
 @dataclass
 class Posterior:
@@ -212,9 +227,9 @@ class AutoencoderKL(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Variance-preserving convolutions and silent residual branches: training starts from a linear autoencoder.
+        """Variance-preserving convolutions, silent residual branches: training starts from a linear model.
 
-        With PyTorch's defaults the first few hundred steps of a small autoencoder find nothing but the mean picture.
+        With PyTorch's defaults the first few hundred steps of a small one find nothing but the mean picture.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -224,19 +239,41 @@ class AutoencoderKL(nn.Module):
             if isinstance(module, (ResnetBlock, AttnBlock)):
                 nn.init.zeros_((module.conv2 if isinstance(module, ResnetBlock) else module.proj_out).weight)
         with torch.no_grad():
-            self.encoder.conv_out.bias[self.config.z_channels:] = -6.0                  # logvar: std 0.05, little noise
+            self.encoder.conv_out.bias[self.config.z_channels:] = -6.0      # logvar: std 0.05, little noise
 
     def encode(self, x: torch.Tensor) -> Posterior:
         """Images (B, 3, 8H, 8W) in [-1, 1] -> Posterior of (B, C, H, W). Sides must be multiples of 8."""
         f = self.config.factor
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(f"the VAE encodes (B, 3, height, width) with sides in multiples of {f}, got {tuple(x.shape)}")
+            raise ValueError(f"the VAE encodes (B, 3, height, width) with sides in multiples of {f}, "
+                             f"got {tuple(x.shape)}")
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """z (B, C, H, W), already through `from_latent` -> images (B, 3, 8H, 8W), about [-1, 1]."""
-        return self.decoder(z)
+    def decode(self, z: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+        """z (B, C, H, W), already through `from_latent` -> images (B, 3, 8H, 8W), about [-1, 1].
+
+        tile: decode pieces of so many latent cells a side where the picture is larger. None: the whole at
+        once up to TILE^2 cells (1024 x 1024 pixels of SD3), in pieces of TILE beyond.
+        """
+        H, W = z.shape[2:]
+        if tile is None:
+            tile = TILE if H * W > TILE ** 2 else max(H, W)
+        return self.decoder(z) if max(H, W) <= tile else self.decode_tiled(z, tile)
+
+    def decode_tiled(self, z: torch.Tensor, tile: int) -> torch.Tensor:
+        """Each tile by itself, added up under windows that sum to 1: memory for one tile and the picture."""
+        if tile < 2:
+            raise ValueError(f"tile is {tile}: tiles need 2 latent cells a side or more, 32 to look well")
+        f, (B, _, H, W) = self.config.factor, z.shape
+        rows, columns = (tile_windows(size, tile, f, z.device) for size in (H, W))
+        image = torch.zeros(B, 3, f * H, f * W, device=z.device)
+        for top, wy in rows:
+            for left, wx in columns:
+                piece = self.decoder(z[:, :, top:top + tile, left:left + tile]).float()
+                y, x = slice(f * top, f * top + len(wy)), slice(f * left, f * left + len(wx))
+                image[:, :, y, x] += piece.mul_(wy[:, None] * wx)
+        return image
 
     def to_latent(self, z: torch.Tensor) -> torch.Tensor:
         """Codes -> what the flow model learns: centred, about unit variance."""
@@ -246,17 +283,35 @@ class AutoencoderKL(nn.Module):
         return x / self.config.scale + self.config.shift
 
 
+def tile_windows(size: int, tile: int, factor: int, device=None):
+    """Cut `size` latent cells into pieces of `tile` that share a quarter or more.
+
+    -> list of (first cell, weights of the piece's pixels); over all pieces the weights of a pixel sum to 1.
+    They rise along the overlap, by at most 1 / (overlap * factor) a pixel: two pieces that disagree by d
+    leave a slope of d over the overlap instead of a step.
+    """
+    overlap = max(1, tile // 4)
+    n = 1 if size <= tile else 1 + math.ceil((size - tile) / (tile - overlap))
+    starts = [round(i * (size - tile) / max(n - 1, 1)) for i in range(n)]
+    pixels, ramp = torch.arange(factor * size, device=device) + 0.5, factor * overlap
+    raw = torch.stack([torch.minimum(pixels - factor * s, factor * (s + tile) - pixels).clamp(0, ramp)
+                       for s in starts])                                    # (n, factor * size)
+    weights = raw / raw.sum(0)
+    return [(s, w[factor * s:factor * (s + tile)]) for s, w in zip(starts, weights)]
+
+
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKL, images: torch.Tensor, batch: int = 64) -> tuple[float, float]:
-    """Shift and scale that give the codes of these images (N, 3, h, w), in [-1, 1], mean 0 and variance 1 overall.
+    """Shift and scale that give the codes of these images (N, 3, h, w), in [-1, 1], mean 0 and variance 1.
 
     One number for all channels, as in SD3: the channels keep their relative strength.
     """
-    z = torch.cat([vae.encode(x).sample(torch.Generator(x.device).manual_seed(0)) for x in images.split(batch)])
+    z = torch.cat([vae.encode(x).sample(torch.Generator(x.device).manual_seed(0))
+                   for x in images.split(batch)])
     return z.mean().item(), 1.0 / z.std().item()
 
 
-# ----------------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------------------- losses
 
 def edge_loss(x: torch.Tensor, y: torch.Tensor, scales: int = 3) -> torch.Tensor:
     """Mean absolute difference of horizontal and vertical image gradients, at full, half and quarter size.
@@ -265,17 +320,18 @@ def edge_loss(x: torch.Tensor, y: torch.Tensor, scales: int = 3) -> torch.Tensor
     """
     total = x.new_zeros(())
     for _ in range(scales):
-        d = x - y                                                           # gradients are linear: diff of difference
+        d = x - y                                               # gradients are linear: diff of difference
         total = total + d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
     return total / scales
 
 
-def vae_loss(vae: AutoencoderKL, images: torch.Tensor, *, generator=None, kl_weight: float = 1e-3, edge_weight: float = 0.3,
-             critic: "PatchDiscriminator | None" = None, critic_weight: float = 0.1):
+def vae_loss(vae: AutoencoderKL, images: torch.Tensor, *, generator=None, kl_weight: float = 1e-3,
+             edge_weight: float = 0.3, critic: "PatchDiscriminator | None" = None,
+             critic_weight: float = 0.1):
     """Squared error + edges + KL (+ the critic's opinion). images (B, 3, h, w) in [-1, 1].
 
-    Squared and not absolute error: on flat backgrounds the latter is content with the median, one grey for everything.
+    Squared and not absolute error: on flat backgrounds the latter is content with the median, one grey.
     Returns (loss, parts, reconstruction): `parts` are detached scalars for the log.
     """
     posterior = vae.encode(images)
@@ -291,9 +347,10 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor, *, generator=None, kl_wei
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of each patch whether it is a photograph or a reconstruction: (B, 3, h, w) -> (B, 1, h/8, w/8) logits.
+    """Says of each patch whether it is a photograph or a reconstruction: (B, 3, h, w) -> (B, 1, h/8, w/8).
 
-    The PatchGAN of pix2pix (Isola et al. 2017), with GroupNorm: batch statistics would tie the pictures of a batch together.
+    The PatchGAN of pix2pix (Isola et al. 2017), with GroupNorm: batch statistics would tie the pictures of a
+    batch together.
     """
 
     def __init__(self, ch: int = 32):
@@ -359,6 +416,10 @@ def demo():
     flat = psnr(images.mean((2, 3), keepdim=True).expand_as(images), images)
     print(f"images {tuple(images.shape)} -> latents {tuple(x.shape)}: mean {x.mean():.3f}, std {x.std():.3f}")
     print(f"for comparison, a picture of the mean colour: {flat:.1f} dB")
+    with torch.no_grad():
+        whole, tiled = (vae.decode(z[:64], tile) for tile in (None, 3))
+    print(f"in tiles of 3 x 3 cells instead of 4 x 4 at once: {psnr(tiled, whole):.1f} dB from the same")
+    assert psnr(tiled, whole) > 15
     assert torch.allclose(vae.from_latent(x), z, atol=1e-5)
     assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
     assert quality[0] > 23 > flat + 4 and quality == sorted(quality, reverse=True)

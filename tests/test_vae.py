@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
+import vae as vae_module
 from vae import (AttnBlock, AutoencoderKL, Downsample, PatchDiscriminator, Posterior, ResnetBlock, VAEConfig,
-                 discriminator_loss, draw_discs, edge_loss, measure_latents, psnr, vae_loss)
+                 discriminator_loss, draw_discs, edge_loss, measure_latents, psnr, tile_windows, vae_loss)
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"
 PREFIX = "first_stage_model."
@@ -191,6 +192,80 @@ def test_measured_shift_and_scale_give_latents_of_mean_0_and_variance_1():
     x = vae.to_latent(vae.encode(images).sample(seeded(1)))
     assert abs(x.mean()) < 0.02 and abs(x.var() - 1) < 0.03
     assert x[:, 1].mean() - x[:, 0].mean() > 1                      # one number for all: they still differ
+
+
+# ------------------------------------------------------------------------------------------------------ tiles
+
+class Local(nn.Module):
+    """A stand-in for the decoder: enlarges two channels, and adds what it is told for its n-th call."""
+
+    def __init__(self, offsets=()):
+        super().__init__()
+        self.offsets, self.seen = list(offsets), []
+
+    def forward(self, z):
+        self.seen.append(tuple(z.shape[2:]))
+        x = F.interpolate(z[:, :1].expand(-1, 3, -1, -1), scale_factor=2.0, mode="nearest")
+        return x + (self.offsets[len(self.seen) - 1] if self.offsets else 0.0)
+
+
+def with_decoder(decoder):
+    vae = small()
+    vae.decoder = decoder
+    return vae
+
+
+@given(st.integers(2, 12), st.integers(1, 12), st.integers(1, 12))
+@torch.no_grad()
+def test_a_picture_that_fits_one_tile_is_decoded_as_without_tiles(tile, H, W):
+    vae, z = small(), torch.randn(1, 2, min(H, tile), min(W, tile), generator=seeded())
+    assert torch.equal(vae.decode(z, tile), vae.decode(z))
+    assert (vae.decode_tiled(z, tile) - vae.decode(z)).abs().max() < 1e-6
+
+
+@given(st.integers(1, 60), st.integers(2, 20), st.integers(1, 8))
+def test_windows_cover_the_picture_sum_to_one_and_rise_gently(size, tile, factor):
+    overlap = max(1, tile // 4)
+    total = torch.zeros(factor * size)
+    for start, w in tile_windows(size, tile, factor):
+        assert len(w) == factor * min(tile, size) and 0 <= start <= max(0, size - tile)
+        assert w.min() >= 0 and (w.diff().abs() <= 1 / (factor * overlap) + 1e-6).all()
+        total[factor * start:factor * start + len(w)] += w
+    assert torch.allclose(total, torch.ones_like(total))
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(2, 12))
+@torch.no_grad()
+def test_where_the_decoder_looks_at_its_own_place_only_tiles_change_nothing(H, W, tile):
+    vae, z = with_decoder(Local()), torch.randn(2, 2, H, W, generator=seeded())
+    assert (vae.decode(z, tile) - vae.decode(z, 1000)).abs().max() < 1e-5
+
+
+@given(st.integers(0, 1000), st.integers(9, 40), st.integers(9, 40), st.integers(4, 8))
+@torch.no_grad()
+def test_tiles_that_disagree_by_d_leave_slopes_below_d_over_the_overlap_and_no_seam(seed, H, W, tile):
+    offsets = (torch.rand(2000, generator=seeded(seed)) - 0.5).tolist()         # d = 1
+    vae, z = with_decoder(Local(offsets)), torch.zeros(1, 2, H, W)
+    picture = vae.decode(z, tile)
+    for dim in (-1, -2):
+        assert picture.diff(dim=dim).abs().max() <= 1 / (2 * (tile // 4)) + 1e-5    # 2 pixels a cell
+    assert picture.abs().max() <= 0.5 + 1e-5 and picture.std() > 0              # and they did disagree
+
+
+@torch.no_grad()
+def test_from_a_stated_size_on_no_more_than_a_tile_is_decoded_at_once(monkeypatch):
+    monkeypatch.setattr(vae_module, "TILE", 8)
+    for shape, whole in (((8, 8), True), ((4, 16), True), ((9, 8), False), ((40, 24), False)):
+        vae = with_decoder(Local())
+        assert vae.decode(torch.randn(1, 2, *shape)).shape == (1, 3, 2 * shape[0], 2 * shape[1])
+        seen = vae.decoder.seen
+        assert seen == [shape] if whole else len(seen) > 1 and set(seen) == {(8, 8)}
+
+
+@pytest.mark.parametrize("tile", [1, 0, -4])
+def test_a_tile_without_room_for_an_overlap_is_refused(tile):
+    with pytest.raises(ValueError, match="tiles need 2 latent cells"):
+        small().decode(torch.zeros(1, 2, 8, 8), tile)
 
 
 # ----------------------------------------------------------------------------------------------------- losses
