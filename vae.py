@@ -294,8 +294,9 @@ def tile_windows(size: int, tile: int, factor: int, device=None):
     n = 1 if size <= tile else 1 + math.ceil((size - tile) / (tile - overlap))
     starts = [round(i * (size - tile) / max(n - 1, 1)) for i in range(n)]
     pixels, ramp = torch.arange(factor * size, device=device) + 0.5, factor * overlap
-    raw = torch.stack([torch.minimum(pixels - factor * s, factor * (s + tile) - pixels).clamp(0, ramp)
-                       for s in starts])                                    # (n, factor * size)
+    raw = torch.stack([torch.minimum(                       # (n, factor * size); flat to the picture's ends
+        pixels - factor * s + ramp * (s == 0),
+        factor * (s + tile) - pixels + ramp * (s + tile >= size)).clamp(0, ramp) for s in starts])
     weights = raw / raw.sum(0)
     return [(s, w[factor * s:factor * (s + tile)]) for s, w in zip(starts, weights)]
 
