@@ -248,13 +248,45 @@ def prompts(task, n, seed=0):
 
 # --- Loading ----------------------------------------------------------------------------------------------
 
+import io
+import os
+import tarfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
 ASSETS = Path(__file__).resolve().parent / "assets"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_PIXELS = 64_000_000             # by the header, before decoding: 256 MB as RGBA
 MAX_CAPTION = 2_000                 # characters; the text encoders cut far earlier
+MAX_CAPTION_FILE = 1_000_000        # bytes of a name.txt or name.json
+PATIENCE = 100                      # unreadable pictures in a row: then something else is wrong
 FORMAT = ('put name.txt beside each name.png, or one captions.jsonl with a line '
           '{"file": "name.png", "captions": ["...", ...]} for each picture')
 TILE, COLUMNS = 64, 38              # the emoji sheet: 27 rows of 38 are exactly 1,026
+
+
+class Member(NamedTuple):
+    """A file in a tar shard. Tar does not compress: the file can be read where it lies, in any order."""
+    shard: Path
+    offset: int
+    size: int
+
+
+class Entry(NamedTuple):
+    """One captioned picture of a source, not opened yet."""
+    name: str                       # its file, or shard.tar/file
+    picture: object                 # Path, Member, PIL image, or a function: size -> (size, size, 3) uint8
+    captions: tuple[str, ...]       # the original first, then the synthetic ones
+    about: dict                     # what else captions.jsonl or name.json tells: scores
+
+
+class Listing(NamedTuple):
+    """All that a source holds, in an order that does not change between two calls."""
+    entries: list[Entry]
+    skipped: list[tuple[str, str]]  # what cannot be used: (file, or captions.jsonl:line, and the reason)
+    excluded: int                   # how many excluded.txt names: `python data.py check --apply` writes it
 
 
 @dataclass
@@ -262,109 +294,267 @@ class Pictures:
     images: torch.Tensor            # (n, 3, size, size) uint8
     captions: list[tuple[str, ...]]     # n entries: the original first, then the synthetic where there is one
     skipped: list[tuple[str, str]]      # (file, or captions.jsonl:line, and the reason)
+    excluded: int = 0
 
 
 def load_pictures(source, size=64, *, count=None, seed=0, progress=None):
-    """Captioned pictures, size x size, from "drawn", "emoji" or a folder (./drawn if it has such a name).
+    """Captioned pictures, size x size, from any source (see `list_pictures`), in memory.
 
-    count: how many drawings (None: 24,000); for emoji and folders the most to load, chosen by `seed` (None:
-    all, in order). Drawing i depends on (seed, i) alone. progress(done, total) is called after each picture.
-    Pictures are resized until their shorter side is `size`; the centre is kept.
+    Pictures are resized until their shorter side is `size`; the centre is kept. progress(done, total) is
+    called after each picture. -> Pictures; what could not be used stands in `skipped`.
+    Raises ValueError: what `list_pictures` and `each` raise, more than half unusable, a bad size."""
+    entries, skipped, excluded = list_pictures(source, size, count=count, seed=seed)
+    wanted, untried, captions = min(count or len(entries), len(entries)), len(entries), []
+    images = torch.empty((wanted, 3, size, size), dtype=torch.uint8)
+    for entry, picture, reason in each(partial(read_picture, size=size), entries):
+        untried -= 1
+        if reason:
+            skipped.append((entry.name, reason))
+        else:
+            images[len(captions)] = torch.from_numpy(picture).permute(2, 0, 1)
+            captions.append(entry.captions)
+        if progress:
+            progress(len(captions), wanted)
+        if len(captions) == wanted:
+            break
+    # beyond `count` pictures nothing is opened: presumed good
+    refuse_if_mostly_bad(source, len(captions) and len(captions) + untried, skipped)
+    return Pictures(images[:len(captions)], captions, skipped, excluded)
 
-    -> Pictures; what could not be used stands in `skipped`.
-    Raises ValueError: no such folder, no captions, more than half unusable, a bad size, count or seed."""
+
+def list_pictures(source, size=64, *, count=None, seed=0):
+    """Everything that can be known of a source without decoding a picture. -> Listing
+
+    source: "drawn", "emoji", a folder (./drawn if it has such a name) of pictures or of .tar shards, or one
+    .tar. count: how many drawings (None: 24,000), drawing i depends on (seed, i) alone; otherwise the most
+    that will be used: all entries are listed, in an order drawn from `seed`.
+    Raises ValueError: no such folder, nothing captioned in it, a bad size, count or seed."""
     if size < 1 or seed < 0 or (count is not None and count < 1):
         raise ValueError(f"size and count must be at least 1 and seed 0, not {size}, {count} and {seed}")
     if source == "drawn":
-        return _drawings(count or 24_000, size, seed, progress)
-
+        scenes = (scene(np.random.default_rng((seed, i))) for i in range(count or 24_000))
+        return Listing([Entry(f"drawn/{seed}/{i}", partial(draw, s.things), s.captions, {})
+                        for i, s in enumerate(scenes)], [], 0)
     entries, skipped = _emoji() if source == "emoji" else _listing(Path(source))
-    if count is not None and count < len(entries):
-        entries = [entries[int(i)] for i in np.random.default_rng(seed).permutation(len(entries))]
-    wanted, untried, captions = min(count or len(entries), len(entries)), len(entries), []
-    images = torch.empty((wanted, 3, size, size), dtype=torch.uint8)
-    for name, picture, texts in entries:
-        if len(captions) == wanted:
-            break
-        untried -= 1
-        try:
-            images[len(captions)] = torch.from_numpy(read_picture(picture, size)).permute(2, 0, 1)
-            captions.append(texts)
-        except Exception as error:  # decoders fail in many ways: OSError, SyntaxError, zlib.error ...
-            skipped.append((name, (str(error) or type(error).__name__)[:160]))
-        if progress:
-            progress(len(captions), wanted)
-    good = len(captions) + untried  # beyond `count` pictures nothing is opened: presumed good
-    if not captions or len(skipped) > good:
+    excluded = _excluded(Path(source)) if source != "emoji" else set()
+    kept = [entry for entry in entries if entry.name not in excluded]
+    listing = Listing(kept, [(n, why) for n, why in skipped if n not in excluded], len(entries) - len(kept))
+    if count is not None and count < len(kept):
+        listing = listing._replace(
+            entries=[kept[int(i)] for i in np.random.default_rng(seed).permutation(len(kept))])
+    return listing
+
+
+def each(function, entries, patience=PATIENCE):
+    """Yields (entry, function(entry.picture), "") in order, or (entry, None, reason) where that raised.
+
+    In threads, a little ahead: decoders give up Python's lock. ValueError after `patience` failures in a row
+    (None: never), since then not the pictures are at fault but the disk, the network or the listing."""
+    entries, ahead, bad, pool = iter(entries), deque(), 0, ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        while True:
+            while len(ahead) < 32 and (entry := next(entries, None)) is not None:
+                ahead.append((entry, pool.submit(function, entry.picture)))
+            if not ahead:
+                return
+            entry, result = ahead.popleft()
+            try:
+                value, reason = result.result(), ""
+            except Exception as error:  # decoders fail in many ways: OSError, SyntaxError, zlib.error ...
+                value, reason = None, (str(error) or type(error).__name__)[:160]
+            bad = bad + 1 if reason else 0
+            if bad == patience:
+                raise ValueError(f"{patience} pictures in a row cannot be read, the last is {entry.name} "
+                                 f"({reason}): is the disk still there? Otherwise leave them out with  "
+                                 "python data.py check DIR --apply")
+            yield entry, value, reason
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def refuse_if_mostly_bad(source, good, skipped):
+    """ValueError if more than half of a source is unusable, with the first causes."""
+    if not good or len(skipped) > good:
         causes = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
         raise ValueError(f"{source}: {len(skipped)} of {len(skipped) + good} entries are unusable, mend or "
                          f"remove them ({causes}), or {FORMAT}")
-    return Pictures(images[:len(captions)], captions, skipped)
 
 
-def _drawings(count, size, seed, progress):
-    images, captions = torch.empty((count, 3, size, size), dtype=torch.uint8), []
-    for i in range(count):
-        drawn = scene(np.random.default_rng((seed, i)))
-        images[i] = torch.from_numpy(draw(drawn.things, size)).permute(2, 0, 1)
-        captions.append(drawn.captions)
-        if progress:
-            progress(i + 1, count)
-    return Pictures(images, captions, [])
+def pick_caption(captions, generator, synthetic=0.5):
+    """One caption's number: with probability `synthetic` one of the synthetic ones, else the original, 0.
+
+    The paper's mixture is half and half (table 4). Where there is only an original, it is taken."""
+    coin, which = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    return 0 if captions < 2 or coin >= synthetic else 1 + int(which * (captions - 1))
 
 
 def read_picture(picture, size):
-    """A Path or a PIL image -> (size, size, 3) uint8: upright, on white, 8 bits a channel, centre square.
+    """An Entry's picture -> (height, width, 3) uint8: upright, on white, 8 bits a channel, not stretched.
 
+    size: a side or (width, height); the picture is resized to cover that, and its middle is cut out.
     Raises ValueError for more than MAX_PIXELS, and whatever Pillow raises for a file that it cannot read."""
-    if isinstance(picture, Path):
-        if not picture.is_file():   # missing, a folder, or a pipe, on which reading would wait for ever
-            raise ValueError("no such file")
-        with Image.open(picture) as opened:         # reads no more than the header
-            return read_picture(opened, size)
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"{picture.width} x {picture.height} pixels, over {MAX_PIXELS:,}: make it smaller")
-    picture.draft("RGB", (2 * size, 2 * size))      # JPEG decodes at 1/2, 1/4, 1/8 if that is enough
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I") or picture.mode == "F":     # 16 or 32 bits: convert() clips at 255
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float32))
-        white = 65535 if picture.mode.startswith("I") else 255 if values.max() > 1 else 1
-        picture = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    # fit() crops before it resizes: a strip of 20000 x 1 must not become 1280000 x 64 on the way
-    return np.array(ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+    if callable(picture):
+        return picture(size)
+    box = (size, size) if isinstance(size, int) else tuple(size)
+    with opened(picture) as image:
+        # fit() crops before it resizes: a strip of 20000 x 1 must not become 1280000 x 64 on the way
+        return np.array(ImageOps.fit(upright(image, max(box)), box, Image.Resampling.BICUBIC))
+
+
+@contextmanager
+def opened(picture):
+    """A PIL image of which no more than the header was read, and which is small enough to decode."""
+    if isinstance(picture, Path) and not picture.is_file():
+        raise ValueError("no such file")    # missing, a folder, or a pipe: reading might wait for ever
+    if isinstance(picture, Image.Image):
+        image = picture
+    elif isinstance(picture, Path):
+        image = Image.open(picture)
+    else:
+        image = Image.open(io.BytesIO(read_bytes(picture)))
+    try:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:,}: make it smaller")
+        yield image
+    finally:
+        if image is not picture:
+            image.close()
+
+
+def read_bytes(member):
+    with open(member.shard, "rb") as shard:
+        shard.seek(member.offset)
+        return shard.read(member.size)
+
+
+def upright(image, side):
+    """A freshly opened PIL image -> RGB, turned as its EXIF says, transparent parts white, 16 bits scaled.
+
+    A JPEG decodes at 1/2, 1/4 or 1/8 of its size where that leaves 2 * side pixels both ways."""
+    image.draft("RGB", (2 * side, 2 * side))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":     # 16 or 32 bits: convert() clips at 255
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        white = 65535 if image.mode.startswith("I") else 255 if values.max() > 1 else 1
+        image = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _excluded(root):
+    """The names in excluded.txt: one a line, of a folder, or beside a single shard."""
+    path = (root if root.is_dir() else root.parent) / "excluded.txt"
+    return set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
 
 
 def _listing(root):
-    """A folder's entries [(name, path, captions)], and [(name, reason)] for those that cannot be used."""
-    if not root.is_dir():
-        raise ValueError(f'{root}: no such folder; a source is "drawn", "emoji" or a folder')
-    if (root / "captions.jsonl").is_file():
-        with open(root / "captions.jsonl", "rb") as lines:      # bytes: broken UTF-8 spoils one line only
-            raw = [(f"captions.jsonl:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    """The entries of a folder or a .tar, and [(name, reason)] for those that cannot be used."""
+    if root.suffix == ".tar" and root.is_file():
+        raw, skipped = _shard(root.name, root)
+    elif not root.is_dir():
+        raise ValueError(f'{root}: no such folder; a source is "drawn", "emoji", a folder or a .tar')
+    elif (root / "captions.jsonl").is_file():       # lines in bytes: broken UTF-8 spoils one of them only
+        lines = (root / "captions.jsonl").read_bytes().splitlines()
+        raw = [(f"captions.jsonl:{n}", None, None, line) for n, line in enumerate(lines, 1) if line.strip()]
+        skipped = []
     else:
-        found = (p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
-        raw = [(p.as_posix(), p) for p in sorted(found) if not p.name.startswith(".")]
-        if not any((root / p).with_suffix(".txt").exists() for _, p in raw):
-            raise ValueError(f"{root}: no captioned pictures here: {FORMAT}")
-    entries, skipped = [], []
-    for where, item in raw:
+        raw, skipped = _files(root)
+    entries, seen = [], set()
+    for name, *parts in raw:
         try:
-            if isinstance(item, bytes):
-                row = json.loads(item.decode("utf-8-sig"))
-                row = row if isinstance(row, dict) else {}
-                name, captions = row.get("file"), row.get("captions")
-            else:
-                text = _inside(root, item.with_suffix(".txt")).read_text(encoding="utf-8-sig")
-                name, captions = item.as_posix(), [line for line in text.splitlines() if line.strip()] or [""]
-            if not isinstance(name, str) or not isinstance(captions, list) or not captions:
-                raise ValueError('needs "file", a string, and "captions", a list of strings')
-            entries.append((name, _inside(root, name), tuple(_caption(text) for text in captions)))
+            entry = _entry(root, name, *parts)
+            if entry.name in seen:
+                raise ValueError("listed before: a picture has all its captions in one place")
+            seen.add(entry.name)
+            entries.append(entry)
         except (ValueError, OSError, RuntimeError) as error:    # RuntimeError: deep nesting, looping links
-            skipped.append((where, str(error)[:160]))
+            skipped.append((name, str(error)[:160]))
+    if not entries and all(reason.startswith("no captions") for _, reason in skipped):
+        raise ValueError(f"{root}: no captioned pictures here: {FORMAT}")
     return entries, skipped
+
+
+def _files(root):
+    """A folder's pictures and those of its shards: [(name, picture, .txt, .json)], and what is lost."""
+    raw, skipped = [], []
+    for path in sorted(p.relative_to(root) for p in root.rglob("*") if not p.name.startswith(".")):
+        name = path.as_posix()
+        if path.suffix.lower() in SUFFIXES:
+            raw.append((name, name, path.with_suffix(".txt"), path.with_suffix(".json")))
+        elif path.suffix == ".tar":
+            inside, lost = _shard(name, root / path)
+            raw, skipped = raw + inside, skipped + lost
+        elif name.endswith((".tar.gz", ".tgz")):
+            skipped.append((name, "compressed: gunzip it, pictures are read where they lie in the tar"))
+    return raw, skipped
+
+
+def _shard(name, path):
+    """A tar in the WebDataset layout, where files of one stem are a sample: as `_files`.
+
+    Read once from front to back, passing over the pictures; those are read later, in any order."""
+    samples, skipped, length = {}, [], path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for file in tar:
+                folder, _, base = file.name.rpartition("/")
+                stem, _, kind = base.partition(".")             # WebDataset's rule: up to the first dot
+                if file.isreg() and not file.issparse() and stem and kind:
+                    kind, part = f".{kind.lower()}", Member(path, file.offset_data, file.size)
+                    if kind in (".txt", ".json") and file.size <= MAX_CAPTION_FILE:
+                        part = tar.extractfile(file).read()
+                    samples.setdefault((folder, stem), []).append((kind, file.name, part))
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):             # tarfile takes a damaged header for the end
+                skipped.append((name, f"cut short or damaged at byte {tar.offset:,}: write the shard again"))
+    except (tarfile.TarError, OSError) as error:
+        skipped.append((name, f"not a whole tar ({error}): write the shard again"))
+    raw = []
+    for (folder, stem), files in samples.items():
+        by_kind = {kind: part for kind, _, part in files}
+        pictures = [(file, member) for kind, file, member in files if kind in SUFFIXES]
+        if len(pictures) != 1 or len(by_kind) < len(files):
+            skipped.append((f"{name}/{folder}{'/' * bool(folder)}{stem}",
+                            f"{len(pictures)} pictures in {len(files)} files of one name: a sample has one"))
+        elif pictures[0][1].offset + pictures[0][1].size > length:
+            skipped.append((f"{name}/{pictures[0][0]}", "the shard ends within it: write the shard again"))
+        else:
+            (file, member), = pictures
+            raw.append((f"{name}/{file}", member, by_kind.get(".txt"), by_kind.get(".json")))
+    return raw, skipped
+
+
+def _entry(root, name, picture, text, row):
+    """One Entry out of a sample's files, or of a line of captions.jsonl (then picture is None)."""
+    line = _content(root, row)
+    about = {} if line is None else json.loads(line.decode("utf-8-sig"))
+    about = dict(about) if isinstance(about, dict) else {}
+    captions = about.pop("captions", None)
+    if picture is None:
+        name = picture = about.pop("file", None)
+    elif captions is None:                          # a line of the .txt is a caption; img2dataset: "caption"
+        words = _content(root, text)
+        words = about.get("caption") if words is None else words.decode("utf-8-sig")
+        if not isinstance(words, str):
+            raise ValueError("no captions: neither a .txt nor a .json that has them")
+        captions = [line for line in words.splitlines() if line.strip()] or [""]
+    if not isinstance(name, str) or not isinstance(captions, list) or not captions:
+        raise ValueError('needs "file", a string, and "captions", a list of strings')
+    place = picture if isinstance(picture, Member) else _inside(root, picture)
+    return Entry(name, place, tuple(_caption(text) for text in captions), about)
+
+
+def _content(root, file):
+    """The bytes of a caption file: a Path in the folder, or what _shard found; None if there is none."""
+    if file is None or isinstance(file, bytes):
+        return file
+    if isinstance(file, Path) and not os.path.lexists(root / file):
+        return None
+    if isinstance(file, Member) or _inside(root, file).stat().st_size > MAX_CAPTION_FILE:
+        raise ValueError(f"a caption file of more than {MAX_CAPTION_FILE:,} bytes")
+    return _inside(root, file).read_bytes()
 
 
 def _inside(root, name):
@@ -394,7 +584,8 @@ def _emoji():
     entries = []
     for i, line in enumerate((ASSETS / "twemoji.jsonl").read_text(encoding="utf-8").splitlines()):
         row, x, y = json.loads(line), i % COLUMNS * TILE, i // COLUMNS * TILE
-        entries.append((row["file"], sheet.crop((x, y, x + TILE, y + TILE)), tuple(row["captions"])))
+        tile = sheet.crop((x, y, x + TILE, y + TILE))
+        entries.append(Entry(row["file"], tile, tuple(row["captions"]), {}))
     return entries, []
 
 
@@ -403,20 +594,21 @@ def pack_sheet(folder, out, style="twemoji"):
 
     DIFFERS: one palette of 256 colours makes the sheet 0.8 MB, not 2.8. The Twemoji's values then differ from
     the originals' by 2.6 of 255 (root mean square), 78 at most; 62 % of the pixels do not differ."""
-    entries = [entry for entry in _listing(Path(folder))[0] if entry[0].startswith(f"{style}_")]
+    entries = [entry for entry in _listing(Path(folder))[0] if entry.name.startswith(f"{style}_")]
     sheet = Image.new("RGB", (COLUMNS * TILE, -(-len(entries) // COLUMNS) * TILE), "white")
-    for i, (_, path, _) in enumerate(entries):
-        sheet.paste(Image.fromarray(read_picture(path, TILE)), (i % COLUMNS * TILE, i // COLUMNS * TILE))
+    for i, entry in enumerate(entries):
+        tile = Image.fromarray(read_picture(entry.picture, TILE))
+        sheet.paste(tile, (i % COLUMNS * TILE, i // COLUMNS * TILE))
     sheet = sheet.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
     sheet.save(Path(out) / f"{style}.png", optimize=True)
-    lines = [json.dumps({"file": name, "captions": texts}, ensure_ascii=False) for name, _, texts in entries]
+    lines = [json.dumps({"file": e.name, "captions": e.captions}, ensure_ascii=False) for e in entries]
     (Path(out) / f"{style}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # --- Demo -------------------------------------------------------------------------------------------------
 
 def contact_sheet(rows, side=128):
-    """{heading: [(picture (S, S, 3) uint8, texts), ...]} -> one PIL image; the texts stand below each picture."""
+    """{heading: [(picture (S, S, 3) uint8, texts), ...]} -> one PIL image, with the texts below the pictures."""
     font, width = ImageFont.load_default(13), side + 44
     lines = {id(p): [(line, ink) for text, ink in zip(texts, ("black", (110, 110, 110)))
                      for line in textwrap.wrap(text, 25)[:7]] for row in rows.values() for p, texts in row}
@@ -476,4 +668,9 @@ def demo(out="runs/data.png"):
 #    the price of composition.
 
 if __name__ == "__main__":
-    demo(*sys.argv[1:2])
+    if sys.argv[1:2] == ["check"]:
+        from prepare import main        # only here: it needs this module
+
+        main(sys.argv[1:])
+    else:
+        demo(*sys.argv[1:2])

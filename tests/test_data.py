@@ -1,8 +1,9 @@
 """Claims about data.py -> evidence.
 
 The drawn world: captions and metadata are true of the pixels; objects lie inside and apart; unseen pairs stay
-unseen. Loading: every picture comes out upright, on white and in 8 bits; what is bad is skipped with a
-reason; nothing outside the folder is read.
+unseen. Loading: every picture comes out upright, on white, in 8 bits and not stretched; what is bad is
+skipped with a reason; nothing outside the folder is read; a tar shard gives what the same files in a folder
+give.
 """
 
 import io
@@ -11,6 +12,7 @@ import math
 import os
 import re
 import struct
+import tarfile
 import zlib
 from collections import Counter
 
@@ -454,9 +456,12 @@ def test_bad_lines_of_captions_jsonl_are_skipped_with_a_reason(tmp_path):
         "deep": b"[" * 100_000, "dots": line("../secret.png", "x"), "absolute": line(str(outside), "x"),
         "symlink": line("link.png", "x"), "loop": line("loop.png", "x"), "NUL path": line("a\0.png", "x"),
         "missing": line("gone.png", "x"), "folder": line(".", "x"),
+        "twice": line("p3.png", "listed in line 4 already"),
     }
-    good = line("a.png", "a fine\tred  caption \U0001f468\u200d\U0001f469 \u05e9\u05dc\u05d5\u05dd")
-    (folder / "captions.jsonl").write_bytes(b"\n".join([good] * 20 + list(bad.values())))
+    fill(folder, **{f"p{i}": flat() for i in range(20)})
+    good = [line(f"p{i}.png", "a fine\tred  caption \U0001f468\u200d\U0001f469 \u05e9\u05dc\u05d5\u05dd")
+            for i in range(20)]
+    (folder / "captions.jsonl").write_bytes(b"\n".join(good + list(bad.values())))
     got = data.load_pictures(folder, 8)
     assert got.captions == [("a fine red caption \U0001f468\u200d\U0001f469 \u05e9\u05dc\u05d5\u05dd",)] * 20
     assert len(got.skipped) == len(bad) and all(reason for _, reason in got.skipped)
@@ -519,11 +524,193 @@ def test_bad_arguments_are_refused(wrong):
 @given(st.lists(st.binary(max_size=40) | st.from_regex(r'\{"file": ".{0,9}", "captions": \[.{0,9}\]\}')
                 .map(lambda text: text.encode("utf-8", "surrogatepass")), max_size=5))
 def test_no_captions_jsonl_whatever_crashes_the_loader(tmp_path_factory, lines):
-    folder = fill(tmp_path_factory.mktemp("any"), a=flat())
-    row = b'{"file": "a.png", "captions": ["fine"]}\n'
-    (folder / "captions.jsonl").write_bytes(row * 60 + b"\n".join(lines))
+    folder = fill(tmp_path_factory.mktemp("any"), a=flat(), **{f"p{i}": flat() for i in range(12)})
+    rows = b"".join(b'{"file": "p%d.png", "captions": ["fine"]}\n' % i for i in range(12))
+    (folder / "captions.jsonl").write_bytes(rows + b"\n".join(lines))
     got = data.load_pictures(folder, 4)
-    assert got.captions[:60] == [("fine",)] * 60 and len(got.captions) == len(got.images)
+    assert got.captions[:12] == [("fine",)] * 12 and len(got.captions) == len(got.images)
+
+
+def test_a_bomb_of_compressed_text_is_skipped(tmp_path):
+    body = b"note\0\0" + zlib.compress(bytes(2_000_000))
+    chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    stream = io.BytesIO()
+    flat().save(stream, "png")
+    good = stream.getvalue()
+    folder = fill(tmp_path / "a", a=flat(), b=flat(), bomb=good[:33] + chunk + good[33:])       # after IHDR
+    got = data.load_pictures(folder, 8)
+    assert got.captions == [("a",), ("b",)] and got.skipped[0][0] == "bomb.png"
+    assert "too large" in got.skipped[0][1]
+
+
+def test_a_hundred_unreadable_pictures_in_a_row_stop_the_loading(tmp_path):
+    folder = fill(tmp_path / "a", **{f"a{i:03}": flat() for i in range(150)},
+                  **{f"b{i:03}": b"" for i in range(99)}, **{f"c{i:03}": flat() for i in range(2)})
+    assert len(data.load_pictures(folder, 4).skipped) == 99
+    fill(folder, b099=b"")
+    with pytest.raises(ValueError, match=r"100 pictures in a row .* b099\.png .*check DIR --apply"):
+        data.load_pictures(folder, 4)
+
+
+def kinds_of_bad_file():
+    """Kind -> (bytes of name.png, bytes of name.txt): everything that can be wrong with one sample."""
+    stream = io.BytesIO()
+    flat().save(stream, "png")
+    good = stream.getvalue()
+    return {kind: (content, b"a caption") for kind, content in bad_pictures().items()} | {
+        "caption_empty": (good, b" \n"), "caption_nul": (good, b"a\0b"), "caption_long": (good, b"x" * 2001),
+        "caption_latin1": (good, "caf\u00e9".encode("latin-1")), "caption_huge": (good, b"x" * 10_000_000),
+        "caption_missing": (good, None)}
+
+
+def test_a_thousand_pictures_with_five_in_a_hundred_of_bad_files_load_with_a_report(tmp_path):
+    kinds, picture = kinds_of_bad_file(), io.BytesIO()
+    flat().save(picture, "png")
+    for i in range(1000):
+        kind = list(kinds)[i // 20 % len(kinds)] if i % 20 == 7 else None       # every twentieth, in turn
+        content, caption = kinds[kind] if kind else (picture.getvalue(), f"number {i}".encode())
+        (tmp_path / f"{i:04}-{kind or 'good'}.png").write_bytes(content)
+        if caption is not None:
+            (tmp_path / f"{i:04}-{kind or 'good'}.txt").write_bytes(caption)
+    got = data.load_pictures(tmp_path, 8)
+    assert len(got.images) == 950 and got.captions[-1] == ("number 999",)
+    assert len(got.skipped) == 50 and all(reason for _, reason in got.skipped)
+    assert {name[5:-4] for name, _ in got.skipped} == set(kinds)
+
+
+def test_even_five_in_a_hundred_of_each_kind_of_bad_picture_load(tmp_path):
+    kinds, picture = bad_pictures(), io.BytesIO()                               # nine kinds: 45 in a hundred
+    flat().save(picture, "png")
+    for i in range(1000):
+        kind = [*kinds, *["good"] * (20 - len(kinds))][7 * i % 20]
+        (tmp_path / f"{i:04}-{kind}.png").write_bytes(kinds.get(kind, picture.getvalue()))
+        (tmp_path / f"{i:04}-{kind}.txt").write_text(kind)
+    got = data.load_pictures(tmp_path, 8)
+    assert got.captions == [("good",)] * 550 and len(got.skipped) == 450
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([(16, 16), (48, 32), (32, 80)]))
+def test_a_picture_covers_any_box_unstretched(width, height, box):
+    ramp = np.zeros((height, width, 3), np.uint8)
+    ramp[..., 0] = (np.arange(width) * 255 / max(1, width - 1)).round()[None, :]        # red grows rightwards
+    ramp[..., 1] = (np.arange(height) * 255 / max(1, height - 1)).round()[:, None]      # green downwards
+    image = data.read_picture(Image.fromarray(ramp), box).astype(float)
+    assert image.shape == (box[1], box[0], 3)
+    scale = max(box[0] / width, box[1] / height)                                # pixels of the box per pixel
+    if min(width, height) >= 20:
+        across = (image[8, -5, 0] - image[8, 4, 0]) / (box[0] - 9) * (width - 1) / 255
+        down = (image[-5, 8, 1] - image[4, 8, 1]) / (box[1] - 9) * (height - 1) / 255
+        assert abs(across * scale - 1) < 0.12 and abs(down * scale - 1) < 0.12
+
+
+def test_the_original_caption_and_the_synthetic_ones_are_taken_half_and_half():
+    g = torch.Generator().manual_seed(0)
+    picks = Counter(data.pick_caption(3, g) for _ in range(4000))
+    assert set(picks) == {0, 1, 2}
+    assert abs(picks[0] / 4000 - 0.5) < 0.03 and abs(picks[1] / 4000 - 0.25) < 0.03
+    assert {data.pick_caption(1, g) for _ in range(50)} == {0}                  # nothing else to take
+    assert {data.pick_caption(2, g, synthetic=0) for _ in range(50)} == {0}
+    assert {data.pick_caption(2, g, synthetic=1) for _ in range(50)} == {1}
+
+
+# --- Tar shards ---
+
+def png(colour="red", size=(20, 20)):
+    stream = io.BytesIO()
+    flat(colour, size).save(stream, "png")
+    return stream.getvalue()
+
+
+def shard(path, files):
+    """A tar of [(name, bytes), ...] in this order."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_a_shard_gives_what_the_same_files_in_a_folder_give(tmp_path):
+    files = [("b.png", png("red")), ("b.txt", b"a red field\n\nall of it is red"), ("a/c.png", png("lime")),
+             ("a/c.json", b'{"captions": ["green", "all green"], "aesthetic": 6.5}'),
+             ("d.txt", b"blue"), ("d.json", b'{"nsfw": 0.1, "caption": "not this"}'), ("d.PNG", png("blue"))]
+    for name, content in files:
+        (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "files" / name).write_bytes(content)
+    folder = data.list_pictures(tmp_path / "files")
+    (tmp_path / "shards").mkdir()
+    shard(tmp_path / "shards" / "000.tar", files[:2])
+    shard(tmp_path / "shards" / "001.tar", files[2:])
+    shards = data.list_pictures(tmp_path / "shards")
+    assert not folder.skipped and not shards.skipped
+    assert [e.name for e in shards.entries] == ["000.tar/b.png", "001.tar/a/c.png", "001.tar/d.PNG"]
+    rest = lambda listing: sorted((e.captions, str(e.about)) for e in listing.entries)
+    assert rest(folder) == rest(shards)
+    assert rest(shards)[0] == (("a red field", "all of it is red"), "{}")
+    assert shards.entries[1].about == {"aesthetic": 6.5} and shards.entries[2].captions == ("blue",)
+    pictures = data.load_pictures(tmp_path / "shards", 8)
+    assert pictures.images[:, :, 4, 4].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    assert data.load_pictures(tmp_path / "shards" / "001.tar", 8).captions == pictures.captions[1:]
+
+
+def test_a_shard_is_read_in_any_order_without_reading_what_lies_before(tmp_path, monkeypatch):
+    shard(tmp_path / "x.tar", [(f"{i:03}.{kind}", content) for i in range(50)
+                               for kind, content in (("txt", b"number %d" % i), ("png", png((i, 0, 0))))])
+    entries = data.list_pictures(tmp_path / "x.tar").entries
+    monkeypatch.setattr(tarfile, "open", None)                          # the index is all that is needed
+    for i in np.random.default_rng(0).permutation(50).tolist():
+        assert data.read_picture(entries[i].picture, 4)[0, 0].tolist() == [i, 0, 0]
+        assert entries[i].captions == (f"number {i}",)
+    assert len(data.read_bytes(entries[7].picture)) == len(png((7, 0, 0)))
+
+
+def test_a_cut_or_damaged_shard_gives_the_samples_before_the_damage_and_says_so(tmp_path):
+    whole = shard(tmp_path / "x.tar", [(f"{i}.{kind}", content) for i in range(10)
+                                       for kind, content in (("txt", b"fine"), ("png", png()))]).read_bytes()
+    eighth = 8 * 2048                                                           # four blocks of 512 a sample
+    for name, content, good, reason in (
+            ("cut in a picture", whole[:eighth + 1536 + 40], 8, "the shard ends within it"),
+            ("cut in a header", whole[:eighth + 300], 8, "unexpected end|cut short"),
+            ("cut between files", whole[:eighth], 8, "unexpected end|cut short"),
+            ("damaged header", whole[:eighth] + b"x" * 300 + whole[eighth + 300:], 8, "damaged at byte 16"),
+            ("no tar", b"hello" * 500, 0, "not a whole tar"), ("empty", b"", 0, "not a whole tar")):
+        (tmp_path / "x.tar").write_bytes(content)
+        listing = data.list_pictures(tmp_path / "x.tar") if good else data._shard("x.tar", tmp_path / "x.tar")
+        assert len(listing[0]) == good, name
+        assert any(re.search(reason, why) for _, why in listing[1]), (name, listing[1])
+
+
+def test_bad_samples_of_a_shard_are_skipped_with_a_reason(tmp_path):
+    good = [(f"{i}.{kind}", content) for i in range(9)
+            for kind, content in (("txt", b"fine"), ("png", png()))]
+    shard(tmp_path / "x.tar", good + [
+        ("lone.txt", b"no picture"), ("two.png", png()), ("two.jpg", png()), ("two.txt", b"x"),
+        ("mute.png", png()), ("twice.txt", b"x"), ("twice.png", png()), ("twice.png", png()),
+        ("json.png", png()), ("json.json", b"{"), ("huge.png", png()), ("huge.txt", b"x" * 1_000_001),
+        ("bad.png", b"text"), ("bad.txt", b"x"), ("../../out.png", png()), ("../../out.txt", b"only a name"),
+        ("__meta__", b"no suffix: not part of a sample")])
+    got = data.load_pictures(tmp_path / "x.tar", 4)
+    assert got.captions == [("fine",)] * 9 + [("only a name",)]
+    reasons = {name.removeprefix("x.tar/").split(".")[0]: reason for name, reason in got.skipped}
+    assert set(reasons) == {"lone", "two", "mute", "twice", "json", "huge", "bad"}
+    assert "0 pictures" in reasons["lone"] and "2 pictures" in reasons["two"]
+    assert "1,000,000" in reasons["huge"]
+
+
+def test_a_compressed_shard_is_named_with_the_remedy(tmp_path):
+    shard(tmp_path / "x.tar", [("a.png", png()), ("a.txt", b"fine")])
+    (tmp_path / "y.tar.gz").write_bytes(b"\x1f\x8b")
+    listing = data.list_pictures(tmp_path)
+    assert len(listing.entries) == 1 and "gunzip" in dict(listing.skipped)["y.tar.gz"]
+
+
+def test_what_excluded_txt_names_is_left_out_and_counted(tmp_path):
+    folder = fill(tmp_path / "a", a=flat(), b=flat(), c=flat(), d=b"bad")
+    (folder / "excluded.txt").write_text("b.png\nd.png\ngone.png\n")
+    got = data.load_pictures(folder, 4)
+    assert got.captions == [("a",), ("c",)] and not got.skipped and got.excluded == 2
 
 
 def test_the_demo_runs_and_saves_its_sheet(tmp_path, capsys):
