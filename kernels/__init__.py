@@ -2,36 +2,46 @@
 and why is that faster?
 
     joint_attention          text and image attended as one sequence, queries and keys normalised per head
-                             on the way
+                             on the way                                            kernels/joint_attention.py
     modulate                 LayerNorm(x) * (1 + scale) + shift: how the timestep and the prompt reach a block
-    gate_residual_modulate   h = x + gate * y, and the next modulation of h
+    gate_residual_modulate   h = x + gate * y, and the next modulation of h               kernels/adaln.py
 
-What stands here is the mathematics in plain PyTorch: it runs on any device and is what every fused version is
-tested against. All three read and write whole activations while computing little, so their cost is memory
-traffic: written as a chain of PyTorch calls, `modulate` moves an activation about five times, of which a
-fused kernel needs two.
+Around its matrix products a block reads and writes whole activations while computing little, so the cost
+there is memory traffic: written as a chain of PyTorch calls, `modulate` moves an activation about five times,
+of which a fused kernel needs two. Each of the two files holds the formulas in plain PyTorch, which run on any
+device and are what every kernel is tested against, and the Triton kernels. Here stands only who gets which:
+
+    backend="torch"     the formulas (and scaled_dot_product_attention)
+    backend="triton"    the kernels; ValueError where they cannot run
+    backend="auto"      the kernels where they were measured to be faster, else the formulas
+
+The environment variable SD3_KERNELS takes the place of "auto". Measured means: kernels/results/*.csv, which
+`python kernels/bench.py` writes, has rows of this very GPU, operation, dtype and head dim in which the kernel
+won at the nearest size. So a GPU on which nobody ran the bench gets the formulas, and is told so in one line.
+A CPU and a Mac always run the formulas; Triton need not be installed, and only the first kernel imports it.
 
 Dims: B batch, L tokens, M text tokens, N image tokens, D width, nh heads, hd head dim.
+Run `python kernels/__init__.py`: text and image attended apart and together, which must not differ.
 """
+import csv
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import torch
-import torch.nn.functional as F
 
+if __name__ == "__main__":                              # run as a file: the package is the folder around it
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim,
-    computed in float32 (|x| > 255 squared overflows float16)."""
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y * weight.float()).to(x.dtype)
+from kernels import adaln
+from kernels.joint_attention import attention, joint_attention_reference, rms_norm
 
-
-def attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(hd)) v over (B, nh, L, hd), spelled out; the softmax in float32.
-    mask: True where attended."""
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                  # (B, nh, Lq, Lk)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+__all__ = ["attention", "gate_residual_modulate", "joint_attention", "modulate", "rms_norm"]
+BACKENDS = ("auto", "torch", "triton")
+DEFAULT = os.environ.get("SD3_KERNELS", "auto")         # what "auto" stands for
+RESULTS = Path(__file__).resolve().parent / "results"
+_told = set()                                           # lines already said
 
 
 def joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, *, norm_weights=None, eps=1e-6,
@@ -49,49 +59,118 @@ def joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, *, norm_weights=No
     Returns (out_txt, out_img), shaped like the queries; out_txt is None where there are no text queries.
     """
     check_backend(backend)
-    if norm_weights is not None:
-        w_q_txt, w_k_txt, w_q_img, w_k_img = norm_weights
-        q_img, k_img = rms_norm(q_img, w_q_img, eps), rms_norm(k_img, w_k_img, eps)
-        q_txt = None if q_txt is None else rms_norm(q_txt, w_q_txt, eps)
-        k_txt = None if k_txt is None else rms_norm(k_txt, w_k_txt, eps)
-    M = 0 if q_txt is None else q_txt.shape[1]
-    q = q_img if q_txt is None else torch.cat([q_txt, q_img], dim=1)  # (B, M + N, nh, hd), or image alone
-    k = k_img if k_txt is None else torch.cat([k_txt, k_img], dim=1)
-    v = v_img if v_txt is None else torch.cat([v_txt, v_img], dim=1)
-    mask = None
-    if text_lengths is not None and k_txt is not None:
-        position = torch.arange(k.shape[1], device=k.device)
-        mask = (position < text_lengths[:, None]) | (position >= k_txt.shape[1])    # (B, L), True: attended
-        mask = mask[:, None, None, :]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # (B, nh, L, hd)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 1024:
-        # PyTorch's CPU kernel is slow here: forward + backward 5x at 52 tokens, 1.4x at 1024
-        out = attention(q, k, v, mask)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    out = out.transpose(1, 2)
-    return (None if q_txt is None else out[:, :M]), out[:, M:]
+    return joint_attention_reference(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, text_lengths,
+                                     eps)
 
 
 def modulate(x, shift, scale, *, eps=1e-6, backend="auto"):
     """LayerNorm(x) * (1 + scale) + shift, where the LayerNorm learns nothing.
     x (B, L, D); shift, scale (B, D) -> (B, L, D)."""
-    check_backend(backend)
-    y = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return (y * (1 + scale.float().unsqueeze(1)) + shift.float().unsqueeze(1)).to(x.dtype)
+    adaln.check_modulate(x, shift, scale, eps)
+    if use_triton(backend, "modulate", x=x, shift=shift, scale=scale):
+        return adaln.modulate_op(x, shift, scale, eps)
+    return adaln.modulate_reference(x, shift, scale, eps)
 
 
 def gate_residual_modulate(x, y, gate, shift, scale, *, eps=1e-6, backend="auto"):
     """h = x + gate * y, then modulate(h). x, y (B, L, D); gate, shift, scale (B, D).
     Returns (h, modulated), both (B, L, D)."""
-    h = x + gate.unsqueeze(1) * y
-    return h, modulate(h, shift, scale, eps=eps, backend=backend)
+    adaln.check_modulate(x, shift, scale, eps, y, gate)
+    if use_triton(backend, "gate_residual_modulate", x=x, y=y, gate=gate, shift=shift, scale=scale):
+        return adaln.gate_residual_modulate_op(x, y, gate, shift, scale, eps)
+    return adaln.gate_residual_modulate_reference(x, y, gate, shift, scale, eps)
 
+
+# --------------------------------------------------------------------------------------------- who gets which
 
 def check_backend(backend: str) -> None:
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"no back end {backend!r} here: choose auto or torch")
+    if backend not in BACKENDS:
+        raise ValueError(f"no back end {backend!r} here: choose auto, torch or triton")
 
+
+def use_triton(backend: str, operation: str, head_dim: int = 0, **tensors) -> bool:
+    """Do the kernels run this? tensors: what the operation reads, by argument name, an activation first.
+
+    Runs at every call, also while torch.compile traces: cheap first, and nothing that it cannot trace.
+    """
+    check_backend(backend)
+    if backend == "auto":
+        if DEFAULT not in BACKENDS:
+            raise ValueError(f"SD3_KERNELS is {DEFAULT!r}: choose auto, torch or triton")
+        backend = DEFAULT
+    device = next(iter(tensors.values())).device
+    if backend == "torch" or backend == "auto" and device.type != "cuda":
+        return False
+    refusal = device_refuses(device) or adaln.triton_refuses(tensors)
+    if backend == "triton":
+        if refusal:
+            raise ValueError(f"{operation} cannot run in Triton: {refusal}")
+        return True
+    reason = refusal or slower(operation, head_dim, tensors, torch.cuda.get_device_properties(device).name)
+    if reason and not torch.compiler.is_compiling() and (operation, reason) not in _told:
+        _told.add((operation, reason))
+        print(f"kernels: {operation} runs in PyTorch: {reason}", file=sys.stderr)
+    return not reason
+
+
+def device_refuses(device: torch.device) -> str | None:
+    """Why no kernel can run there; None if one can. The device "meta" asks for shapes only."""
+    if device.type == "meta":
+        return None
+    if not torch.compiler.is_compiling() and "triton" not in sys.modules and not find_spec("triton"):
+        return "it is not installed: pip install triton (triton-windows on Windows)"
+    if device.type != "cuda":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return f"it needs a CUDA GPU, and this tensor is on {device} (for a test, set TRITON_INTERPRET=1)"
+    if torch.cuda.get_device_properties(device).major < 8:
+        return "this GPU is older than compute capability 8.0"
+    return None
+
+
+def slower(operation: str, head_dim: int, tensors: dict, gpu: str) -> str | None:
+    """Why "auto" leaves the kernels alone: nobody measured here, or they lost at the nearest size.
+    None if they won."""
+    first, training = next(iter(tensors.values())), torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in tensors.values())
+    key = (gpu, operation, str(first.dtype).removeprefix("torch."), head_dim,
+           "forward+backward" if training else "forward", torch.compiler.is_compiling())
+    if key not in MEASURED:
+        return f"{operation} was not measured on {gpu} in {key[2]}; python kernels/bench.py does it"
+    size = first.numel()
+    for upto, won in MEASURED[key]:
+        if size <= upto:
+            return None if won else f"there it was measured to be faster on {gpu}, at this size in {key[2]}"
+
+
+def read_results(folder: Path) -> dict:
+    """kernels/results/*.csv -> {(gpu, operation, dtype, head dim, pass, compiled): [(to size, Triton won)]}.
+
+    Sizes are elements of the first activation; between two measured ones lies their geometric mean. Of two
+    rows about the same thing, the one in the later file counts.
+    """
+    times = {}                                          # key without compiled -> size -> provider -> ms
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as f:
+            for row in csv.DictReader(f):
+                key = (row["gpu"], row["operation"], row["dtype"], int(row["head_dim"]), row["pass"])
+                sizes = times.setdefault(key, {}).setdefault(int(row["elements"]), {})
+                sizes[row["provider"]] = float(row["ms"])
+    table = {}
+    for key, sizes in times.items():
+        for compiled, rival in ((False, "torch"), (True, "torch compiled")):
+            won = [(size, ms["triton"] < ms[rival]) for size, ms in sorted(sizes.items())
+                   if "triton" in ms and rival in ms]
+            if won:
+                upto = [(a * b) ** 0.5 for (a, _), (b, _) in zip(won, won[1:])] + [float("inf")]
+                table[*key, compiled] = [(u, w) for u, (_, w) in zip(upto, won)]
+    return table
+
+
+MEASURED = read_results(RESULTS)
+
+
+# ------------------------------------------------------------------------------------------------------- demo
 
 def demo() -> None:
     """One attention over two streams is attention over their concatenation, and leaving out the text's
@@ -108,7 +187,7 @@ def demo() -> None:
 
 
 # Exercises. (1) Leave out the norms and multiply q by 30: what happens to the softmax, and to its gradient?
-# (2) In `modulate`, count the reads and writes of x for each line; which could share one pass?
+# (2) In `modulate_reference`, count the reads and writes of x for each line; which could share one pass?
 
 if __name__ == "__main__":
     demo()
