@@ -235,25 +235,42 @@ def draw_noise(shape, generator=None, device=None):
     return torch.stack([torch.randn(shape[1:], generator=g) for g in generator]).to(device)
 
 
-def guided(model, scale, cond, uncond):
+def guided(model, scale, cond, uncond, weaker=None):
     """Classifier-free guidance (arXiv 2207.12598): the model v_u + scale (v_c - v_u), on all channels.
 
     cond, uncond: dicts of tensors (B, ...) for the model, alike in names and shapes, else ValueError. One
     pass over 2B samples, [cond, uncond], answers both; scale 1 is cond alone, in one pass over B. Guiding x0
     in place of v would give the same, as x0 is linear in v.
+    weaker: (scale, (low, high), kwargs) adds, where low < t < high, scale (v_c - v_w), v_w being cond with
+    these kwargs too: away from what a handicapped model says. SD3.5-medium leaves out layers, skip_layers.
     """
-    if scale == 1:
-        return lambda x, t: model(x, t, **cond)
-    shapes = [{k: tuple(v.shape) for k, v in side.items()} for side in (cond, uncond)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"cond {shapes[0]} and uncond {shapes[1]} differ: encode both alike")
-    both = {k: torch.cat([cond[k], uncond[k]]) for k in cond}  # (2B, ...)
+    if scale != 1:
+        shapes = [{k: tuple(v.shape) for k, v in side.items()} for side in (cond, uncond)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"cond {shapes[0]} and uncond {shapes[1]} differ: encode both alike")
+        both = {k: torch.cat([cond[k], uncond[k]]) for k in cond}  # (2B, ...)
 
     def guided_model(x, t):
-        v_c, v_u = model(torch.cat([x, x]), torch.cat([t, t]), **both).float().chunk(2)  # (B, ...) each
-        return v_u + scale * (v_c - v_u)
+        if scale == 1:
+            v = v_c = model(x, t, **cond).float()
+        else:
+            v_c, v_u = model(torch.cat([x, x]), torch.cat([t, t]), **both).float().chunk(2)  # (B, ...) each
+            v = v_u + scale * (v_c - v_u)
+        if weaker and weaker[1][0] < t[0] < weaker[1][1]:
+            v = v + weaker[0] * (v_c - model(x, t, **cond, **weaker[2]).float())
+        return v
 
     return guided_model
+
+
+def part_way(ts, strength):
+    """The last part of a schedule, to change a picture x0: begin at interpolate(x0, eps, ts[0]).
+
+    strength in (0, 1]: the share of the steps that is left; at 1 nothing of x0 is. Else ValueError.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}: it must be above 0 (the picture as it is) and at most 1")
+    return ts[int((len(ts) - 1) * (1 - strength)):]
 
 
 # ---- demo: eight blobs in the plane, where the best possible velocity is known ----------------------------
