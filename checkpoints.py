@@ -15,12 +15,12 @@ A run is a folder that `train.py` fills and `sample.py` reads:
 Three rules. Nothing is ever unpickled: tensors are safetensors, the rest is JSON. A file is written under a
 temporary name, flushed to disk and renamed, so a crash leaves the old one. Loading is strict: every parameter
 is filled exactly once, with the right shape and finite numbers, or a CheckpointError says in one line what is
-wrong and what to do.
+wrong and what to do. Published models, which have other names and layouts, are read by weights.py; its
+functions can be called from here too.
 
 Run `python checkpoints.py`: saves a part, loads it back bit by bit, and shows what a damaged file says.
 """
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from mmdit import MMDiT, MMDiTConfig
 from text_encoders import (EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder, T5Config,
                            T5Encoder, load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
+from weights import load_clip, load_mmdit, load_t5, load_text_encoders, load_vae, save_mmdit     # noqa: F401
+from weights import CheckpointError, write_atomically
 
 PARTS = {                                       # file name: (module, its config)
     "mmdit": (MMDiT, MMDiTConfig), "vae": (AutoencoderKL, VAEConfig), "t5": (T5Encoder, T5Config),
@@ -40,26 +42,6 @@ PARTS = {                                       # file name: (module, its config
 }
 
 ADAMW = ("step", "exp_avg", "exp_avg_sq")
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be used; the message is one line with cause and remedy."""
-
-
-def write_atomically(path, write) -> None:
-    """write(temporary path), then fsync and rename: the file at `path` is the old one or the new one,
-    never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)              # safetensors makes its files readable by their owner alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import checkpoints
+import weights
 from checkpoints import (PARTS, CheckpointError, has_run, last_run, load_part, load_state, load_strict,
                          load_tensors, read_json, save_part, save_state, save_tensors, write_atomically,
                          write_json)
@@ -127,9 +127,9 @@ def test_what_a_killed_process_left_behind_is_neither_read_nor_kept(saved, tmp_p
 
 def test_files_are_flushed_before_they_take_the_place_of_the_old(tmp_path, monkeypatch):
     happened = []
-    monkeypatch.setattr(checkpoints.os, "fsync",
+    monkeypatch.setattr(weights.os, "fsync",
                         lambda fd, real=os.fsync: (happened.append("flush"), real(fd)))
-    monkeypatch.setattr(checkpoints.os, "replace",
+    monkeypatch.setattr(weights.os, "replace",
                         lambda *a, real=os.replace: (happened.append("rename"), real(*a)))
     write_json(tmp_path / "new" / "folder" / "x.json", 1)
     assert happened[:2] == ["flush", "rename"]

@@ -1,0 +1,615 @@
+"""Our own runs live in checkpoints.py; this file answers: how is a published model read into these modules?
+
+    Stability's single file                     a diffusers folder             stand-alone files
+    sd3.5_large.safetensors                     transformer/*.safetensors      clip_l.safetensors
+      model.diffusion_model.joint_blocks...     vae/                           clip_g.safetensors
+      first_stage_model.decoder...              text_encoder/, _2/, _3/        t5xxl_fp16.safetensors
+      text_encoders.clip_l.transformer...       tokenizer/, _2/, _3/             (beside the single file, or
+             |                                         |                          in text_encoders/ there)
+             |  names as in our modules                |  a Recipe per parameter          |
+             +------------------------------------> module <------------------------------+
+
+`load_mmdit` and its sisters take a file or a folder and find out the rest from shapes: which layout, how
+deep, how wide, with or without QK-norm and second attentions. The module is built without memory (on the meta
+device), all names and shapes are compared, and only then each tensor is read, once, straight to its device
+and dtype. Every parameter is filled exactly once; what else is in a file must be listed in layouts.IGNORED.
+
+What surprises
+- Nothing is ever unpickled: .ckpt, .pt and .bin files are refused.
+- SD3 uses CLIP-L's pooled vector before its projection. A text_encoder/ folder says with a projection of its
+  own what it wants (the identity, in SD3's); in single and stand-alone files a projection is left unread.
+- T5 in float16 overflows, so does the autoencoder: unless asked otherwise they become bfloat16 and float32.
+- float8 is storage, not arithmetic: it is cast on load, and multiplied by its scale where the file has one.
+- FLUX's autoencoder has exactly the shapes of SD3's. Only a config.json can tell them apart.
+- The table of positions is read like a weight and never computed: diffusers' formula gives another one.
+
+Run `python weights.py`: writes a small model in both layouts, loads both, compares every bit.
+"""
+import json
+import math
+import os
+import re
+import struct
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from layouts import (IGNORED, IN_A_FILE, LAYOUTS, NAMES, PREFIXES, Recipe, assemble, assembled_shape,
+                     describe, is_foreign, mmdit_folder, take_apart, why_unknown)
+from mmdit import MMDiT, MMDiTConfig
+from text_encoders import (BOS, EOS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder, TextEncoders,
+                           load_clip_tokenizer, load_t5_tokenizer)
+from vae import AutoencoderKL, VAEConfig
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+SCALES = (".scale_weight", ".weight_scale")         # two spellings of scaled float8
+REOPEN = 256 * 2**20                                # bytes
+FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2",
+           "t5": "text_encoder_3"}
+BESIDE = {"vae": "*vae*.safetensors", "clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
+          "t5": "t5xxl*.safetensors"}               # stand-alone files; the largest is the most exact
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used; the message is one line with cause and remedy."""
+
+
+def write_atomically(path, write) -> None:
+    """write(temporary path), then fsync and rename: the file at `path` is the old one or the new one,
+    never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)              # safetensors makes its files readable by their owner alone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------- the files
+
+class Source:
+    """The tensors of a part, in one or several safetensors files: names and shapes at once, numbers one by
+    one. index: key without prefix -> (file, shape, dtype's name)."""
+
+    def __init__(self, files, config=None):
+        self.path, self.config, self.prefix = Path(files[0]), config or {}, ""
+        self.index, self.others, self.opened, self.since = {}, set(), None, 0
+        for file in files:
+            with open_safetensors(file) as f:
+                for key in f.keys():
+                    if key in self.index:
+                        raise CheckpointError(f"{key} is in {file} and in {self.index[key][0]}: "
+                                              "the folder mixes two models, download it again")
+                    part = f.get_slice(key)
+                    self.index[key] = (file, tuple(part.get_shape()), part.get_dtype())
+
+    def select(self, prefix):
+        """From now on only the keys with this prefix count, the part's own; the others are remembered."""
+        self.prefix = prefix
+        self.others = {k for k in self.index if not k.startswith(prefix)}
+        self.index = {k[len(prefix):]: v for k, v in self.index.items() if k.startswith(prefix)}
+        return self
+
+    def shape(self, recipe):
+        """Of what the Recipe gives; None if one of its keys is missing."""
+        if any(key not in self.index for key in recipe.keys):
+            return None
+        return assembled_shape(recipe.op, [self.index[key][1] for key in recipe.keys])
+
+    def count(self, pattern) -> int:
+        """One more than the largest number that stands in the place of {} in a key."""
+        found = (re.match(re.escape(pattern).replace(r"\{\}", r"(\d+)"), key) for key in self.index)
+        return max((int(m[1]) + 1 for m in found if m), default=0)
+
+    def scale_key(self, key):
+        """Of scaled float8: the key of what the weight is to be multiplied with."""
+        stem = key.removesuffix(".weight")
+        return next((stem + s for s in SCALES if stem + s in self.index), None) if stem != key else None
+
+    def read(self, key) -> torch.Tensor:
+        """On the CPU, mapped from the file. The mapping is renewed now and then: pages once read count as
+        this process' memory until it is closed, as if the model were there twice."""
+        file = self.index[key][0]
+        if self.opened != file or self.since > REOPEN:
+            self.handle, self.opened, self.since = open_safetensors(file), file, 0
+        t = self.handle.get_tensor(self.prefix + key)
+        self.since += t.numel() * t.element_size()
+        if (scale := self.scale_key(key)) is None:
+            return t
+        scale = self.handle.get_tensor(self.prefix + scale).float()
+        return t.float() * scale.reshape(-1, *[1] * (t.ndim - 1))           # one number, or one for each row
+
+
+def open_safetensors(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as e:
+        raise CheckpointError(f"{path} {what_is_wrong(Path(path), e)}") from None
+
+
+def what_is_wrong(path, error) -> str:
+    """A file that is no good safetensors file: what is it then, and what to do?"""
+    if not path.is_file():
+        return "is a folder where a file was expected" if path.is_dir() else "is missing, or no ordinary file"
+    try:
+        with open(path, "rb") as f:
+            head = f.read(16)
+    except OSError as e:
+        return f"cannot be read ({e.strerror})"
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        return ("is a pickled file (.ckpt, .pt, .bin): those can run any code and are never opened here; "
+                "get the model as .safetensors")
+    if head[:4] == b"GGUF":
+        return "is a GGUF file, whose quantised formats are not read here: get the model as .safetensors"
+    if head.startswith(b"version https:"):
+        return "is only a pointer to the real file: run  git lfs pull  in its folder"
+    if head.lstrip()[:1] == b"<":
+        return "is a web page: the download needs a login or an accepted licence, do it again with one"
+    n, size = int.from_bytes(head[:8], "little"), path.stat().st_size
+    if head[8:9] == b"{" and n <= 100_000_000:
+        how = "cut short or too long" if size < 8 + n or "IncompleteBuffer" in str(error) else "damaged"
+        return f"is {how} ({size:,} bytes; {error}): download it again"
+    return f"is not a safetensors file ({error}): get the model as .safetensors"
+
+
+def read_config(folder) -> dict:
+    """config.json of a part of a diffusers folder; {} if there is none."""
+    path = Path(folder, "config.json")
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read as JSON ({e}): download it again") from None
+    return config if isinstance(config, dict) else {}
+
+
+def files_of_part(folder) -> list[Path]:
+    """The safetensors files of one part of a diffusers folder, all shards of it; [] if there are none."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        whole = [p for v in ("", ".fp16", ".bf16") if (p := folder / f"{stem}{v}.safetensors").is_file()]
+        indexes = sorted(folder.glob(f"{stem}*safetensors.index*.json"), key=lambda p: len(p.name))
+        if whole and (whole[0].name == f"{stem}.safetensors" or not indexes):
+            return whole[:1]
+        if indexes:
+            return shards(indexes[0])
+    return []
+
+
+def shards(index) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{index} is no list of shards ({e!r}): download it again") from None
+    for name in names:
+        if Path(str(name)).name != name or not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names {name}, which is not there: download the folder again")
+    return [index.parent / name for name in sorted(names)]
+
+
+# ------------------------------------------------------------------------------- which file, in which layout
+
+def pick_part(source, part):
+    """(the source, cut down to this part; our names -> Recipes), or None if it has no such part."""
+    for prefix in (*PREFIXES[part], ""):
+        for sign, layout in LAYOUTS[part].items():
+            if prefix + sign in source.index:
+                source.select(prefix)
+                return source, layout(source.count, source.index)
+    return None
+
+
+def candidates(path, part):
+    """(folder, the files that may hold the part, each with its shards)."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: give a .safetensors file or the folder of a model")
+    if path.is_file():
+        return path.parent, [shards(path) if path.name.endswith(".json") else [path]]
+    if (path / FOLDERS[part]).is_dir():
+        path = path / FOLDERS[part]
+        return path, [files_of_part(path) or sorted(path.glob("*.safetensors"))]
+    own = files_of_part(path)
+    return path, [own] if own else [[p] for p in sorted(path.glob("*.safetensors"))]
+
+
+def locate(path, part):
+    """Where a part is: in this file, in this folder or beside it -> what pick_part gives."""
+    path = Path(path)
+    folder, groups = candidates(path, part)
+    sources = [Source(files, read_config(folder)) for files in groups if files]
+    what = {source.path.name: describe(source.index) for source in sources}
+    for source in sources if part == "mmdit" or len(sources) == 1 else []:
+        if foreign := is_foreign(source.index):
+            raise CheckpointError(f"{source.path} is {foreign}; {NAMES[part]} was expected")
+    found = [x for x in (pick_part(source, part) for source in sources) if x]
+    if len(sources) > 1 and part in BESIDE:             # among many files, only names tell CLIP-L from bigG
+        found = [x for x in found if x[0].prefix]
+    if not found and part in BESIDE:
+        beside = [p for d in (folder, folder / "text_encoders") for p in d.glob(BESIDE[part])]
+        for p in sorted(beside, key=lambda p: (-p.stat().st_size, p.name))[:1]:
+            found = [x for x in [pick_part(Source([p], read_config(p.parent)), part)] if x]
+    if len(found) > 1:
+        names = " and ".join(sorted(source.path.name for source, _ in found)[:3])
+        raise CheckpointError(f"{path} has {NAMES[part]} {len(found)} times, in {names}: give one of them")
+    if not found:
+        raise CheckpointError(not_found(path, folder, part, what))
+    return found[0]
+
+
+def not_found(path, folder, part, what) -> str:
+    pickled = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".ckpt", ".pth")]
+    if not what and pickled:
+        return (f"{folder} has {pickled[0]} but no safetensors file: pickled files can run any code and are "
+                "never opened here; get the model as .safetensors")
+    holds = "; ".join(f"{name} is {x}" for name, x in list(what.items())[:3]) or "it has no safetensors files"
+    beside = f", nor is {BESIDE[part]} there or in text_encoders/" if part in BESIDE else ""
+    return f"{path}: {NAMES[part]} is not in it{beside} ({holds})"
+
+
+# ------------------------------------------------------------------------------------ how large: from shapes
+
+def needed(source, recipe, name):
+    """The shape of one of our tensors, or a CheckpointError."""
+    if (shape := source.shape(recipe(name))) is None:
+        raise lacks(source, next(k for k in recipe(name).keys if k not in source.index))
+    return shape
+
+
+def lacks(source, key) -> CheckpointError:
+    return CheckpointError(f"{source.path} lacks {source.prefix}{key}: the download is not complete, or the "
+                           "file was made for another architecture")
+
+
+def mmdit_config(source, recipe) -> MMDiTConfig:
+    D, C, P, _ = needed(source, recipe, "x_embedder.proj.weight")
+    depth = max(source.count("joint_blocks.{}."), source.count("transformer_blocks.{}."))
+    norm = source.shape(recipe("joint_blocks.0.context_block.attn.ln_k.weight"))
+    head_dim = norm[0] if norm else source.config.get("attention_head_dim", 64)
+    dual = [recipe(f"joint_blocks.{i}.x_block.attn2.qkv.weight") for i in range(depth)]
+    return MMDiTConfig(
+        depth, None if D == depth * head_dim else D // head_dim, head_dim, C, P,
+        needed(source, recipe, "context_embedder.weight")[1],
+        needed(source, recipe, "y_embedder.mlp.0.weight")[1],
+        math.isqrt(needed(source, recipe, "pos_embed")[1]),
+        qk_norm=norm is not None, dual_blocks=sum(source.shape(r) is not None for r in dual))
+
+
+def vae_config(source, recipe) -> VAEConfig:
+    z = needed(source, recipe, "decoder.conv_in.weight")[1]
+    if z == 4:
+        raise CheckpointError(f"{source.path}: this autoencoder has 4 latent channels, so it is that of "
+                              "Stable Diffusion 1, 2 or SDXL; SD3's has 16")
+    c = source.config if source.config.get("latent_channels") == z else {}
+    if z == 16 and c.get("scaling_factor") == 0.3611:
+        raise CheckpointError(f"{source.path} is FLUX's autoencoder (its scaling factor is 0.3611); "
+                              "SD3's has 1.5305")
+    ch = needed(source, recipe, "encoder.conv_in.weight")[0]
+    levels = max(source.count("encoder.down.{}."), source.count("encoder.down_blocks.{}."))
+    blocks = max(source.count("encoder.down.0.block.{}."), source.count("encoder.down_blocks.0.resnets.{}."))
+    widths = [needed(source, recipe, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)]
+    return VAEConfig(ch, tuple(w // ch for w in widths), blocks, z, c.get("norm_num_groups", 32),
+                     c.get("shift_factor", 0.0609), c.get("scaling_factor", 1.5305))
+
+
+def clip_config(source, recipe, which) -> CLIPTextConfig:
+    vocab, width = needed(source, recipe, "text_model.embeddings.token_embedding.weight")
+    if {"clip_l": 1280, "clip_g": 768}[which] == width:
+        raise CheckpointError(f"{source.path} is {width} wide: it is not {NAMES[which]} but the other CLIP's")
+    c = source.config | source.config.get("text_config", {})
+    c = c if c.get("hidden_size") == width else {}
+    if not c and width % 64:
+        raise CheckpointError(f"{source.path} is {width} wide, which does not tell the number of heads: "
+                              "put its config.json beside it")
+    layers = max(source.count(f"{p}.{{}}.") for p in
+                 ("text_model.encoder.layers", "encoder.layers", "transformer.resblocks"))
+    own = c and not source.count("vision_model.encoder.layers.{}.")     # a folder that says what it wants
+    projected = which == "clip_g" or (own and source.shape(recipe("text_projection.weight")))
+    eos = c.get("eos_token_id", 2)                                      # 2 is not meant: the last id is
+    return CLIPTextConfig(
+        vocab, width, layers, c.get("num_attention_heads", width // 64),
+        needed(source, recipe, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        c.get("hidden_act", "quick_gelu" if which == "clip_l" else "gelu"),
+        needed(source, recipe, "text_model.embeddings.position_embedding.weight")[0],
+        needed(source, recipe, "text_projection.weight")[0] if projected else None,
+        eos if eos != 2 else 49407 if vocab > 49407 else None)
+
+
+def t5_config(source, recipe) -> T5Config:
+    block = "encoder.block.0.layer."
+    if f"{block}1.DenseReluDense.wi.weight" in source.index:
+        raise CheckpointError(f"{source.path} is a T5 of version 1.0, without gates; SD3's is T5-v1.1-XXL")
+    vocab, width = needed(source, recipe, "shared.weight")
+    buckets, heads = needed(source, recipe, f"{block}0.SelfAttention.relative_attention_bias.weight")
+    return T5Config(vocab, width, source.count("encoder.block.{}."), heads,
+                    needed(source, recipe, f"{block}0.SelfAttention.q.weight")[0] // heads,
+                    needed(source, recipe, f"{block}1.DenseReluDense.wi_0.weight")[0], buckets,
+                    source.config.get("relative_attention_max_distance", 128))
+
+
+# ------------------------------------------------------------------------------------------- filling a module
+
+def check_names(source, own, part) -> None:
+    """own: our names -> (shape, Recipe). All are there, of the right shape, and nothing unknown besides."""
+    used = set()
+    for name, (shape, recipe) in own.items():
+        for key in recipe.keys:
+            if key not in source.index:
+                raise lacks(source, key)
+            _, there, dtype = source.index[key]
+            scale = source.scale_key(key)
+            if dtype not in DTYPES or (scale and math.prod(source.index[scale][1]) not in (1, there[0])):
+                raise CheckpointError(f"{source.path}: {key} is stored as {dtype}, quantised in a way that "
+                                      "is not read here: get the float16, bfloat16 or float8 file")
+            used |= {key, scale}
+        if source.shape(recipe) != tuple(shape):
+            raise CheckpointError(f"{source.path}: {source.prefix}{recipe.keys[0]} is {there}, which does "
+                                  f"not fit {name} {tuple(shape)} of this model: the file mixes two models")
+    ignored = [pattern for pattern, _ in IGNORED[part] + IGNORED["all"]]
+    mine = [key for key in source.index if key not in used]
+    other_parts = source.others if source.prefix else set(mine)
+    unknown = [source.prefix + key for key in mine if not any(re.search(p, key) for p in ignored)]
+    unknown += [key for key in sorted(source.others) if not any(re.search(p, key) for p in ignored)]
+    for key in unknown:
+        if not (key.startswith(IN_A_FILE) and key in other_parts):
+            raise CheckpointError(f"{source.path} has an unknown {key}: {why_unknown(key, part)}")
+
+
+def own_dtype(source, own, part, wanted):
+    """What was asked for; else what most of the file is, unless that cannot be computed with."""
+    if wanted is None:
+        numbers = Counter()
+        for key in (key for _, recipe in own.values() for key in recipe.keys):
+            numbers[DTYPES[source.index[key][2]]] += math.prod(source.index[key][1])
+        wanted = numbers.most_common(1)[0][0]
+        if wanted.itemsize == 1 or (part == "t5" and wanted == torch.float16):
+            wanted = torch.bfloat16
+        elif wanted == torch.float64 or (part == "vae" and wanted == torch.float16):
+            wanted = torch.float32
+    if part == "t5" and wanted == torch.float16:
+        raise CheckpointError("T5 overflows in float16: ask for bfloat16 or float32")
+    return wanted
+
+
+def free_memory(device):
+    """Bytes that can be had on a device; None where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and (info := Path("/proc/meminfo")).is_file():
+        return int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) * 1024
+    return None
+
+
+def not_enough(path, part, numbers, dtype, device, free) -> CheckpointError:
+    need, GB = numbers * dtype.itemsize, 1e9
+    int8 = f"sample.py --int8 saves {(need - numbers) / GB:.1f} GB of it"
+    ways = {"mmdit": f"{int8}, --offload block nearly all of it", "t5": f"{int8}, --drop-t5 does without it"}
+    return CheckpointError(
+        f"{path}: {NAMES[part]} needs {need / GB:.1f} GB in {str(dtype).removeprefix('torch.')} on {device}, "
+        f"where {free / GB:.1f} GB are free: {ways.get(part, 'end other programs, or take --device cpu')}")
+
+
+def read_tensor(source, recipe, shape, device, dtype) -> torch.Tensor:
+    out = torch.empty(shape, device=device, dtype=dtype)
+    row, parts = 0, [source.read(key) for key in recipe.keys]
+    for part in parts if recipe.op == "join" else [assemble(recipe.op, parts)]:
+        out[row:row + len(part)].copy_(part)
+        row += len(part)
+    if out.numel() and not torch.stack(out.aminmax()).isfinite().all():
+        fits = all(part.float().isfinite().all() for part in parts)
+        raise CheckpointError(f"{source.path}: {recipe.keys[0]} " + (
+            f"is too large for {dtype}: ask for bfloat16 or float32" if fits else
+            "holds NaN or infinity: the file is damaged or its training diverged, get another"))
+    return out
+
+
+def fill(source, recipe, build, config, part, device, dtype) -> torch.nn.Module:
+    """The module with its tensors from the source, on `device`, ready to be used. Everything is compared
+    before anything is read; on the way there is never more than one tensor beside the model."""
+    device = torch.device(device)
+    try:
+        with torch.device("meta"):
+            module = build(config)
+    except (ValueError, RuntimeError, ArithmeticError) as e:
+        raise CheckpointError(f"{source.path}: this code does not know such an architecture ({e})") from None
+    own = {name: (t.shape, recipe(name)) for name, t in module.state_dict().items()}
+    check_names(source, own, part)
+    dtype = own_dtype(source, own, part, dtype)
+    numbers, free = sum(shape.numel() for shape, _ in own.values()), free_memory(device)
+    if free is not None and numbers * dtype.itemsize > free:
+        raise not_enough(source.path, part, numbers, dtype, device, free)
+    try:
+        tensors = {name: read_tensor(source, r, shape, device, dtype) for name, (shape, r) in own.items()}
+    except torch.OutOfMemoryError:
+        raise not_enough(source.path, part, numbers, dtype, device, free_memory(device) or 0) from None
+    module.load_state_dict(tensors, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def load_mmdit(path, *, device="cpu", dtype=None) -> MMDiT:
+    """The transformer of a file or folder in either layout; CheckpointError if it is something else.
+
+    device, dtype: where and as what it shall be. dtype None: as it is stored (float8 becomes bfloat16)."""
+    source, recipe = locate(path, "mmdit")
+    return fill(source, recipe, MMDiT, mmdit_config(source, recipe), "mmdit", device, dtype)
+
+
+def load_vae(path, *, device="cpu", dtype=None) -> AutoencoderKL:
+    """dtype None: as stored, but float32 for float16, in which the real one makes black pictures."""
+    source, recipe = locate(path, "vae")
+    return fill(source, recipe, AutoencoderKL, vae_config(source, recipe), "vae", device, dtype)
+
+
+def load_clip(path, which, *, device="cpu", dtype=None) -> CLIPTextEncoder:
+    """which: "clip_l" or "clip_g". path: file or folder of a model or of this encoder alone."""
+    if which not in ("clip_l", "clip_g"):
+        raise ValueError(f"no CLIP {which!r}: choose clip_l or clip_g")
+    source, recipe = locate(path, which)
+    return fill(source, recipe, CLIPTextEncoder, clip_config(source, recipe, which), which, device, dtype)
+
+
+def load_t5(path, *, device="cpu", dtype=None) -> T5Encoder:
+    """dtype None: as stored, but bfloat16 for float16 and float8."""
+    source, recipe = locate(path, "t5")
+    return fill(source, recipe, T5Encoder, t5_config(source, recipe), "t5", device, dtype)
+
+
+def load_text_encoders(path, *, device="cpu", dtype=None, drop=(), tokenizers=None,
+                       widths=(768, 1280, 4096)) -> TextEncoders:
+    """The three encoders of a model with their tokenizers.
+
+    dtype: of all; None: each as its own function says. drop: names that are not loaded; zeros stand in their
+    place, as wide as `widths` says. tokenizers: a folder, see find_tokenizers."""
+    clips = [None if name in drop else load_clip(path, name, device=device, dtype=dtype)
+             for name in ("clip_l", "clip_g")]
+    length = next((clip.config.context_length for clip in clips if clip), 77)
+    words = find_tokenizers(path, tokenizers, drop, length)             # before the 10 GB of T5 are read
+    t5 = None if "t5" in drop else load_t5(path, device=device, dtype=dtype)
+    return TextEncoders(*clips, t5, words, widths)
+
+
+# ------------------------------------------------------------------------------------------------- tokenizers
+
+def find_tokenizers(path, given=None, drop=(), clip_length=77) -> list:
+    """Tokenizers for CLIP-L, bigG and T5, None for those in `drop`.
+
+    From the folder `given`, else from the model's: out of tokenizer/, tokenizer_2/, tokenizer_3/ there, or
+    the folder itself. CLIP needs vocab.json and merges.txt, or tokenizer.json; both CLIPs have the same
+    vocabulary, so one will do. T5 needs tokenizer.json."""
+    base = Path(given or path)
+    if given and not base.is_dir():
+        raise CheckpointError(f"there is no folder {base} with tokenizers")
+    base = base if base.is_dir() else base.parent
+    clip = next((f for f in (base / "tokenizer", base / "tokenizer_2", base) if knows(f, BOS)), None)
+    t5 = next((f for f in (base / "tokenizer_3", base) if knows(f, "</s>")), None)
+    found = []
+    for name, folder in (("clip_l", clip), ("clip_g", clip), ("t5", t5)):
+        if name not in drop and folder is None:
+            raise CheckpointError(no_tokenizer(base, name))
+        try:
+            found.append(None if name in drop else load_t5_tokenizer(folder) if name == "t5" else
+                         load_clip_tokenizer(folder, EOS if name == "clip_l" else "!", clip_length))
+        except Exception as e:                      # the tokenizers library has no other class of errors
+            raise CheckpointError(f"the tokenizer in {folder} cannot be used ({e}): get it again") from None
+    return found
+
+
+def knows(folder, token) -> bool:
+    """Is there a tokenizer in this folder that has the token?"""
+    names = ["vocab.json"] * (folder / "merges.txt").is_file() + ["tokenizer.json"]
+    files = [folder / name for name in names if (folder / name).is_file()]
+    return any(json.dumps(token) in f.read_text(encoding="utf-8", errors="replace") for f in files)
+
+
+def no_tokenizer(base, name) -> str:
+    if name == "t5" and any((folder / "spiece.model").is_file() for folder in (base / "tokenizer_3", base)):
+        return (f"{base} has T5's tokenizer as spiece.model only, which is not read here: get its "
+                "tokenizer.json, or make it with transformers: "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
+    what, folder = (("tokenizer.json", "tokenizer_3") if name == "t5" else
+                    ("vocab.json and merges.txt, or tokenizer.json,", "tokenizer"))
+    return (f"no tokenizer for {NAMES[name]} in {base}; files of weights hold none: put {what} into "
+            f"{base / folder}, or name a folder that has the tokenizers")
+
+
+# ----------------------------------------------------------------------------------------------------- saving
+
+def write_safetensors(path, shapes, tensors) -> None:
+    """shapes: {key: (dtype's name, shape)}. tensors: one for each key, in this order, made when it is needed:
+    only one has to be in memory at a time."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for key, (dtype, shape) in shapes.items():
+        end = offset + math.prod(shape) * DTYPES[dtype].itemsize
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)                             # tensors begin at a multiple of 8 bytes
+
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            f.write(struct.pack("<Q", len(text)) + text)
+            for (key, (dtype, shape)), t in zip(shapes.items(), tensors, strict=True):
+                if (DTYPES[dtype], tuple(shape)) != (t.dtype, tuple(t.shape)):
+                    raise ValueError(f"{key} is {t.dtype} {tuple(t.shape)}, announced {dtype} {tuple(shape)}")
+                f.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    write_atomically(path, write)
+
+
+def folder_config(c: MMDiTConfig) -> dict:
+    """transformer/config.json, as diffusers reads it."""
+    return {"_class_name": "SD3Transformer2DModel", "sample_size": c.pos_sample * c.patch_size,
+            "patch_size": c.patch_size, "in_channels": c.in_channels, "out_channels": c.in_channels,
+            "num_layers": c.depth, "attention_head_dim": c.head_dim, "num_attention_heads": c.num_heads,
+            "joint_attention_dim": c.context_dim, "caption_projection_dim": c.width,
+            "pooled_projection_dim": c.pooled_dim, "pos_embed_max_size": c.pos_max,
+            "dual_attention_layers": list(range(c.dual_blocks)), "qk_norm": "rms_norm" if c.qk_norm else None}
+
+
+def listed(shapes, recipe) -> dict:
+    """What write_safetensors wants to know. shapes: our names -> (dtype's name, shape)."""
+    return {key: (dtype, (shape[0] // len(recipe(name).keys), *shape[1:]))
+            for name, (dtype, shape) in shapes.items() for key in recipe(name).keys}
+
+
+def save_mmdit(model: MMDiT, path, layout="single_file") -> None:
+    """single_file: path is the file. folder: path is a model's folder, written is path/transformer.
+
+    What load_mmdit reads back is equal bit by bit, through either layout."""
+    if layout not in ("single_file", "folder"):
+        raise ValueError(f"no layout {layout!r}: choose single_file or folder")
+    with torch.device("meta"):
+        plain = {name: t.shape for name, t in MMDiT(model.config).state_dict().items()}
+    own = model.state_dict()
+    if {name: t.shape for name, t in own.items()} != plain:
+        raise ValueError("this transformer has other tensors than its config says (quantised, wrapped or "
+                         "with adapters): save the plain one")
+    recipe = mmdit_folder(model.config.depth) if layout == "folder" else (
+        lambda name: Recipe((PREFIXES["mmdit"][0] + name,)))
+    dtypes = {dtype: name for name, dtype in DTYPES.items()}
+    shapes = listed({name: (dtypes[t.dtype], t.shape) for name, t in own.items()}, recipe)
+    tensors = (part for name, t in own.items() for part in take_apart(recipe(name), t))
+    if layout == "single_file":
+        return write_safetensors(path, shapes, tensors)
+    folder = Path(path, "transformer")
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", shapes, tensors)
+    config = json.dumps(folder_config(model.config), indent=1)
+    write_atomically(folder / "config.json", lambda p: p.write_text(config, encoding="utf-8"))
+
+
+def demo():
+    from tempfile import TemporaryDirectory
+    torch.manual_seed(0)
+    model = MMDiT(MMDiTConfig(3, heads=2, context_dim=32, pooled_dim=16, pos_max=8, dual_blocks=1)).bfloat16()
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    with TemporaryDirectory() as tmp:
+        paths = {"single_file": Path(tmp, "model.safetensors"), "folder": Path(tmp, "folder")}
+        for layout, path in paths.items():
+            save_mmdit(model, path, layout)
+            again = load_mmdit(path)
+            assert again.config == model.config
+            assert all(torch.equal(a, again.state_dict()[k]) for k, a in model.state_dict().items())
+            print(f"{layout}: {again.config.depth} blocks found, every bit equal; for example\n"
+                  f"  joint_blocks.0.x_block.attn.qkv.weight <- "
+                  f"{', '.join(locate(path, 'mmdit')[1]('joint_blocks.0.x_block.attn.qkv.weight').keys)}")
+        try:
+            load_vae(paths["single_file"])
+        except CheckpointError as e:
+            print(f"taken for another part, it says: {str(e).replace(tmp, '...')}")
+        else:
+            raise AssertionError("a transformer was loaded as an autoencoder")
+
+
+# Exercises. (1) Let Source.read never open the file anew and watch the process' memory while a large model is
+# loaded. (2) What would go wrong if check_names came after the reading?
+
+if __name__ == "__main__":
+    demo()
