@@ -1,0 +1,339 @@
+"""A file of its own because it is about bytes, not about pictures: where do the weights live while SD3 draws,
+and will it fit the card?
+
+SD3 is five models that work one after the other, and only one of them needs the card at a time:
+
+    prompt -> [ CLIP-L ] -> [ bigG ] -> [ T5 ] -> [ MMDiT, many steps ] -> [ VAE decoder ] -> picture
+    none      all on the card, all the time
+    model     each comes when its turn is and leaves before the next
+    block     likewise; and the transformer's joint blocks come one by one, in each step of sampling, while
+              the one before them computes: two of them are on the card instead of all
+
+Weights at rest are in main memory and stay there; what visits the card is a copy, dropped afterwards, so
+nothing is ever copied back. "block" keeps them in page-locked memory, which the card reads on its own:
+
+    copies     | block 1 | block 2 | block 3 | ...             on a stream beside the one that computes;
+    computes             | block 1 | block 2 | block 3 | ...   an event for each says when it may go on
+
+How much a choice needs is not guessed but counted (`count_work`): the models are built and run on PyTorch's
+meta device, where tensors have shapes but no numbers, and every tensor's birth and death is noted.
+
+What surprises
+- The same code runs with the CPU as "card", pointlessly: tests use this, pictures must be equal bit by bit.
+- Attention is counted as the fused kernel it is on a card; there is no table of L x L scores.
+- OVERHEAD, what CUDA and its libraries take for themselves, is an allowance: no shape tells it.
+
+Run `python offload.py`: the bytes of sd3.5-large, and a small transformer streamed block by block.
+"""
+import weakref
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kernels.int8 import quantise_mmdit, quantise_t5
+from mmdit import MMDiT, MMDiTConfig
+from text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
+from vae import AutoencoderKL, VAEConfig
+
+MODES = ("none", "model", "block")
+ENCODERS = ("clip_l", "clip_g", "t5")
+OVERHEAD = 0.8e9                                # bytes: CUDA's context, cuBLAS and cuDNN, fragments
+GB = 1e9
+
+
+# --------------------------------------------------------------------------------------- moving the weights
+
+def tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+@contextmanager
+def visiting(module: nn.Module, device, but=()):
+    """The module's weights on `device` for a while; then the tensors that they were take their place again.
+    but: modules in it that stay."""
+    staying = {id(t) for m in but for t in tensors_of(m)}
+    home = [(t, t.data) for t in tensors_of(module) if id(t) not in staying]
+    try:
+        for t, at_home in home:
+            t.data = at_home.to(device, copy=True)
+        yield module
+    finally:
+        for t, at_home in home:
+            t.data = at_home
+
+
+def visit_when_called(module: nn.Module, device) -> None:
+    """From now on the module is on `device` only while it computes; what it is given follows it there."""
+    visits = []
+
+    def enter(module, args):
+        visits.append(visiting(module, device))
+        visits[-1].__enter__()
+        return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+
+    def leave(module, args, output):
+        visits.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
+
+
+class BlockStream:
+    """Blocks that compute in turn, in two places of the device: in one a block computes, to the other the
+    next is copied. A context manager: in it the blocks can be called; without, they are in main memory.
+
+    Blocks may be left out (skip-layer guidance): the copy that came for nothing is then made again.
+    """
+
+    def __init__(self, blocks, device):
+        self.blocks, self.device = list(blocks), torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self.home, self.views = zip(*(self.pack(block) for block in self.blocks))
+
+    def pack(self, block):
+        """One flat piece of (page-locked) memory a block -> it, and [(tensor, offset, bytes)]; the tensors of
+        the block become views of it."""
+        tensors, offset, views = tensors_of(block), 0, []
+        for t in tensors:
+            views.append((t, offset, t.nbytes))
+            offset += (t.nbytes + 255) // 256 * 256
+        flat = torch.empty(offset, dtype=torch.uint8, pin_memory=self.cuda)
+        for t, start, n in views:
+            view = flat[start:start + n].view(t.dtype).view(t.shape)
+            t.data = view.copy_(t.data)
+        return flat, views
+
+    def point(self, i, flat) -> None:
+        """Block i's tensors become views of this copy of it."""
+        for t, start, n in self.views[i]:
+            t.data = flat[start:start + n].view(t.dtype).view(t.shape)
+
+    def __enter__(self):
+        size = max(len(flat) for flat in self.home)
+        self.places = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        self.copying = torch.cuda.Stream(self.device) if self.cuda else None
+        if self.cuda:
+            self.copying.wait_stream(torch.cuda.current_stream(self.device))
+            self.copied, self.free = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
+        self.coming, self.place = None, 0                       # which block was sent for last, and where to
+        self.hooks = []
+        for i, block in enumerate(self.blocks):
+            self.hooks.append(block.register_forward_pre_hook(lambda *_, i=i: self.arrive(i)))
+            self.hooks.append(block.register_forward_hook(lambda *_, i=i: self.leave(i), always_call=True))
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+        if self.cuda:                                           # the places may not be reused while they fill
+            torch.cuda.current_stream(self.device).wait_stream(self.copying)
+        self.places = None
+
+    def fetch(self, i) -> None:
+        """Begin to copy block i to the place where nobody computes now."""
+        self.coming, self.place = i, 1 - self.place
+        target, flat = self.places[self.place], self.home[i]
+        if not self.cuda:
+            target[:len(flat)].copy_(flat)
+            return
+        with torch.cuda.stream(self.copying):
+            self.copying.wait_event(self.free[self.place])      # the block that was here has computed
+            target[:len(flat)].copy_(flat, non_blocking=True)
+            self.copied[self.place].record(self.copying)
+
+    def arrive(self, i) -> None:
+        if self.coming != i:                                    # the first, or after some that were left out
+            self.fetch(i)
+        self.used = self.place
+        if self.cuda:
+            torch.cuda.current_stream(self.device).wait_event(self.copied[self.used])
+        self.point(i, self.places[self.used])
+        self.fetch((i + 1) % len(self.blocks))                  # after the last comes the next step's first
+
+    def leave(self, i) -> None:
+        self.point(i, self.home[i])
+        if self.cuda:
+            self.free[self.used].record(torch.cuda.current_stream(self.device))
+
+
+class Places:
+    """Where the parts of a Pipeline are, by one of MODES. The encoders look after themselves, the others are
+    called `with places.at_work(part):`."""
+
+    def __init__(self, mode, device, mmdit, encoders):
+        if mode not in MODES:
+            raise ValueError(f"no offload {mode!r}: choose auto, {', '.join(MODES)}")
+        self.mode, self.device, self.mmdit = mode, device, mmdit
+        if mode != "none":
+            for name in ENCODERS:
+                if (encoder := getattr(encoders, name)) is not None:
+                    visit_when_called(encoder, device)
+        self.stream = BlockStream(mmdit.joint_blocks, device) if mode == "block" else None
+
+    @contextmanager
+    def at_work(self, part):
+        stream = self.stream if part is self.mmdit else None
+        with (nullcontext() if self.mode == "none" else
+              visiting(part, self.device, but=stream.blocks if stream else ())), stream or nullcontext():
+            yield
+
+
+# ------------------------------------------------------------------------------------------- counting bytes
+
+class Meter(TorchDispatchMode):
+    """How many bytes of tensors were alive at once, at most, beside those of `known`."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = {t.untyped_storage()._cdata: 0 for t in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in self.alive:
+                self.alive[key] = n = t.untyped_storage().nbytes()
+                self.now += n
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(t.untyped_storage(), self.died, key)
+        return out
+
+    def died(self, key):
+        self.now -= self.alive.pop(key)
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention's result without its inner steps, as a fused kernel makes it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return args[0].new_empty(*args[0].shape[:-1], args[2].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def count_work(module, call, *shapes) -> int:
+    """Bytes that call(*tensors of these (shape, dtype)) needs beside the weights of `module`, on meta."""
+    meter = Meter(tensors_of(module))
+    with torch.no_grad(), torch.device("meta"):
+        with FusedAttention(), meter:
+            call(*(torch.empty(shape, dtype=dtype) for shape, dtype in shapes))
+    return meter.peak
+
+
+def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfloat16, int8=False) -> dict:
+    """What drawing one picture takes, in bytes, from shapes alone.
+
+    configs: of the parts, {"mmdit": MMDiTConfig, "vae": ..., "clip_l": ...}; encoders may be missing.
+    -> "parameters", "weights" and "work" by part; "peak" by offload mode: what the card must have.
+    """
+    kinds = {"mmdit": MMDiT, "vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder,
+             "t5": T5Encoder}
+    with torch.device("meta"):
+        parts = {name: kinds[name](config).to(torch.float32 if name == "vae" else dtype)
+                 for name, config in configs.items()}
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    mmdit, c, f = parts["mmdit"], configs["mmdit"], configs["vae"].factor
+    if int8:
+        quantise_mmdit(mmdit)
+        if "t5" in parts:
+            quantise_t5(parts["t5"])
+    size = {name: sum(t.nbytes for t in tensors_of(part)) for name, part in parts.items()}
+    blocks = [sum(t.nbytes for t in tensors_of(block)) for block in mmdit.joint_blocks]
+
+    B, h, w, length = 1 + bool(guidance), height // f, width // f, t5_length
+    tokens = length + next((configs[k].context_length for k in ("clip_l", "clip_g") if k in configs), 77)
+    inputs = [((B, c.in_channels, h, w), torch.float32), ((B,), torch.float32),
+              ((B, tokens, c.context_dim), dtype), ((B, c.pooled_dim), dtype)]
+    work = dict.fromkeys(parts, 0)                              # the CLIPs' is below 20 MB
+    work["mmdit"] = count_work(mmdit, mmdit, *inputs)
+    work["vae"] = count_work(parts["vae"], parts["vae"].decode, ((1, c.in_channels, h, w), torch.float32))
+    if "t5" in parts and length:
+        work["t5"] = count_work(parts["t5"], parts["t5"], ((B, length), torch.long))
+    others = [size[k] + work[k] for k in parts if k != "mmdit"]
+    peak = {"none": sum(size.values()) + max(work.values()),
+            "model": max(*others, size["mmdit"] + work["mmdit"]),
+            "block": max(*others, size["mmdit"] - sum(blocks) + 2 * max(blocks) + work["mmdit"])}
+    return {"parameters": count, "weights": size, "work": work,
+            "peak": {mode: n + OVERHEAD for mode, n in peak.items()}}
+
+
+def report(name, configs, free=None, **how) -> str:
+    """What `sample.py --dry-run` prints. how: see need, without int8; free: bytes on this machine's card."""
+    plain, small = need(configs, **how), need(configs, **how, int8=True)
+    lines = [f"{name}, {how['height']} x {how['width']} pixels, {str(how['dtype']).removeprefix('torch.')}, "
+             f"the autoencoder float32; GB are 10^9 bytes",
+             f"{'':8s}{'parameters':>15s}{'weights':>11s}{'with --int8':>13s}{'beside them':>13s}"]
+    for part, n in plain["parameters"].items():
+        numbers = (plain["weights"][part], small["weights"][part], plain["work"][part])
+        lines.append(f"{part:8s}{n:15,}"
+                     + "".join(f"{x / GB:{w}.2f} GB" for x, w in zip(numbers, (8, 10, 10))))
+    lines += ["", f"most on the card at once, with {OVERHEAD / GB:.1f} GB for CUDA and its libraries:",
+              f"{'':23s}" + "".join(f"{'--offload ' + mode:>17s}" for mode in MODES)]
+    for flag, needs in (("", plain), ("--int8", small)):
+        lines.append(f"{flag:23s}" + "".join(f"{needs['peak'][mode] / GB:14.2f} GB" for mode in MODES))
+    lines.append(f"in main memory, with model or block: {sum(plain['weights'].values()) / GB:.2f} GB, "
+                 f"{sum(small['weights'].values()) / GB:.2f} GB with --int8")
+    if free is not None:
+        lines.append(f"free on this card: {free / GB:.2f} GB")
+    return "\n".join(lines)
+
+
+def choose(mode, name, configs, free, int8=False, **how) -> str:
+    """One of MODES: `mode` itself, or for "auto" the fastest that fits into `free` bytes of the card.
+    ValueError if it does not fit, which says what would."""
+    peak = need(configs, **how, int8=int8)["peak"]
+    fitting = [m for m in MODES if peak[m] <= free and mode in ("auto", m)]
+    if fitting:
+        return fitting[0]
+    tried = "block" if mode == "auto" else mode
+
+    def less(flag, parts, int8):
+        n = need(parts, **how, int8=int8)["peak"][tried]
+        return [f"{flag} makes it {n / GB:.1f} GB"] if n < peak[tried] else []
+
+    lean = {k: v for k, v in configs.items() if k != "t5"}
+    ways = [f"--offload block makes it {peak['block'] / GB:.1f} GB"] * (peak["block"] < peak[tried])
+    ways += [] if int8 else less("--int8", configs, True)
+    ways += less("--drop-t5", lean, int8) + ([] if int8 else less("--int8 --drop-t5", lean, True))
+    raise ValueError(f"{name} needs {peak[tried] / GB:.1f} GB on the card for {how['height']} x "
+                     f"{how['width']} pixels with --offload {tried}, and {free / GB:.1f} GB are free: "
+                     + ", ".join(ways + ["a smaller --height and --width need less"]))
+
+
+# ----------------------------------------------------------------------------------------------------- demo
+
+PRESETS = ("sd3-medium", "sd3.5-medium", "sd3.5-large")
+
+
+def preset_configs(name, t5=True) -> dict:
+    """The five parts of a published model."""
+    if name not in PRESETS:
+        raise ValueError(f"no published model {name!r}: choose from {', '.join(PRESETS)}")
+    configs = {"mmdit": MMDiTConfig.preset(name), "vae": VAEConfig.preset("sd3"),
+               "clip_l": CLIPTextConfig.preset("clip_l"), "clip_g": CLIPTextConfig.preset("clip_g")}
+    return configs | ({"t5": T5Config.preset("xxl")} if t5 else {})
+
+
+def demo() -> None:
+    print(report("sd3.5-large", preset_configs("sd3.5-large"), height=1024, width=1024, dtype=torch.bfloat16))
+    torch.manual_seed(0)
+    model = MMDiT(MMDiTConfig.preset("tiny")).requires_grad_(False)
+    nn.init.normal_(model.final_layer.linear.weight)
+    x = (torch.randn(2, 8, 8, 8), torch.rand(2), torch.randn(2, 12, 192), torch.randn(2, 160))
+    here, stream = model(*x), BlockStream(model.joint_blocks, "cpu")
+    with stream, visiting(model, "cpu", but=stream.blocks):
+        assert torch.equal(model(*x), here) and torch.equal(model(*x), here)
+    print("a transformer whose blocks come one by one says the same, bit by bit")
+
+
+# Exercises. (1) In need, leave attention unfused: how much do the L x L scores of a 1024 x 1024 picture take?
+# (2) A card reads 25 GB a second from main memory and computes 10^14 products a second: from how many tokens
+# on does "block" cost no time?
+
+if __name__ == "__main__":
+    demo()
