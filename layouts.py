@@ -52,6 +52,8 @@ def assemble(op, parts) -> torch.Tensor:
 def assembled_shape(op, shapes) -> tuple:
     """The shape that `assemble` gives."""
     first, *rest = shapes
+    if not first:                                       # a single number, which fits nowhere
+        return ()
     if op == "conv":
         return *first[:2], 1, 1
     if op == "transpose":
@@ -213,8 +215,9 @@ def is_foreign(keys):
 
 def describe(keys) -> str:
     """What a file with these keys is."""
-    parts = [NAMES[part].replace("CLIP-L's", "a CLIP's") for part in ("mmdit", "vae", "clip_l", "t5")
-             if any(prefix + sign in keys for prefix in (*PREFIXES[part], "") for sign in LAYOUTS[part])]
+    parts = dict.fromkeys("a CLIP text encoder" if part.startswith("clip") else NAMES[part] for part in NAMES
+                          if any(prefix + sign in keys for prefix in (*PREFIXES[part], "")
+                                 for sign in LAYOUTS[part]))
     return (is_foreign(keys) or " and ".join(parts)
             or f"of no kind known here: its first tensor is {min(keys, default=None)}")
 

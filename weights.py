@@ -256,10 +256,13 @@ def not_found(path, folder, part, what) -> str:
 
 # ------------------------------------------------------------------------------------ how large: from shapes
 
-def needed(source, recipe, name):
+def needed(source, recipe, name, dims=2):
     """The shape of one of our tensors, or a CheckpointError."""
     if (shape := source.shape(recipe(name))) is None:
         raise lacks(source, next(k for k in recipe(name).keys if k not in source.index))
+    if len(shape) != dims:
+        raise CheckpointError(f"{source.path}: {recipe(name).keys[0]} is {shape}, which does not fit: "
+                              f"{name} has {dims} dimensions; the file is damaged")
     return shape
 
 
@@ -269,7 +272,7 @@ def lacks(source, key) -> CheckpointError:
 
 
 def mmdit_config(source, recipe) -> MMDiTConfig:
-    D, C, P, _ = needed(source, recipe, "x_embedder.proj.weight")
+    D, C, P, _ = needed(source, recipe, "x_embedder.proj.weight", 4)
     depth = max(source.count("joint_blocks.{}."), source.count("transformer_blocks.{}."))
     norm = source.shape(recipe("joint_blocks.0.context_block.attn.ln_k.weight"))
     head_dim = norm[0] if norm else source.config.get("attention_head_dim", 64)
@@ -278,12 +281,12 @@ def mmdit_config(source, recipe) -> MMDiTConfig:
         depth, None if D == depth * head_dim else D // head_dim, head_dim, C, P,
         needed(source, recipe, "context_embedder.weight")[1],
         needed(source, recipe, "y_embedder.mlp.0.weight")[1],
-        math.isqrt(needed(source, recipe, "pos_embed")[1]),
+        math.isqrt(needed(source, recipe, "pos_embed", 3)[1]),
         qk_norm=norm is not None, dual_blocks=sum(source.shape(r) is not None for r in dual))
 
 
 def vae_config(source, recipe) -> VAEConfig:
-    z = needed(source, recipe, "decoder.conv_in.weight")[1]
+    z = needed(source, recipe, "decoder.conv_in.weight", 4)[1]
     if z == 4:
         raise CheckpointError(f"{source.path}: this autoencoder has 4 latent channels, so it is that of "
                               "Stable Diffusion 1, 2 or SDXL; SD3's has 16")
@@ -291,10 +294,10 @@ def vae_config(source, recipe) -> VAEConfig:
     if z == 16 and c.get("scaling_factor") == 0.3611:
         raise CheckpointError(f"{source.path} is FLUX's autoencoder (its scaling factor is 0.3611); "
                               "SD3's has 1.5305")
-    ch = needed(source, recipe, "encoder.conv_in.weight")[0]
+    ch = needed(source, recipe, "encoder.conv_in.weight", 4)[0]
     levels = max(source.count("encoder.down.{}."), source.count("encoder.down_blocks.{}."))
     blocks = max(source.count("encoder.down.0.block.{}."), source.count("encoder.down_blocks.0.resnets.{}."))
-    widths = [needed(source, recipe, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)]
+    widths = [needed(source, recipe, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
     return VAEConfig(ch, tuple(w // ch for w in widths), blocks, z, c.get("norm_num_groups", 32),
                      c.get("shift_factor", 0.0609), c.get("scaling_factor", 1.5305))
 
@@ -319,7 +322,7 @@ def clip_config(source, recipe, which) -> CLIPTextConfig:
         c.get("hidden_act", "quick_gelu" if which == "clip_l" else "gelu"),
         needed(source, recipe, "text_model.embeddings.position_embedding.weight")[0],
         needed(source, recipe, "text_projection.weight")[0] if projected else None,
-        eos if eos != 2 else 49407 if vocab > 49407 else None)
+        eos if eos != 2 else 49407 if vocab > 49408 else None)
 
 
 def t5_config(source, recipe) -> T5Config:
@@ -422,6 +425,8 @@ def fill(source, recipe, build, config, part, device, dtype) -> torch.nn.Module:
     own = {name: (t.shape, recipe(name)) for name, t in module.state_dict().items()}
     check_names(source, own, part)
     dtype = own_dtype(source, own, part, dtype)
+    if device.type == "meta":                       # only to compare: nothing is read
+        return module.to(dtype).eval().requires_grad_(False)
     numbers, free = sum(shape.numel() for shape, _ in own.values()), free_memory(device)
     if free is not None and numbers * dtype.itemsize > free:
         raise not_enough(source.path, part, numbers, dtype, device, free)
@@ -436,7 +441,8 @@ def fill(source, recipe, build, config, part, device, dtype) -> torch.nn.Module:
 def load_mmdit(path, *, device="cpu", dtype=None) -> MMDiT:
     """The transformer of a file or folder in either layout; CheckpointError if it is something else.
 
-    device, dtype: where and as what it shall be. dtype None: as it is stored (float8 becomes bfloat16)."""
+    device, dtype: where and as what it shall be. dtype None: as it is stored (float8 becomes bfloat16).
+    On the device "meta" names and shapes are compared and no weights are read, here and in the other four."""
     source, recipe = locate(path, "mmdit")
     return fill(source, recipe, MMDiT, mmdit_config(source, recipe), "mmdit", device, dtype)
 
