@@ -120,7 +120,7 @@ class BlockStream:
         if self.cuda:
             self.copying.wait_stream(torch.cuda.current_stream(self.device))
             self.copied, self.free = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
-        self.coming, self.place = None, 0                       # which block was sent for last, and where to
+        self.coming, self.place, self.used = None, 0, 0         # which block was sent for last, and where to
         self.hooks = []
         for i, block in enumerate(self.blocks):
             self.hooks.append(block.register_forward_pre_hook(lambda *_, i=i: self.arrive(i)))
@@ -249,10 +249,12 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
     tokens = length + next((configs[k].context_length for k in ("clip_l", "clip_g") if k in configs), 77)
     inputs = [((B, c.in_channels, h, w), torch.float32), ((B,), torch.float32),
               ((B, tokens, c.context_dim), dtype), ((B, c.pooled_dim), dtype)]
+    mmdit.joint_blocks = nn.ModuleList([mmdit.joint_blocks[0], mmdit.joint_blocks[-1]])     # all are alike
     work = dict.fromkeys(parts, 0)                              # the CLIPs' is below 20 MB
     work["mmdit"] = count_work(mmdit, mmdit, *inputs)
     work["vae"] = count_work(parts["vae"], parts["vae"].decode, ((1, c.in_channels, h, w), torch.float32))
     if "t5" in parts and length:
+        parts["t5"].encoder.block = parts["t5"].encoder.block[:1]
         work["t5"] = count_work(parts["t5"], parts["t5"], ((B, length), torch.long))
     others = [size[k] + work[k] for k in parts if k != "mmdit"]
     peak = {"none": sum(size.values()) + max(work.values()),

@@ -168,7 +168,7 @@ class Pipeline:
     def encode(self, prompts: list[str], t5_length=None, drop=()) -> Conditioning:
         """Prompts -> Conditioning on the transformer's device. Equal texts are encoded once, also when they
         come again in the next call."""
-        texts = list(dict.fromkeys(prompts))
+        texts, drop = list(dict.fromkeys(prompts)), tuple(drop)
         length = self.t5_tokens(texts, drop) if t5_length is None else t5_length
         if self.encoded[0] != (texts, length, drop):
             said = self.encoders(texts, length, drop)
@@ -220,6 +220,8 @@ def is_run(path) -> bool:
 
 def load_run(path, device, dtype, t5, mode, int8, tokenizers, size) -> dict:
     """The arguments of Pipeline for a run's folder. Runs are small: "auto" leaves all on the device."""
+    if tokenizers:
+        raise ValueError(f"{path} has its own tokenizers: leave out --tokenizers {tokenizers}")
     config, mode = read_json(path / "config.json"), "none" if mode == "auto" else mode
     parts = {name: load_part(path, name) for name in ["mmdit", "vae", "clip_l", "clip_g"] + ["t5"] * t5}
     if int8:
@@ -441,6 +443,9 @@ def main(argv=None) -> None:
             raise ValueError(f"-n is {args.n}: ask for 1 picture or more")
         paths = [free_path(args.out, args.prompt, args.seed + i, args.n) for i in range(args.n)]
         draw(args, paths)
+    except torch.OutOfMemoryError as e:
+        print(f"sample.py: {out_of_memory(e, args)}", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, FloatingPointError, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         sys.exit(2)
@@ -472,11 +477,8 @@ def draw(args, paths) -> None:
     at_once = max(1, min(16, TILE ** 2 // cells))                       # bounds the memory
     for first in range(0, args.n, at_once):
         seeds = [args.seed + i for i in range(first, min(args.n, first + at_once))]
-        try:
-            images = pipe([args.prompt] * len(seeds), negative=args.negative, seed=seeds, method=args.method,
-                          drop=args.drop, image=image, strength=args.strength, **asked)
-        except torch.OutOfMemoryError as e:
-            raise ValueError(out_of_memory(e, args)) from None
+        images = pipe([args.prompt] * len(seeds), negative=args.negative, seed=seeds, method=args.method,
+                      drop=args.drop, image=image, strength=args.strength, **asked)
         for picture, seed, path in zip(images, seeds, paths[first:]):
             save_picture(picture, path, settings | {"seed": seed})
             print(path)

@@ -1,0 +1,474 @@
+"""Claims about drawing with published weights: the pictures of public implementations, from both layouts;
+the same bits wherever weights wait; bytes as predicted; one line where something does not fit.
+
+Parity: fixtures/parity/pipeline holds tokenizers, encoders and what diffusers 0.42 and transformers 5.23 made
+of prompts; single_io what that pipeline drew with the transformer of mmdit_sd3_5_medium and the autoencoder
+of vae: a plain case, one with skip-layer guidance (scale 2.5, layer 1, 0.01 to 0.7), one that begins with a
+picture.
+"""
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import flow
+import offload
+import sample
+from checkpoints import CheckpointError, load_mmdit, load_text_encoders, load_vae, save_mmdit
+from mmdit import MMDiT, MMDiTConfig
+from sample import DEFAULTS, Pipeline, recognise, skipping
+from text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
+from vae import AutoencoderKL, VAEConfig
+
+PARITY = Path(__file__).parent / "fixtures" / "parity"
+CASES = json.loads((PARITY / "pipeline" / "cases.json").read_text(encoding="utf-8"))
+IO, REF = (load_file(PARITY / "pipeline" / f"{name}.safetensors") for name in ("io", "single_io"))
+FAST = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def case(i, **changes):
+    """The arguments of a Pipeline for a case of the fixtures, beside its prompt."""
+    c = CASES[i]
+    return dict(negative=c["negative_prompt"], height=c["height"], width=c["width"], steps=c["steps"],
+                guidance=c["guidance"], t5_length=c["t5_length"], noise=IO[f"case{i}_noise"]) | changes
+
+
+def by_hand(t5=True):
+    """From single files."""
+    mmdit = load_mmdit(PARITY / "mmdit_sd3_5_medium" / "single_file.safetensors", dtype=torch.float32)
+    encoders = load_text_encoders(PARITY / "pipeline", dtype=torch.float32, drop=() if t5 else ("t5",),
+                                  widths=(32, 48, 80))
+    return Pipeline(mmdit, load_vae(PARITY / "vae" / "single_file.safetensors"), encoders, steps=3,
+                    size=(64, 96), t5_longest=256)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return by_hand()
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    """The same model as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("model") / "sd3"
+    shutil.copytree(PARITY / "pipeline", folder)
+    save_mmdit(pipe.mmdit, folder, layout="folder")
+    (folder / "vae").mkdir()
+    shutil.copy(PARITY / "vae" / "single_file.safetensors", folder / "vae" / "model.safetensors")
+    shutil.copy(PARITY / "vae" / "config.json", folder / "vae")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"shift": 2.5}')
+    return folder
+
+
+# ---------------------------------------------------------------------------------------- the public pictures
+
+@pytest.mark.parametrize("i", [0, 1, 2])
+def test_prompts_become_the_public_implementations_numbers(pipe, i):
+    for text, kind in (("prompt", ""), ("negative_prompt", "neg_")):
+        said = pipe.encode([CASES[i][text]], CASES[i]["t5_length"])
+        assert error(said.context, IO[f"case{i}_{kind}context"]) < 1e-5
+        assert error(said.pooled, IO[f"case{i}_{kind}pooled"]) < 1e-5
+
+
+def test_single_files_draw_the_picture_of_diffusers(pipe):
+    assert error(pipe(CASES[0]["prompt"], **case(0), output="latent"), REF["case0_latents"]) < 1e-5
+    (image,) = pipe(CASES[0]["prompt"], **case(0), output="tensor")
+    assert error(image.permute(1, 2, 0), REF["case0_image"]) < 1e-5
+
+
+def test_a_folder_draws_the_same_bits_as_single_files(pipe, folder):
+    found = Pipeline.from_pretrained(folder, device="cpu")
+    found.shift = 3.0
+    for i in (0, 1):
+        a, b = (p(CASES[i]["prompt"], **case(i), output="tensor") for p in (found, pipe))
+        assert torch.equal(a, b)
+
+
+def test_skip_layer_guidance_is_that_of_diffusers(pipe):
+    pipe = copy.copy(pipe)
+    plain = pipe(CASES[1]["prompt"], **case(1), output="latent")
+    pipe.skip_layers = (2.5, (1,), 0.01, 0.7)
+    led = pipe(CASES[1]["prompt"], **case(1), output="latent")
+    assert error(led, REF["slg_latents"]) < 1e-5 and error(plain, REF["slg_latents"]) > 1e-2
+
+
+def test_beginning_with_a_picture_is_that_of_diffusers(pipe):
+    how = case(0, seed=7, noise=None, image=REF["img2img_image"].float() / 255, strength=0.6)
+    assert error(pipe(CASES[0]["prompt"], **how, output="latent"), REF["img2img_latents"]) < 1e-5
+
+
+def test_without_t5_zeros_stand_in_its_place_and_left_out_it_has_no_place(pipe):
+    zeros, none = pipe.encode(["a star"], 77, ("t5",)), pipe.encode(["a star"], 0)
+    assert zeros.context.shape == (1, 154, 80) and none.context.shape == (1, 77, 80)
+    assert not zeros.context[:, 77:].any() and torch.equal(zeros.context[:, :77], none.context)
+    lean = by_hand(t5=False)
+    assert torch.equal(lean.encode(["a star"]).context, zeros.context)
+    a, b, c = (pipe("a star", steps=2, output="latent", **how)
+               for how in (dict(drop=("t5",)), dict(t5_length=0), {}))
+    assert torch.equal(a, lean("a star", steps=2, output="latent"))
+    assert error(b, a) > 1e-4 and error(c, a) > 1e-4
+    for i, name in enumerate(("clip_l", "clip_g")):
+        said = pipe.encode(["a star"], None, (name,))
+        assert not said.pooled[:, (0, 16)[i]:(16, 48)[i]].any() and said.pooled.any()
+
+
+def test_a_long_prompt_gets_the_tokens_of_t5_that_it_needs_and_no_more_than_t5_longest(pipe):
+    for words in (1, 30, 60, 200):
+        prompt = "red " * words
+        context = pipe.encode([prompt]).context
+        ids = pipe.encoders.tokenizers[2]([prompt], 1000)
+        needed = int((ids != 0).sum())
+        assert context.shape[1] - 77 == min(256, max(77, needed))
+    assert pipe.encode(["red " * 200], 77).context.shape[1] == 154
+
+
+def test_equal_texts_are_encoded_once(pipe):
+    pipe, seen = by_hand(), []
+    pipe.encoders.t5.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    a = pipe(["a star", "a star", "a ring"], steps=1, output="latent", seed=[1, 1, 1])
+    assert seen == [3]                                          # with the negative, ""
+    assert torch.equal(a[0], a[1]) and not torch.equal(a[0], a[2])
+    pipe(["a star", "a ring"], steps=1, output="latent")
+    assert seen == [3]
+    pipe(["a star", "a ring"], steps=1, output="latent", negative="blue", t5_length=80)
+    assert seen == [3, 3]
+
+
+def test_in_single_stability_files_everything_is_found(tmp_path):
+    """All five parts under their prefixes in one file, tokenizers in folders beside it."""
+    torch.manual_seed(0)
+    parts = {"model.diffusion_model.": MMDiT(MMDiTConfig(2, context_dim=192, pooled_dim=192, pos_max=12)),
+             "first_stage_model.": AutoencoderKL(VAEConfig(32, (1, 1, 1, 1), 1)),
+             "text_encoders.clip_l.transformer.":
+                 CLIPTextEncoder(CLIPTextConfig(2014, 64, 2, 1, 128, "quick_gelu")),
+             "text_encoders.clip_g.transformer.":
+                 CLIPTextEncoder(CLIPTextConfig(2014, 128, 2, 2, 128, "gelu", 77, 128)),
+             "text_encoders.t5xxl.transformer.": T5Encoder(T5Config(56, 192, 2, 4, 48, 64))}
+    nn.init.normal_(parts["model.diffusion_model."].final_layer.linear.weight)
+    save_file({prefix + k: v for prefix, part in parts.items() for k, v in part.state_dict().items()},
+              tmp_path / "sd3.5_large_turbo.safetensors")
+    for name in ("tokenizer", "tokenizer_3"):
+        shutil.copytree(PARITY / "pipeline" / name, tmp_path / name)
+    found = Pipeline.from_pretrained(tmp_path / "sd3.5_large_turbo.safetensors", device="cpu")
+    assert (found.steps, found.guidance, found.shift, found.size) == (4, 1.0, 3.0, (192, 192))
+    mmdit, vae, clip_l, clip_g, t5 = parts.values()
+    words = load_text_encoders(PARITY / "pipeline").tokenizers
+    expected = Pipeline(mmdit, vae, sample.TextEncoders(clip_l, clip_g, t5, words), steps=4, guidance=1.0)
+    how = dict(height=64, width=48, output="tensor", seed=2)
+    assert torch.equal(found("a red star", **how), expected("a red star", **how))
+
+
+# -------------------------------------------------------------------------------------- defaults by the model
+
+@pytest.mark.parametrize("config, path, name", [
+    (MMDiTConfig.preset("sd3-medium"), "x.safetensors", "sd3-medium"),
+    (MMDiTConfig.preset("sd3.5-medium"), "x.safetensors", "sd3.5-medium"),
+    (MMDiTConfig.preset("sd3.5-large"), "x.safetensors", "sd3.5-large"),
+    (MMDiTConfig.preset("sd3.5-large"), "a/SD3.5_large_Turbo.safetensors", "sd3.5-large-turbo"),
+    (MMDiTConfig.preset("sd3.5-large"), "turbo/x.safetensors", "sd3.5-large"),
+])
+def test_each_published_model_is_recognised_and_has_its_own_defaults(config, path, name):
+    assert recognise(config, path) == (name, DEFAULTS[name])
+    assert ("skip_layers" in DEFAULTS[name]) == (name == "sd3.5-medium")
+
+
+def test_a_folder_of_the_turbo_model_is_told_by_its_config(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text('{"_name_or_path": "x/SD-3.5-large-turbo"}')
+    assert recognise(MMDiTConfig.preset("sd3.5-large"), tmp_path)[0] == "sd3.5-large-turbo"
+
+
+def test_the_schedulers_shift_and_the_position_tables_size_are_the_folders(folder):
+    pipe = Pipeline.from_pretrained(folder, device="cpu", t5=False)
+    assert (pipe.shift, pipe.kind, pipe.size, pipe.encoders.t5) == (2.5, "reference", (256, 256), None)
+    assert (pipe.steps, pipe.guidance, pipe.skip_layers, pipe.t5_length) == (40, 4.5, None, 77)
+
+
+@given(st.integers(1, 60), st.floats(0, 1), st.floats(0, 1), st.sampled_from(["reference", "clean"]))
+def test_layers_are_skipped_strictly_between_the_shares_of_the_steps(steps, begin, end, kind):
+    ts = flow.schedule(steps, 3.0, kind)
+    found, expected = skipping(ts, 2.5, (7, 8, 9), begin, end), [
+        i for i in range(steps) if i > begin * steps and i < end * steps]
+    low, high = found[1] if found else (2, -1)
+    assert [i for i in range(steps) if low < ts[i] < high] == expected
+    assert found is None or (found[0], found[2]) == (2.5, {"skip_layers": (7, 8, 9)})
+
+
+@given(st.floats(-2, 8), st.floats(-3, 3), st.floats(0, 1))
+def test_guidance_leads_away_from_the_handicapped_model_inside_its_window_only(scale, extra, t):
+    def model(x, t, y, handicap=1.0):
+        return torch.sin(x + y[:, None]) * handicap
+
+    x, yes, no = torch.linspace(-1, 1, 6).view(2, 3), torch.tensor([0.3, 0.7]), torch.tensor([1.0, 2.0])
+    led = flow.guided(model, scale, {"y": yes}, {"y": no}, (extra, (0.25, 0.75), {"handicap": 0.5}))
+    expected = model(x, t, no) + scale * (model(x, t, yes) - model(x, t, no))
+    if 0.25 < torch.tensor(t) < 0.75:
+        expected = expected + extra * (model(x, t, yes) - model(x, t, yes, 0.5))
+    torch.testing.assert_close(led(x, torch.full((2,), t)), expected, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(1, 60), st.floats(0.001, 1))
+def test_strength_is_the_share_of_the_steps_that_is_left(steps, strength):
+    ts = flow.schedule(steps)
+    left = flow.part_way(ts, strength)
+    assert torch.equal(left, ts[len(ts) - len(left):]) and len(left) >= 2
+    assert abs((len(left) - 1) - strength * steps) < 1
+    assert strength < 1 or left[0] == 1
+
+
+def test_at_full_strength_a_picture_changes_nothing_and_at_little_it_comes_back(pipe):
+    picture = Image.fromarray(REF["img2img_image"][0].permute(1, 2, 0).numpy())
+    how = dict(steps=10, height=64, width=96, output="latent")
+    plain = pipe("a star", **how)
+    assert torch.equal(pipe("a star", **how, image=picture, strength=1.0), plain)
+    kept = pipe.latent_of(picture, 64, 96)
+    far, near = (error(pipe("a star", **how, image=picture, strength=s), kept) for s in (0.9, 0.1))
+    assert near < 0.1 < far
+
+
+# ------------------------------------------------------------------------------------- where the weights wait
+
+HOW = dict(steps=4, height=64, width=96, output="tensor", seed=3)
+
+
+def moved(pipe, mode):
+    """A copy of the pipeline whose weights wait elsewhere."""
+    mmdit, vae, encoders = (copy.deepcopy(part) for part in (pipe.mmdit, pipe.vae, pipe.encoders))
+    return Pipeline(mmdit, vae, encoders, t5_longest=256, offload=mode, skip_layers=pipe.skip_layers)
+
+
+@pytest.mark.parametrize("mode", ["model", "block"])
+@pytest.mark.parametrize("changes", [{}, {"guidance": 1.0}, {"method": "heun"}, {"drop": ("t5", "clip_l")}])
+def test_the_picture_is_the_same_bit_by_bit_wherever_weights_wait(pipe, mode, changes):
+    how = HOW | changes
+    assert torch.equal(moved(pipe, mode)("a red star", **how), pipe("a red star", **how))
+
+
+@pytest.mark.parametrize("mode", ["model", "block"])
+def test_so_it_is_with_skipped_layers_in_8_bits_and_with_a_picture_to_begin_with(pipe, mode):
+    pipe = moved(pipe, "none")
+    pipe.skip_layers = (2.0, (0,), 0.0, 1.0)
+    sample.shrink({"mmdit": pipe.mmdit, "t5": pipe.encoders.t5})
+    how = HOW | dict(image=REF["img2img_image"].float() / 255)
+    assert torch.equal(moved(pipe, mode)("a red star", **how), pipe("a red star", **how))
+
+
+@pytest.mark.parametrize("mode", ["model", "block"])
+def test_between_and_after_their_turns_the_weights_are_at_home_also_after_an_error(pipe, mode):
+    away, present = moved(pipe, mode), []
+    parts = {"mmdit": away.mmdit, "vae": away.vae} | {n: getattr(away.encoders, n) for n in offload.ENCODERS}
+    home = {name: [t.data_ptr() for t in offload.tensors_of(part)] for name, part in parts.items()}
+
+    def visitors(*_):
+        present.append({name for name, part in parts.items()
+                        if any(t.data_ptr() != p for t, p in zip(offload.tensors_of(part), home[name]))})
+
+    for part in (away.encoders.clip_l.text_model.final_layer_norm, away.encoders.t5.encoder.final_layer_norm,
+                 away.mmdit.final_layer.linear, away.vae.decoder.conv_out):
+        part.register_forward_hook(visitors)
+    away("a red star", **HOW | dict(steps=1))
+    assert present == [{"clip_l"}, {"t5"}, {"mmdit"}, {"vae"}]
+    with pytest.raises(FloatingPointError):
+        away("a red star", **HOW, noise=torch.full((1, 16, 8, 12), float("nan")))
+    with pytest.raises(ValueError, match="positions"):
+        away("a red star", **HOW | dict(height=16 * 40))
+    assert home == {name: [t.data_ptr() for t in offload.tensors_of(part)] for name, part in parts.items()}
+
+
+@given(st.lists(st.lists(st.integers(0, 4), unique=True, max_size=5).map(sorted), min_size=1, max_size=4))
+def test_streamed_blocks_may_be_left_out_in_any_pattern_and_only_two_are_on_the_device(passes):
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(nn.Linear(3 + (i == 2), 3 + (i == 1)) for i in range(5)).requires_grad_(False)
+    plain, stream = copy.deepcopy(blocks), offload.BlockStream(blocks, "cpu")
+    home = [b.weight.data_ptr() for b in blocks]
+    assert all(torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias) for a, b in zip(blocks, plain))
+    with stream:
+        for chosen in passes:
+            for i in chosen:
+                x = torch.randn(2, blocks[i].in_features)
+                assert torch.equal(blocks[i](x), plain[i](x))
+        assert len(stream.places) == 2 and all(len(p) == max(map(len, stream.home)) for p in stream.places)
+    assert stream.places is None and home == [b.weight.data_ptr() for b in blocks]
+
+
+# ------------------------------------------------------------------------------------------ how much it takes
+
+def test_the_meter_counts_what_is_alive_at_once():
+    def work(x):
+        y = x + 1                           # 4000 beside the input
+        z = (y * 2).view(10, 100)           # 8000
+        del y                               # 4000
+        return z[2:] + z[2:]                # a view is free; 4000 + 3200
+
+    assert offload.count_work(nn.Identity(), lambda x: work(x), ((1000,), torch.float32)) == 4000 + 8000
+
+
+@given(st.sampled_from([(64, 64), (32, 96)]), st.integers(0, 100), st.booleans())
+@FAST
+def test_shapes_alone_say_what_the_real_tensors_take(pipe, size, t5_length, guidance):
+    configs = {"mmdit": pipe.mmdit.config, "vae": pipe.vae.config} | {
+        n: getattr(pipe.encoders, n).config for n in offload.ENCODERS}
+    needs = offload.need(configs, height=size[0], width=size[1], t5_length=t5_length, guidance=guidance,
+                         dtype=torch.float32)
+    for name, part in (("mmdit", pipe.mmdit), ("vae", pipe.vae), ("t5", pipe.encoders.t5)):
+        assert needs["weights"][name] == sum(t.nbytes for t in offload.tensors_of(part))
+    B, h, w = 1 + guidance, size[0] // 8, size[1] // 8
+    inputs = torch.randn(B, 16, h, w), torch.rand(B), torch.randn(B, 77 + t5_length, 80), torch.randn(B, 48)
+    meter = offload.Meter([*offload.tensors_of(pipe.mmdit), *inputs])
+    with torch.no_grad(), offload.FusedAttention(), meter:      # on the CPU, with numbers
+        pipe.mmdit(*inputs)
+    given_ = sum(t.nbytes for t in inputs)
+    assert abs(needs["work"]["mmdit"] - given_ - meter.peak) <= 0.02 * meter.peak
+
+
+@pytest.mark.parametrize("name, most", [
+    ("sd3-medium", {"": (20, 12, 12)}), ("sd3.5-medium", {"": (22, 12, 12)}),
+    ("sd3.5-large", {"": (33, 24, 12), "int8": (24, 16, 8)})])
+def test_published_models_are_predicted_to_fit_24_16_and_12_gigabytes(name, most):
+    for flag, limits in most.items():
+        needs = offload.need(offload.preset_configs(name), height=1024, width=1024, int8=flag == "int8")
+        peaks = [needs["peak"][mode] / 1e9 for mode in offload.MODES]
+        assert all(p < limit for p, limit in zip(peaks, limits)) and peaks == sorted(peaks, reverse=True)
+    mmdit = {"sd3-medium": 2_028_328_000, "sd3.5-medium": 2_243_171_520, "sd3.5-large": 8_056_627_520}
+    assert needs["parameters"] == {
+        "mmdit": mmdit[name], "vae": 83_819_683, "clip_l": 123_060_480, "clip_g": 694_659_840,
+        "t5": 4_762_310_656}
+
+
+SMALL = {"mmdit": MMDiTConfig(2, pooled_dim=24, context_dim=64), "vae": VAEConfig(32, (1, 1), 1),
+         "clip_l": CLIPTextConfig(600, 8, 1, 1, 8, "gelu"),
+         "clip_g": CLIPTextConfig(600, 16, 1, 1, 8, "gelu"),
+         "t5": T5Config(30_000, 64, 1, 2, 32, 64)}
+
+
+@FAST
+@given(st.floats(0.5, 3.0), st.sampled_from(["auto", *offload.MODES]), st.booleans())
+def test_auto_takes_the_fastest_that_fits_and_what_does_not_fit_says_what_would(room, mode, eight):
+    how = dict(height=64, width=64, int8=eight)
+    peak, free = offload.need(SMALL, **how)["peak"], room * offload.OVERHEAD
+    fitting = [m for m in offload.MODES if peak[m] <= free]
+    if (mode == "auto" and fitting) or mode in fitting:
+        assert offload.choose(mode, "it", SMALL, free, eight, height=64, width=64) == (
+            fitting[0] if mode == "auto" else mode)
+    else:
+        with pytest.raises(ValueError) as e:
+            offload.choose(mode, "it", SMALL, free, eight, height=64, width=64)
+        said = str(e.value)
+        assert f"{free / 1e9:.1f} GB are free" in said and len(said.splitlines()) == 1
+        assert "--drop-t5" in said and ("--int8" in said) == (not eight)
+
+
+def test_large_pictures_are_decoded_one_by_one(pipe, monkeypatch):
+    seen, decode = [], AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: seen.append(len(z)) or decode(self, z))
+    monkeypatch.setattr(sample, "TILE", 16)
+    latent = torch.randn(5, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+    whole = pipe.decode(latent)
+    assert seen == [2, 2, 1]
+    monkeypatch.setattr(sample, "TILE", 4)
+    assert torch.allclose(pipe.decode(latent), whole, atol=1e-5) and seen[3:] == [1] * 5
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+def run_main(argv, capsys):
+    """(what it printed, what it complained about in one line with exit code 2)."""
+    try:
+        sample.main([str(a) for a in argv])
+    except SystemExit as end:
+        assert end.code == 2
+    said = capsys.readouterr()
+    assert len(said.err.strip().splitlines()) <= 1
+    return said.out, said.err
+
+
+def test_the_command_line_draws_with_a_folder_and_the_png_tells_how(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(REF["img2img_image"][0].permute(1, 2, 0).numpy()).save("begin.png")
+    out, err = run_main(["a star", "--model", folder, "--device", "cpu", "--steps", 4, "--image", "begin.png",
+                         "--strength", 0.5, "--drop-t5", "--left-out", "--int8", "--offload", "block",
+                         "-n", 2, "--schedule", "clean", "--shift", 2, "--skip-layer-guidance", 1.5], capsys)
+    paths = out.split()
+    assert err == "" and len(paths) == 2
+    with Image.open(paths[1]) as image:
+        told = json.loads(image.text["parameters"])
+        assert image.size == (96, 64)
+    assert (told["height"], told["width"], told["t5_length"], told["drop"], told["seed"], told["strength"],
+            told["schedule"], told["shift"], told["int8"]) == (64, 96, 0, ["t5"], 1, 0.5, "clean", 2, True)
+
+
+def test_a_dry_run_needs_no_weights_and_knows_folders_too(folder, capsys):
+    out, _ = run_main(["--dry-run", "--model", "sd3.5-large"], capsys)
+    for words in ("8,056,627,520", "4,762,310,656", "--int8", "--offload block", "16.29 GB"):
+        assert words in out
+    out, _ = run_main(["--dry-run", "--model", folder, "--height", 128, "--width", 128, "--drop-t5"], capsys)
+    assert "t5" not in out and "128 x 128" in out
+
+
+@pytest.mark.parametrize("flags, cause", [
+    (["--strength", "0", "--image", "begin.png"], "strength is 0"),
+    (["--strength", "1.5", "--image", "begin.png"], "strength is 1.5"),
+    (["--image", "nothing.png"], "nothing.png"), (["--image", "words.txt"], "words.txt"),
+    (["--left-out"], "--drop-t5"), (["--drop", "clip"], "clip_l"), (["--offload", "disk"], "block"),
+    (["--model", "sd3.5-large"], "--dry-run"), (["--shift", "-1"], "shift"),
+    (["--dtype", "int8"], "bfloat16"),
+    (["--tokenizers", "nowhere"], "nowhere"), (["--t5-length", "1000"], None),
+    (["--dry-run", "--height", "30"], "multiple of 16"), (["--dry-run", "--model", "nothing"], "nothing"),
+])
+def test_bad_requests_end_with_one_line_and_exit_code_2(flags, cause, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("begin.png")
+    Path("words.txt").write_text("no picture")
+    model = [] if "--model" in flags else ["--model", folder]
+    out, err = run_main(["a star", *model, "--device", "cpu", "--steps", "1", *flags], capsys)
+    if cause is None:                                           # unusual, but it can be drawn
+        assert out.strip().endswith(".png") and not err
+    else:
+        assert cause in err and not Path("samples").exists()
+
+
+def test_encoders_of_another_model_are_refused_before_they_are_read(folder, tmp_path, monkeypatch):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(folder, mixed)
+    save_mmdit(MMDiT(MMDiTConfig(2, context_dim=80, pooled_dim=40, pos_max=4)), mixed, layout="folder")
+    monkeypatch.setattr(sample, "load_text_encoders", lambda *a, **k: pytest.fail("read"))
+    with pytest.raises(CheckpointError, match="40 pooled numbers"):
+        Pipeline.from_pretrained(mixed, device="cpu")
+
+
+def test_running_out_of_memory_names_the_flags_that_save_some(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore lines")
+
+    monkeypatch.setattr(flow, "sample", full)
+    _, err = run_main(["a star", "--model", folder, "--device", "cpu", "--int8"], capsys)
+    assert "20.00 GiB" in err and "--offload block" in err and "--drop-t5" in err and "try --int8" not in err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["none", "model", "block"])
+def test_on_a_card_pictures_agree_and_the_peak_is_below_the_prediction(pipe, mode):
+    home = "cuda" if mode == "none" else "cpu"
+    parts = (copy.deepcopy(part).to(home) for part in (pipe.mmdit, pipe.vae, pipe.encoders))
+    away = Pipeline(*parts, t5_longest=256, offload=mode, device=torch.device("cuda"))
+    configs = {"mmdit": pipe.mmdit.config, "vae": pipe.vae.config} | {
+        n: getattr(pipe.encoders, n).config for n in offload.ENCODERS}
+    predicted = offload.need(configs, height=64, width=96, dtype=torch.float32)["peak"][mode]
+    torch.cuda.reset_peak_memory_stats()
+    image = away("a red star", **HOW)
+    assert torch.cuda.max_memory_allocated() < predicted
+    assert error(image.cpu(), pipe("a red star", **HOW)) < 1e-2
