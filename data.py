@@ -22,6 +22,10 @@ inferred: "a small red star at the top left and a big blue ring at the right".
 Eight of the 80 (shape, colour) pairs are never drawn in training. `prompts` asks for them all the same,
 marked "unseen": can the model paint a whole of which it has seen only the parts?
 
+Objects stand on nine spots, a quarter of the side apart, so that a place word says exactly where. Sizes vary
+freely. Centres anywhere would be the harder world: a transformer that sees 16 tokens of 16 pixels has to
+learn every shape again for every shift inside a token, and minutes on a CPU do not suffice (README).
+
 Lengths are fractions of the picture's side, and y grows downwards: "above" means a smaller y.
 
 Pitfalls
@@ -65,7 +69,8 @@ HELD_OUT = frozenset({("circle", "pink"), ("square", "green"), ("triangle", "pur
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 RADIUS = {"single_object": (0.16, 0.30), "colors": (0.16, 0.30), "two_object": (0.13, 0.20),
           "color_attr": (0.13, 0.20), "counting": (0.13, 0.16), "position": (0.12, 0.18)}
-GAP, MARGIN = 0.04, 0.03            # between two objects; between an object and the picture's edge
+SPOTS = [(x, y) for y in (0.25, 0.5, 0.75) for x in (0.25, 0.5, 0.75)]      # centres; big ones fit the middle
+GAP, MARGIN = 0.04, 0.01            # between two objects; between an object and the picture's edge
 LEAN = 1.3                          # position: the offset is this much larger along the axis that is named
 SMALL, BIG = 0.15, 0.18             # r below the first is "small", from the second on "big"
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -166,12 +171,14 @@ def describe(things):
 
 
 def _layout(rng, reaches, relation=None):
-    """Random centres [(x, y), ...] for circles of these radii: inside, apart, and related as told."""
+    """Random centres [(x, y), ...] out of SPOTS for circles of these radii: inside, apart, related as told."""
     while True:
         spots = []
         for r in reaches:
-            for x, y in rng.uniform(r + MARGIN, 1 - r - MARGIN, (16, 2)).tolist():
-                if all(math.hypot(x - a, y - b) >= r + q + GAP for (a, b), q in zip(spots, reaches)):
+            for x, y in rng.permutation(SPOTS).tolist():
+                inside = r + MARGIN <= min(x, y, 1 - x, 1 - y)
+                if inside and all(math.hypot(x - a, y - b) >= r + q + GAP
+                                  for (a, b), q in zip(spots, reaches)):
                     spots.append((x, y))
                     break
         if len(spots) < len(reaches):
@@ -380,12 +387,14 @@ def refuse_if_mostly_bad(source, good, skipped):
                          f"remove them ({causes}), or {FORMAT}")
 
 
-def pick_caption(captions, generator, synthetic=0.5):
-    """One caption's number: with probability `synthetic` one of the synthetic ones, else the original, 0.
-
-    The paper's mixture is half and half (table 4). Where there is only an original, it is taken."""
-    coin, which = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-    return 0 if captions < 2 or coin >= synthetic else 1 + int(which * (captions - 1))
+def pick_captions(counts, generator, synthetic=0.5):
+    """Which caption each of n pictures gets -> (n,): 0, the original, or with probability `synthetic` one of
+    the others. counts (n,): how many it has; with one there is no choice. The paper's table 4 mixes half and
+    half."""
+    coin, which = torch.rand(2, len(counts), generator=generator, dtype=torch.float64)
+    counts = torch.as_tensor(counts)
+    other = 1 + (which * (counts - 1)).long()
+    return torch.where((coin < synthetic) & (counts > 1), other, 0)             # (n,)
 
 
 def read_picture(picture, size):
@@ -393,9 +402,9 @@ def read_picture(picture, size):
 
     size: a side or (width, height); the picture is resized to cover that, and its middle is cut out.
     Raises ValueError for more than MAX_PIXELS, and whatever Pillow raises for a file that it cannot read."""
-    if callable(picture):
-        return picture(size)
     box = (size, size) if isinstance(size, int) else tuple(size)
+    if callable(picture):
+        return picture(box[0])
     with opened(picture) as image:
         # fit() crops before it resizes: a strip of 20000 x 1 must not become 1280000 x 64 on the way
         return np.array(ImageOps.fit(upright(image, max(box)), box, Image.Resampling.BICUBIC))
@@ -608,7 +617,7 @@ def pack_sheet(folder, out, style="twemoji"):
 # --- Demo -------------------------------------------------------------------------------------------------
 
 def contact_sheet(rows, side=128):
-    """{heading: [(picture (S, S, 3) uint8, texts), ...]} -> one PIL image, with the texts below the pictures."""
+    """{heading: [(picture (S, S, 3) uint8, texts), ...]} -> one PIL image, the texts below the pictures."""
     font, width = ImageFont.load_default(13), side + 44
     lines = {id(p): [(line, ink) for text, ink in zip(texts, ("black", (110, 110, 110)))
                      for line in textwrap.wrap(text, 25)[:7]] for row in rows.values() for p, texts in row}

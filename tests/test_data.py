@@ -605,13 +605,15 @@ def test_a_picture_covers_any_box_unstretched(width, height, box):
 
 
 def test_the_original_caption_and_the_synthetic_ones_are_taken_half_and_half():
-    g = torch.Generator().manual_seed(0)
-    picks = Counter(data.pick_caption(3, g) for _ in range(4000))
-    assert set(picks) == {0, 1, 2}
-    assert abs(picks[0] / 4000 - 0.5) < 0.03 and abs(picks[1] / 4000 - 0.25) < 0.03
-    assert {data.pick_caption(1, g) for _ in range(50)} == {0}                  # nothing else to take
-    assert {data.pick_caption(2, g, synthetic=0) for _ in range(50)} == {0}
-    assert {data.pick_caption(2, g, synthetic=1) for _ in range(50)} == {1}
+    def picks(captions, **kw):
+        chosen = data.pick_captions([captions] * 4000, torch.Generator().manual_seed(0), **kw)
+        return torch.bincount(chosen, minlength=3) / 4000
+
+    assert (picks(3) - torch.tensor([0.5, 0.25, 0.25])).abs().max() < 0.03
+    assert (picks(2) - torch.tensor([0.5, 0.5, 0])).abs().max() < 0.03
+    assert picks(1)[0] == 1                                                     # there is nothing else
+    assert picks(2, synthetic=0)[0] == 1 and picks(2, synthetic=1)[1] == 1
+    assert data.pick_captions([1, 5, 1], torch.Generator(), 1.0).gt(0).tolist() == [False, True, False]
 
 
 # --- Tar shards ---

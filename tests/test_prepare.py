@@ -1,0 +1,632 @@
+"""Claims about prepare.py -> evidence.
+
+Order: every batch is of one bucket, every picture comes once an epoch, any step can be computed alone, N
+ranks see what one sees. Cache: it holds what the encoders say, goes on after an interruption, is made by any
+number of ranks, notices other data and other encoders, and is fast. Check: what should not be trained on is
+found, shown, counted, and left out on request only.
+"""
+
+import io
+import json
+import re
+import runpy
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance
+
+import data
+import prepare
+import text_encoders as te
+from checkpoints import save_part, save_tensors
+from prepare import Batches, Cache, Order, Survey, write_cache
+from vae import AutoencoderKL, VAEConfig
+
+
+# --- Buckets ---
+
+@given(st.integers(1, 64).map(lambda n: 16 * n))
+def test_buckets_are_multiples_of_16_of_about_equal_area_and_at_most_2_to_1(size):
+    shapes = prepare.bucket_shapes(size)
+    assert shapes[0] == (size, size) and len(set(shapes)) == len(shapes)
+    assert all(w % 16 == 0 == h % 16 and max(w, h) <= 2 * min(w, h) for w, h in shapes)
+    assert all((h, w) in shapes for w, h in shapes)
+    if size >= 64:
+        assert all(0.8 < w * h / size ** 2 < 1.25 for w, h in shapes) and len(shapes) >= 5
+    if size >= 256:
+        assert all(0.94 < w * h / size ** 2 < 1.06 for w, h in shapes)
+
+
+@given(st.integers(20, 2000), st.integers(20, 2000))
+def test_a_picture_up_to_2_to_1_loses_at_most_a_tenth_to_its_bucket(width, height):
+    shapes = prepare.bucket_shapes(256)
+    w, h = shapes[prepare.nearest_bucket(width, height, shapes)]
+    kept = min(width / height, w / h) / max(width / height, w / h)
+    assert kept == max(min(width / height, a / b) / max(width / height, a / b) for a, b in shapes)
+    assert kept > 0.9 or max(width, height) > 1.9 * min(width, height)
+
+
+def test_the_size_is_that_of_the_upright_picture_and_costs_no_decoding(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.png", exif=exif)
+    Image.new("RGB", (40, 20)).save(tmp_path / "plain.png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    sizes = [prepare.picture_size(tmp_path / name) for name in ("turned.jpg", "turned.png", "plain.png")]
+    assert sizes == [(20, 40), (20, 40), (40, 20)]
+
+
+# --- Order ---
+
+buckets_of = st.lists(st.integers(0, 3), min_size=1, max_size=60)
+
+
+@settings(max_examples=60)
+@given(buckets_of, st.integers(1, 20), st.integers(0, 2 ** 32), st.integers(1, 6))
+def test_every_batch_is_of_one_bucket_and_every_picture_comes_once_an_epoch(buckets, batch, seed, epochs):
+    order, seen = Order(buckets, batch, seed), Counter()
+    for step in range(order.before(epochs)):
+        pictures = order.at(step)
+        assert len(pictures) == batch and len({buckets[i] for i in pictures}) == 1
+        assert 0 <= order.epoch_of(step) < epochs
+        seen.update(pictures.tolist())
+    for bucket, n in Counter(buckets).items():      # less than a batch of a bucket is still to come
+        counts = [seen[i] for i, b in enumerate(buckets) if b == bucket]
+        assert max(counts) <= epochs and max(counts) - min(counts) <= 1
+        assert n * epochs - sum(counts) < batch
+
+
+@given(buckets_of, st.integers(1, 20), st.integers(0, 99), st.integers(0, 10 ** 6))
+def test_any_step_can_be_computed_alone(buckets, batch, seed, step):
+    alone, run = Order(buckets, batch, seed), Order(buckets, batch, seed)
+    first = max(0, step - 30)
+    assert all(np.array_equal(run.at(s), Order(buckets, batch, seed).at(s)) for s in range(first, step, 10))
+    assert np.array_equal(alone.at(step), run.at(step))
+
+
+def test_epochs_and_seeds_differ_and_buckets_are_mixed_within_an_epoch():
+    buckets = [0] * 64 + [1] * 64
+    order = Order(buckets, 8, 0)
+    epochs = [[tuple(order.at(s)) for s in range(16 * e, 16 * e + 16)] for e in range(3)]
+    assert len({tuple(e) for e in epochs}) == 3 and Order(buckets, 8, 1).at(0).tolist() != list(epochs[0][0])
+    assert all(sorted(sum(map(list, e), [])) == list(range(128)) for e in epochs)
+    runs = [buckets[batch[0]] for batch in epochs[0]]
+    assert 3 < sum(a != b for a, b in zip(runs, runs[1:]))              # not one bucket after the other
+
+
+def test_order_refuses_no_pictures_and_bad_numbers():
+    for wrong in (([], 1, 0), ([0], 0, 0), ([0], 1, -1)):
+        with pytest.raises(ValueError, match="at least"):
+            Order(*wrong)
+
+
+# --- The cache ---
+
+class Encoders:
+    """Tiny and untrained, but real; how often the autoencoder is called is counted."""
+
+    def __init__(self, folder, captions):
+        torch.manual_seed(0)
+        te.train_clip_tokenizer(captions, folder / "clip", 600)
+        te.train_t5_tokenizer(captions, folder / "t5", 600)
+        words = [te.load_clip_tokenizer(folder / "clip", pad, 12) for pad in (te.EOS, "!")]
+        words += [te.load_t5_tokenizer(folder / "t5", 16)]
+        l, g = (te.CLIPTextEncoder(te.CLIPTextConfig.preset(
+            f"tiny_{x}", vocab_size=words[0].vocab_size, context_length=12)) for x in "lg")
+        t5 = te.T5Encoder(te.T5Config.preset("tiny", vocab_size=words[2].vocab_size))
+        self.text, self.vae = te.TextEncoders(l, g, t5, words).eval(), AutoencoderKL(VAEConfig.preset("tiny"))
+        self.calls, encode = 0, self.vae.encode
+
+        def counted(x):
+            self.calls += 1
+            return encode(x)
+        self.vae.encode = counted
+
+    def write(self, folder, survey, **kw):
+        kw = {"vae_print": "v", "text_print": "t", "t5_length": 16, "say": lambda line: None} | kw
+        return write_cache(folder, survey, self.vae, self.text, **kw)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    return Encoders(tmp_path_factory.mktemp("words"), ["a red field", "a wide blue one", "number twelve"] * 4)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD", 8)
+
+
+def fill(folder, n=30, start=0):
+    """n noisy pictures, a third of them wide, a third tall, half of them with a synthetic caption."""
+    folder.mkdir(exist_ok=True)
+    for i in range(start, start + n):
+        shape = [(40, 40), (50, 30), (30, 50)][i % 3]
+        noise = np.random.default_rng(i).integers(0, 255, (*shape[::-1], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i:03}.png")
+        captions = [f"number {i}"] + [f"a noisy field, number {i}"] * (i % 2)
+        (folder / f"{i:03}.txt").write_text("\n".join(captions))
+    return folder
+
+
+def surveyed(folder, size=64):
+    return Survey(data.list_pictures(folder).entries, size)
+
+
+def close(stored, said):
+    """Within bfloat16's rounding, for the same caption encoded in another batch."""
+    return stored.dtype == torch.bfloat16 and torch.allclose(stored.float(), said, rtol=0.01, atol=0.002)
+
+
+def test_the_cache_holds_what_the_encoders_say(tmp_path, encoders, small_shards):
+    survey = surveyed(fill(tmp_path / "a"))
+    assert encoders.write(tmp_path / "cache", survey) == []
+    cache = Cache(tmp_path / "cache")
+    assert len(cache) == 30 and sorted(cache.names) == [f"{i:03}.png" for i in range(30)]
+    assert set(cache.shapes) == {"64x64", "80x48", "48x80"}
+    for i in (0, 13, 29):
+        entry = next(e for e in survey.entries if e.name == cache.names[i])
+        box = survey.shapes[survey.buckets[survey.entries.index(entry)]]
+        x = torch.from_numpy(data.read_picture(entry.picture, box)).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            posterior = encoders.vae.encode(x)
+        for k, caption in enumerate(entry.captions):
+            mean, std, context, pooled = cache.read(np.array([i]), torch.tensor([k]))
+            said = encoders.text([caption], 16)
+            assert mean.shape == posterior.mean.shape == (1, 8, box[1] // 8, box[0] // 8)
+            assert (mean - encoders.vae.to_latent(posterior.mean)).abs().max() < 2e-3
+            assert torch.allclose(std.float(), torch.exp(0.5 * posterior.logvar), rtol=2e-3)
+            assert close(context, said.context) and close(pooled, said.pooled)
+        assert tuple(cache.texts(i)) == entry.captions
+    rows = torch.tensor([cache.counts[i] - 1 for i in range(10)])       # and in a batch as alone
+    batch = cache.read(np.arange(10), rows)
+    for i in range(10):
+        alone = cache.read(np.array([i]), rows[i:i + 1])
+        assert all(torch.equal(x[i:i + 1], y) for x, y in zip(batch, alone))
+
+
+def test_latents_of_256_pixels_take_the_papers_65_kilobytes(tmp_path, encoders):
+    Image.new("RGB", (300, 300)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("black")
+    vae = AutoencoderKL(VAEConfig.preset("tiny", z_channels=16))
+    write_cache(tmp_path / "cache", surveyed(tmp_path, 256), vae, encoders.text, vae_print="", text_print="",
+                t5_length=16, say=lambda line: None)
+    size = (tmp_path / "cache" / "latents-256x256-00000.safetensors").stat().st_size
+    assert 65_536 < size < 65_536 + 1_000                       # the rest is the header
+
+
+def test_an_interrupted_cache_is_finished_without_doing_anything_twice(tmp_path, encoders, small_shards):
+    survey = surveyed(fill(tmp_path / "a"))
+    encoders.calls = 0
+    encoders.write(tmp_path / "whole", survey)
+    needed, encode = encoders.calls, encoders.vae.encode
+    encoders.calls = 0
+
+    def killed(x):
+        if encoders.calls == 3:
+            raise KeyboardInterrupt
+        return encode(x)
+
+    encoders.vae.encode = killed
+    with pytest.raises(KeyboardInterrupt):
+        encoders.write(tmp_path / "cut", survey)
+    encoders.vae.encode = encode
+    with pytest.raises(ValueError, match="not finished"):
+        Cache(tmp_path / "cut")
+    encoders.write(tmp_path / "cut", survey)
+    assert encoders.calls == needed
+    encoders.write(tmp_path / "cut", survey)                    # and a third time nothing is left to do
+    assert encoders.calls == needed
+    files = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "cut").iterdir())
+    for step in range(10):
+        both = [Batches(Cache(tmp_path / name), 8, 0).at(step) for name in ("whole", "cut")]
+        assert all(map(torch.equal, *both))
+
+
+def test_any_number_of_ranks_make_the_same_cache(tmp_path, encoders, small_shards):
+    survey = surveyed(fill(tmp_path / "a"))
+    encoders.write(tmp_path / "one", survey)
+    for rank in (2, 0):
+        encoders.write(tmp_path / "three", survey, rank=rank, world=3)
+    with pytest.raises(ValueError, match="not finished"):       # rank 1's files are missing
+        Cache(tmp_path / "three")
+    encoders.write(tmp_path / "three", survey, rank=1, world=3)
+    one, three = Cache(tmp_path / "one"), Cache(tmp_path / "three")
+    assert one.names == three.names and one.digests == three.digests
+    for step in range(10):
+        assert all(map(torch.equal, Batches(one, 8, 0).at(step), Batches(three, 8, 0).at(step)))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, encoders):
+    folder = tmp_path_factory.mktemp("shared")
+    encoders.write(folder / "cache", surveyed(fill(folder / "a")))
+    return Cache(folder / "cache")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_n_ranks_together_see_the_batch_of_one(cache, world):
+    ranks = [Batches(cache, 8, 3, rank=r, world=world) for r in range(world)]
+    for step in (0, 1, 17):
+        parts = [torch.cat(x) for x in zip(*(batches.at(step) for batches in ranks))]
+        assert all(map(torch.equal, parts, Batches(cache, 8, 3).at(step)))
+    with pytest.raises(ValueError, match="does not divide"):
+        Batches(cache, 9, 3, world=world)
+
+
+def test_a_batch_is_of_one_shape_and_the_same_at_every_asking(cache):
+    batches, shapes = Batches(cache, 8, 0), set()
+    for step in range(20):
+        mean, std, context, pooled = batches.at(step)
+        shapes.add(tuple(mean.shape))
+        assert mean.shape == std.shape and len(context) == len(pooled) == 8 and mean.dtype == torch.float32
+    assert shapes == {(8, 8, 8, 8), (8, 8, 6, 10), (8, 8, 10, 6)}
+    later = Batches(cache, 8, 0)
+    assert all(map(torch.equal, later.at(13), batches.at(13)))
+    assert not torch.equal(batches.at(13)[0], Batches(cache, 8, 1).at(13)[0])
+
+
+def test_a_dataset_smaller_than_a_batch_fills_it(tmp_path, encoders):
+    encoders.write(tmp_path / "cache", surveyed(fill(tmp_path / "a", 3)))
+    batches = Batches(Cache(tmp_path / "cache"), 16, 0)
+    assert all(len(batches.at(step)[0]) == 16 for step in range(5))
+
+
+def test_synthetic_captions_come_half_of_the_time_where_there_are_any(cache):
+    def share(synthetic):
+        taken, pictures = [], []
+        for step in range(60):
+            batches = Batches(cache, 8, 0, synthetic=synthetic)
+            chosen, read = [], cache.read
+            cache.read = lambda p, c: chosen.append((p, c)) or read(p, c)
+            batches.at(step)
+            del cache.read
+            pictures += chosen[0][0].tolist()
+            taken += chosen[0][1].tolist()
+        both = [t for p, t in zip(pictures, taken) if cache.counts[p] > 1]
+        assert not any(t for p, t in zip(pictures, taken) if cache.counts[p] == 1)
+        return sum(both) / len(both)
+
+    assert abs(share(0.5) - 0.5) < 0.12 and share(0.0) == 0 and share(1.0) == 1
+
+
+def test_unreadable_pictures_are_told_and_left_out(tmp_path, encoders, small_shards):
+    folder = fill(tmp_path / "a")
+    whole = (folder / "004.png").read_bytes()
+    (folder / "004.png").write_bytes(whole[:len(whole) // 2])   # the header is fine: only decoding tells
+    (folder / "007.png").write_bytes(b"text")
+    survey = surveyed(folder)
+    assert [name for name, _ in survey.skipped] == ["007.png"]
+    assert [name for name, _ in encoders.write(tmp_path / "cache", survey)] == ["004.png"]
+    cache = Cache(tmp_path / "cache")
+    assert len(cache) == 28 and [name for name, _ in cache.skipped] == ["004.png"]
+    assert cache.compare("v", "t", survey) == ""
+    assert len(Batches(cache, 8, 0).at(5)[0]) == 8
+
+
+def test_a_thousand_pictures_with_bad_ones_are_cached_and_read_to_the_end(tmp_path, encoders):
+    for i in range(1000):
+        name = tmp_path / f"{i:04}.png"
+        Image.new("RGB", (16, 16), (i % 256, i // 4, 90)).save(name)
+        name.with_suffix(".txt").write_text(f"number {i % 50}")
+        if i % 20 == 3:
+            name.write_bytes([name.read_bytes()[:60], b"", b"<html>"][i // 20 % 3])
+    listing = data.list_pictures(tmp_path)
+    survey = Survey(listing.entries, 16)
+    lost = survey.skipped + encoders.write(tmp_path / "cache", survey, batch=128)
+    assert sorted(name for name, _ in lost) == [f"{i:04}.png" for i in range(3, 1000, 20)]
+    batches = Batches(Cache(tmp_path / "cache"), 50, 0)
+    assert sum(len(batches.at(step)[0]) for step in range(19)) == 950 == len(batches.cache)
+
+
+@pytest.mark.parametrize("change, warning", [
+    (lambda a: (a / "003.txt").write_text("another caption"), "1 pictures are new or changed, 1 are gone"),
+    (lambda a: (a / "003.png").write_bytes((a / "006.png").read_bytes()), "1 pictures .* 1 are gone"),
+    (lambda a: fill(a, 2, start=50), "2 pictures are new or changed, 0 are gone"),
+    (lambda a: (a / "005.png").unlink() or (a / "005.txt").unlink(), "0 pictures .* 1 are gone"),
+    (lambda a: (a / "excluded.txt").write_text("002.png\n008.png"), "0 pictures .* 2 are gone")])
+def test_changed_data_is_noticed_and_only_its_files_are_made_again(tmp_path, encoders, small_shards, change,
+                                                                   warning):
+    folder = fill(tmp_path / "a")
+    encoders.write(tmp_path / "cache", surveyed(folder))
+    assert Cache(tmp_path / "cache").compare("v", "t", surveyed(folder)) == ""
+    change(folder)
+    survey, said = surveyed(folder), []
+    assert re.search(warning, Cache(tmp_path / "cache").compare("v", "t", survey))
+    encoders.calls = 0
+    encoders.write(tmp_path / "cache", survey, say=said.append)
+    assert encoders.calls <= 2 and "other pictures or captions" in said[0]
+    cache, entries = Cache(tmp_path / "cache"), {e.name: e for e in survey.entries}
+    assert cache.compare("v", "t", survey) == "" and sorted(cache.names) == sorted(entries)
+    for i, name in enumerate(cache.names):              # old latents go with new text
+        assert tuple(cache.texts(i)) == entries[name].captions
+        *_, context, pooled = cache.read(np.array([i]), torch.tensor([0]))
+        assert close(pooled, encoders.text([entries[name].captions[0]], 16).pooled)
+
+
+def test_a_picture_repainted_at_equal_length_is_noticed(tmp_path):
+    for colour in ("red", "blue"):
+        Image.new("RGB", (20, 20), colour).save(tmp_path / f"{colour}.bmp")
+    (tmp_path / "red.txt").write_text("a field")
+    (tmp_path / "blue.txt").write_text("a field")
+    before = surveyed(tmp_path).fingerprint
+    (tmp_path / "red.bmp").write_bytes((tmp_path / "blue.bmp").read_bytes())
+    assert surveyed(tmp_path).fingerprint != before
+
+
+def test_the_fingerprint_knows_files_tars_emoji_and_drawings(tmp_path):
+    from test_data import shard
+    folder = fill(tmp_path / "a", 6)
+    shard(tmp_path / "x.tar", [(p.name, p.read_bytes()) for p in sorted(folder.iterdir())])
+    tar = Survey(data.list_pictures(tmp_path / "x.tar").entries, 64)
+    assert tar.digests == surveyed(folder).digests and tar.fingerprint == surveyed(folder).fingerprint
+    drawn = [Survey(data.list_pictures("drawn", count=5, seed=s).entries, 32).fingerprint for s in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    emoji = Survey(data.list_pictures("emoji").entries[:50], 64)
+    assert len(set(emoji.digests)) == 50
+
+
+def test_other_encoders_are_refused_and_make_their_own_files_again(tmp_path, encoders, small_shards):
+    survey, said = surveyed(fill(tmp_path / "a")), []
+    encoders.write(tmp_path / "cache", survey)
+    with pytest.raises(ValueError, match="not made by this run's autoencoder"):
+        Cache(tmp_path / "cache").compare("other", "t")
+    with pytest.raises(ValueError, match="not made by this run's text encoders"):
+        Cache(tmp_path / "cache").compare("v", "other")
+    encoders.calls = 0
+    encoders.write(tmp_path / "cache", survey, text_print="other", say=said.append)
+    assert encoders.calls == 0 and "by other text encoders" in said[0]
+    assert Cache(tmp_path / "cache").compare("v", "other") == ""
+    encoders.write(tmp_path / "cache", survey, text_print="other", t5_length=8)         # a setting counts too
+    assert Cache(tmp_path / "cache").read(np.array([0]), torch.tensor([0]))[2].shape[1] == 12 + 8
+
+
+def test_the_encoders_fingerprint_changes_with_any_byte(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(3_000_000))
+    (tmp_path / "b").write_bytes(b"x")
+    both = [tmp_path / "a", tmp_path / "b"]
+    before = prepare.files_fingerprint(both)
+    assert before == prepare.files_fingerprint(reversed(both))
+    (tmp_path / "a").write_bytes(bytes(1_500_000) + b"\1" + bytes(1_499_999))
+    assert prepare.files_fingerprint(both) != before
+
+
+def test_damaged_and_foreign_caches_are_refused_with_the_way_out_and_mended(tmp_path, encoders, small_shards):
+    survey, folder = surveyed(fill(tmp_path / "a")), tmp_path / "cache"
+    encoders.write(folder, survey)
+    for name in ("latents-64x64-00000.safetensors", "text-00001.safetensors"):
+        whole = (folder / name).read_bytes()
+        for broken in (whole[:-10], whole[:4], b"", whole + b"xx"):
+            (folder / name).write_bytes(broken)
+            with pytest.raises(ValueError, match=f"not finished: 1 of .*{name}.*once more"):
+                Cache(folder)
+        encoders.write(folder, survey)
+        assert (folder / name).read_bytes() == whole
+    (folder / "latents-999x999-00000.safetensors").write_bytes(b"of an older plan")
+    (folder / "mine.safetensors").write_bytes(b"not ours to delete")
+    encoders.write(folder, survey)
+    assert not (folder / "latents-999x999-00000.safetensors").exists()
+    assert (folder / "mine.safetensors").exists()
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | {"format": 2}))
+    with pytest.raises(ValueError, match="format 2, this code reads 1"):
+        Cache(folder)
+    with pytest.raises(ValueError, match="index.json is missing"):
+        Cache(tmp_path / "gone")
+
+
+def test_nan_latents_are_refused(tmp_path, encoders):
+    vae = AutoencoderKL(VAEConfig.preset("tiny"))
+    vae.encoder.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="the autoencoder gives NaN"):
+        write_cache(tmp_path / "cache", surveyed(fill(tmp_path / "a", 3)), vae, encoders.text, vae_print="",
+                    text_print="", t5_length=16)
+
+
+def test_bytes_and_time_a_picture_are_told(tmp_path, encoders):
+    said = []
+    encoders.write(tmp_path / "cache", surveyed(fill(tmp_path / "a", 9)), say=said.append)
+    assert [" pictures encoded, " in line or " captions encoded, " in line for line in said] == [True, True]
+    assert all(" ms and " in line and " kB a " in line for line in said)
+
+
+def test_the_reader_gives_5000_samples_of_64_pixels_a_second(tmp_path):
+    """On latents and texts of the tiny run's shapes, 12 and 20 tokens, from 24 files of each kind."""
+    n, about = 256, {"fingerprint": "", "names": [""] * 256, "digests": [""] * 256, "skipped": []}
+    text = {"clip": torch.zeros(n, 12, 160), "t5": torch.zeros(n, 20, 192), "pooled": torch.zeros(n, 160)}
+    text = {name: value.bfloat16() for name, value in text.items()}
+    for k in range(24):
+        save_tensors(tmp_path / f"text-{k:05}.safetensors", text | {"keys": torch.arange(n * k, n * k + n)},
+                     about)
+        save_tensors(tmp_path / f"latents-64x64-{k:05}.safetensors",
+                     {"latents": torch.zeros(n, 2, 8, 8, 8).half(),
+                      "counts": torch.ones(n).long(), "captions": torch.arange(n * k, n * k + n)}, about)
+    names = [[(f"{kind}-{k:05}.safetensors", "") for k in range(24)] for kind in ("latents-64x64", "text")]
+    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "latents": names[0], "texts": names[1]}))
+    batches, best = Batches(Cache(tmp_path), 256, 0), 0
+    assert len(batches.cache) == 24 * n
+    for trial in range(3):
+        start = time.perf_counter()
+        for step in range(20 * trial, 20 * trial + 20):
+            batches.at(step)
+        best = max(best, 20 * 256 / (time.perf_counter() - start))
+    assert best > 5000, f"{best:,.0f} samples a second"
+
+
+# --- The check ---
+
+def emoji(n):
+    return [entry.picture.resize((96, 96), Image.Resampling.BICUBIC)
+            for entry in data.list_pictures("emoji").entries[:n]]
+
+
+def jpeg(picture, quality):
+    stream = io.BytesIO()
+    picture.save(stream, "jpeg", quality=quality)
+    return Image.open(stream).convert("RGB")
+
+
+def distance(a, b):
+    return float(np.linalg.norm(prepare.look(a)[1] - prepare.look(b)[1]))
+
+
+@pytest.mark.parametrize("change", [
+    lambda p: p.resize((50, 50)), lambda p: p.resize((192, 192), Image.Resampling.LANCZOS),
+    lambda p: p.resize((61, 67)), lambda p: jpeg(p, 60), lambda p: ImageEnhance.Contrast(p).enhance(1.1),
+    lambda p: ImageEnhance.Brightness(p).enhance(0.95)])
+def test_resized_recompressed_and_relit_copies_look_the_same(change):
+    distances = [distance(p, change(p)) for p in emoji(60)]
+    assert max(distances) < prepare.SAME_LOOK
+
+
+def test_different_pictures_look_different():
+    vectors = torch.stack([torch.from_numpy(prepare.look(Image.fromarray(data.draw(
+        data.scene(np.random.default_rng((9, i))).things, 64)))[1]) for i in range(400)])
+    apart = torch.cdist(vectors, vectors) + torch.eye(400)
+    assert apart.min() > prepare.SAME_LOOK
+    red, blue = Image.new("RGB", (50, 50), "red"), Image.new("RGB", (50, 50), "blue")
+    assert distance(red, blue) > prepare.SAME_LOOK > distance(red, Image.new("RGB", (80, 80), (250, 0, 0)))
+
+
+@given(st.integers(0, 10 ** 6), st.integers(1, 80), st.floats(0.05, 1.0))
+def test_each_copy_is_near_the_one_that_is_kept_and_the_kept_are_far_apart(seed, n, limit):
+    g = torch.Generator().manual_seed(seed)
+    vectors, rank = torch.rand(n, 3, generator=g), torch.randperm(n, generator=g).numpy()
+    found = prepare.copies(rank, (vectors, limit))
+    apart = torch.cdist(vectors, vectors)
+    assert all(apart[a, b] < limit + 1e-6 and rank[b] < rank[a] and b not in found for a, b in found.items())
+    kept = [i for i in range(n) if i not in found]
+    assert all(apart[a, b] >= limit - 1e-6 for a in kept for b in kept if a < b)
+
+
+def test_clusters_part_hardly_any_copies(monkeypatch):
+    monkeypatch.setattr(prepare, "CLUSTER", 100)
+    g = torch.Generator().manual_seed(0)
+    vectors = torch.randn(1000, 32, generator=g) / 32 ** 0.5
+    vectors = torch.cat([vectors, vectors + 0.004 * torch.randn(1000, 32, generator=g)])
+    assert sorted(np.concatenate(prepare.clusters(vectors)).tolist()) == list(range(2000))
+    assert len(prepare.clusters(vectors)) > 10
+    found = prepare.copies(np.arange(2000), (vectors, 0.1))
+    assert sum(found.get(1000 + i) == i for i in range(1000)) > 970 and min(found) >= 1000
+
+
+def faulty(folder):
+    """20 good pictures with a score and one of each fault; -> names by the step that should find them."""
+    folder.mkdir()
+    pictures = emoji(20)
+    rows = []
+
+    def add(name, picture, **about):
+        picture.save(folder / name)
+        rows.append({"file": name, "captions": [f"the caption of {name}"], **about})
+
+    for i, picture in enumerate(pictures):
+        add(f"{i:02}.png", picture, aesthetic=5 + i / 10)
+    add("copy.jpg", jpeg(pictures[3].resize((70, 70)), 70), aesthetic=9)
+    add("larger.png", pictures[7].resize((200, 200), Image.Resampling.BICUBIC), aesthetic=9)
+    add("small.png", pictures[1].resize((20, 40)), aesthetic=9)
+    add("long.png", pictures[2].resize((400, 64)), aesthetic=9)
+    add("ugly.png", ImageEnhance.Color(pictures[4]).enhance(0).rotate(90), aesthetic=1.5)
+    add("unscored.png", pictures[5].rotate(180))
+    (folder / "bad.png").write_bytes(b"text")
+    rows.append({"file": "bad.png", "captions": ["x"], "aesthetic": 9})
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{nonsense\n")
+    return {"unreadable": ["captions.jsonl:28", "bad.png"], "small": ["small.png"], "long": ["long.png"],
+            "aesthetic>=4.5": ["ugly.png", "unscored.png"], "copy": ["07.png", "copy.jpg"]}
+
+
+def test_each_step_removes_its_fault_counts_it_and_shows_it(tmp_path):
+    expected, said = faulty(tmp_path / "a"), []
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    found = prepare.check(tmp_path / "a", min_side=32, scores=["aesthetic>=4.5"], out=tmp_path / "report",
+                          say=said.append)
+    assert {step: sorted(n for n, _ in items) for step, items in found.items()} == {
+        step: sorted(names) for step, names in expected.items()}
+    assert dict(found["copy"])["07.png"] == "like larger.png"           # the one with more pixels stays
+    assert dict(found["aesthetic>=4.5"])["unscored.png"] == "None"
+    sheets = sorted(p.name for p in (tmp_path / "report").glob("*.png"))
+    assert sheets == ["1-unreadable.png", "2-small.png", "3-long.png", "4-aesthetic-4-5.png", "5-copy.png"]
+    with Image.open(tmp_path / "report" / "5-copy.png") as sheet:
+        assert sheet.width > 4 * 128 and len(sheet.getcolors(1 << 20)) > 100
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["kept"] == 20 and "kept                      20" in "\n".join(said)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before       # nothing was touched
+
+
+def test_apply_leaves_out_of_training_what_was_found_and_a_second_check_finds_nothing(tmp_path):
+    faulty(tmp_path / "a")
+    prepare.check(tmp_path / "a", min_side=32, scores=["aesthetic>=4.5"], out=tmp_path / "r", apply=True,
+                  say=lambda line: None)
+    loaded = data.load_pictures(tmp_path / "a", 16)
+    assert len(loaded.images) == 20 and loaded.excluded == 7
+    assert [name for name, _ in loaded.skipped] == ["captions.jsonl:28"]                # still told: no name
+    assert "the caption of larger.png" in {c for captions in loaded.captions for c in captions}
+    again, said = tmp_path / "again", []
+    found = prepare.check(tmp_path / "a", min_side=32, scores=["aesthetic>=4.5"], out=again, say=said.append)
+    assert [n for items in found.values() for n, _ in items] == ["captions.jsonl:28"]
+    assert "7 excluded" in said[0]
+
+
+def test_a_runs_clip_finds_crops_that_thumbnails_miss(tmp_path):
+    torch.manual_seed(0)
+    save_part(tmp_path / "run", "clip_l_image", te.CLIPImageEncoder(te.CLIPImageConfig.preset("tiny")))
+    (tmp_path / "a").mkdir()
+    pictures = [Image.fromarray(data.draw(data.scene(np.random.default_rng((9, i))).things, 96))
+                for i in range(12)]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / "a" / f"{i:02}.png")
+        (tmp_path / "a" / f"{i:02}.txt").write_text("whole")
+        assert all(distance(picture, other) > prepare.SAME_CONTENT[1] for other in pictures[:i])
+    crop = pictures[2].crop((2, 2, 94, 94))
+    assert prepare.SAME_LOOK < distance(pictures[2], crop) < prepare.SAME_CONTENT[1]
+    crop.save(tmp_path / "a" / "crop.png")
+    (tmp_path / "a" / "crop.txt").write_text("a crop")
+    quiet = dict(out=tmp_path / "r", say=lambda line: None)
+    assert prepare.check(tmp_path / "a", **quiet)["copy"] == []
+    found = prepare.check(tmp_path / "a", run=tmp_path / "run", **quiet)
+    assert found["copy"] == [] and found["near copy (CLIP)"] == [("crop.png", "like 02.png")]
+
+
+@pytest.mark.parametrize("rule, about, verdict", [
+    ("aesthetic>=5", {"aesthetic": 5}, True), ("aesthetic >= 5.5", {"aesthetic": 5}, False),
+    ("nsfw<=0.1", {"nsfw": 0.05}, True), ("nsfw<=1e-3", {"nsfw": 0.05}, False), ("nsfw<=1", {}, None),
+    ("nsfw<=1", {"nsfw": "0.05"}, None), ("nsfw<=1", {"nsfw": float("nan")}, None),
+    ("a<=1", {"a": True}, None)])
+def test_scores_are_compared_as_numbers_and_missing_ones_pass_nothing(rule, about, verdict):
+    assert prepare.passes(about, rule) is verdict
+
+
+def test_the_command_reports_and_errors_are_one_line_with_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "pics", 12)
+    prepare.main(["check", "pics", "--min-side", "16", "--size", "32"])
+    out = capsys.readouterr().out
+    assert "kept                      12 100.0 %" in out and "buckets for --size 32: " in out
+    assert (tmp_path / "runs" / "check-pics" / "report.json").is_file()
+    for wrong, message in ((["gone"], "no such folder"), (["pics", "--score", "x>>2"], "is no rule"),
+                           (["pics", "--score", "x>=2"], "no scores at all"), (["drawn"], "made to order"),
+                           (["pics", "--run", "gone"], "clip_l_image.safetensors is missing")):
+        with pytest.raises(SystemExit) as stop:
+            prepare.main(["check", *wrong])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_data_py_check_is_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["data.py", "check", "pics"])
+    fill(tmp_path / "pics", 4)
+    runpy.run_path(data.__file__, run_name="__main__")
+    assert "small                      4 100.0 %" in capsys.readouterr().out
+
+
+def test_the_demo_passes(capsys):
+    prepare.demo()
+    assert "150 pictures in the cache" in capsys.readouterr().out
