@@ -171,6 +171,20 @@ def test_in_single_stability_files_everything_is_found(tmp_path):
     assert torch.equal(found("a red star", **how), expected("a red star", **how))
 
 
+def test_8_bits_move_the_picture_by_less_than_bfloat16_does(pipe):
+    off = {}
+    for name in ("int8", "bfloat16"):
+        changed = by_hand()
+        if name == "int8":
+            sample.shrink({"mmdit": changed.mmdit, "t5": changed.encoders.t5})
+        else:
+            changed.mmdit, changed.encoders = changed.mmdit.bfloat16(), changed.encoders.bfloat16()
+        (image,) = changed(CASES[0]["prompt"], **case(0), output="tensor")
+        off[name] = error(image.permute(1, 2, 0), REF["case0_image"])
+    print("; ".join(f"{name}: picture off by {100 * x:.2f} %" for name, x in off.items()))
+    assert 1e-5 < off["int8"] < off["bfloat16"] < 0.02
+
+
 # -------------------------------------------------------------------------------------- defaults by the model
 
 @pytest.mark.parametrize("config, path, name", [
