@@ -18,13 +18,15 @@ In the drawn world of data.py the pixels answer this exactly, without a learned 
 `judge` applies GenEval's rules (Ghosh et al. 2023, arXiv 2310.11513): the most confident objects of a shape
 must meet its "include" clause, and no "exclude" clause may be met. `strict` also forbids objects not asked
 for, which GenEval does not see and small models like to add. `score` has a model draw the six tasks' prompts;
-the overall score is the plain mean of the tasks.
+the overall score is the plain mean of the tasks. What knows no drawn world, such as FID, is in metrics.py,
+the command line in report.py.
 
 Lengths are fractions of the picture's side, y downwards. H W: pixels, 64 x 64 whatever the picture's size.
 
 Pitfalls
-- A score means little without its ceilings: true drawings through the scorer, and through the run's VAE.
-- 64 prompts a task leave an error of +-6 points a task, +-2.5 overall. Compare models on the same seeds.
+- A score means little without what stands beside it: true drawings of the same prompts through the scorer,
+  and through the run's VAE; and "shuffled", what the same pictures get for each other's prompts.
+- 25 prompts a task with 4 pictures each leave +-4 to 8 points a task, +-2 overall. Compare on equal seeds.
 - What is less than half way from the ground to a colour is not seen.
 - Shapes with lost corners count as the nearest one: a VAE turns small stars into pentagons, and they pass.
 
@@ -32,24 +34,23 @@ DIFFERS: GenEval finds objects with Mask2Former, above a confidence of 0.3 (0.9 
   their colours with CLIP. Here both are arithmetic: one limit, SURE, and the colour that mixes nearest.
 
 Run: python evaluate.py                     the scorer's own test: true and false captions, clean and spoilt
-     python evaluate.py --run RUN -n 64     scores a run, writes scores.json and scores.png into its folder
+     python evaluate.py --run RUN           draws and scores 600 pictures, in a minute or two
+     python evaluate.py --run RUN --measures all        and loss, CLIP score, FID and KID, steps, copies
+     python evaluate.py --images DIR        scores a folder of pictures in GenEval's layout
+     python evaluate.py --model PATH        draws GenEval's 553 prompts so, for its own detector to score
 """
 
-import argparse
-import json
 import math
 import sys
-import textwrap
 import time
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageFilter
 
 import data
+from metrics import Job
 
 SIDE = 64                           # pictures are measured at the size at which the world is drawn
 SMALLEST = 24                       # pixels: a third of the smallest legal object, a star of r 0.12
@@ -236,86 +237,211 @@ def judge(found, metadata):
     return not reasons, not reasons and len(found) == asked, "; ".join(reasons)
 
 
-def score(draw_pictures, *, n=64, tasks=data.TASKS, per_prompt=1, seed=0, progress=None):
-    """Score a model on n prompts a task, per_prompt pictures each.
+# --- Scores -----------------------------------------------------------------------------------------------
 
-    draw_pictures(prompts, seeds): lists of up to 64 -> uint8 (as many, S, S, 3). A task's i-th prompt and its
-    seeds do not depend on n or tasks. progress(done, total) is called after each batch.
+def requests(n, tasks=data.TASKS, per_prompt=4, seed=0):
+    """The drawn world's prompts, n a task, per_prompt pictures of each. -> list of Job
 
-    -> {"score", "strict", "error": {task: share, ..., "overall": share}; error: the standard error of score
-        "seen", "unseen":  share right of colors and color_attr prompts whose pairs training has (never) shown
-        "shape", "colour": share right of the most confident objects, where a single one was asked for
-        "records":         [{"task", "prompt", "seed", "found", "correct", "strict", "reason", ...}, ...]}
-    A share of nothing is None. Raises ValueError for an unknown task or a wrong number of pictures."""
-    if n < 1 or per_prompt < 1 or not tasks:
-        raise ValueError(f"n {n}, per_prompt {per_prompt}, {len(tasks)} tasks: each must be at least 1")
-    jobs, records = [], []
+    A task's i-th prompt, its number and its seeds do not depend on n or on the other tasks."""
+    if not 1 <= n <= 10_000 or per_prompt < 1 or not tasks:
+        raise ValueError(f"{n} prompts a task, {per_prompt} pictures of each, {len(tasks)} tasks: each must "
+                         "be at least 1, and at most 10,000 prompts")
+    jobs = []
     for task in tasks:
         for i, m in enumerate(data.prompts(task, n, seed)):
-            words = [(seed, data.TASKS.index(task), i, k) for k in range(per_prompt)]
-            jobs += [(m, int(np.random.SeedSequence(w).generate_state(1)[0])) for w in words]
+            order = data.TASKS.index(task)
+            words = [(seed, order, i, k) for k in range(per_prompt)]
+            jobs += [Job(10_000 * order + i, k, int(np.random.SeedSequence(w).generate_state(1)[0]), m)
+                     for k, w in enumerate(words)]
+    return jobs
+
+
+def score(draw_pictures, *, n=64, tasks=data.TASKS, per_prompt=1, seed=0, progress=None):
+    """Score a model on n prompts a task, per_prompt pictures each. -> what `tally` returns
+
+    draw_pictures(prompts, seeds): lists of up to 64 -> uint8 (as many, S, S, 3). progress(done, total) is
+    called after each batch. Raises ValueError for an unknown task or a wrong number of pictures."""
+    jobs, found = requests(n, tasks, per_prompt, seed), []
     for start in range(0, len(jobs), 64):
         batch = jobs[start:start + 64]
-        images = draw_pictures([m["prompt"] for m, _ in batch], [s for _, s in batch])
+        images = draw_pictures([job.metadata["prompt"] for job in batch], [job.seed for job in batch])
         if len(images) != len(batch):
             raise ValueError(f"{len(images)} pictures for {len(batch)} prompts: draw_pictures owes one each")
-        for (m, s), image in zip(batch, images):
-            found = find_objects(image)
-            correct, strict, reason = judge(found, m)
-            asked, first = m["include"][0], found[:1]
-            records.append({"task": m["tag"], "prompt": m["prompt"], "seed": s, "unseen": m["unseen"],
-                            "found": [f"{f.colour} {f.shape}" for f in found],
-                            "correct": correct, "strict": strict, "reason": reason,
-                            "shape": any(f.shape == asked["class"] for f in first),
-                            "colour": any(f.colour == asked.get("color") for f in first)})
+        found += [find_objects(image) for image in images]
         if progress:
-            progress(len(records), len(jobs))
-    return summary(records, tasks)
+            progress(len(found), len(jobs))
+    return tally(jobs, found)
 
 
-def summary(records, tasks):
-    """The shares that `score` returns."""
+def tally(jobs, found):
+    """The scores of pictures, given what `find_objects` found in each.
+
+    -> {"score", "strict": {task: share right, ..., "overall": mean of the tasks}
+        "any":      likewise, the share of prompts with any right picture
+        "shuffled": likewise, the share right if each picture is judged by other prompts of its task: chance
+        "error":    the standard error of score, were other prompts and seeds drawn
+        "seen", "unseen":  share right of colors and color_attr prompts whose pairs training has (never) shown
+        "shape", "colour": share right of the most confident objects, where a single one was asked for
+        "confusion": {"shape" | "colour" | "count" | "relation": {asked for: {seen: how often}}}
+        "records":  [{"task", "prompt", "number", "seed", "found", "correct", "strict", "reason", ...}, ...]}
+    A share of nothing is None; tasks without a picture are left out."""
+    records, result = [], {key: {} for key in ("score", "strict", "any", "shuffled", "error")}
+    confusion = {key: {} for key in ("shape", "colour", "count", "relation")}
+    for job, objects in zip(jobs, found):
+        m, first = job.metadata, objects[:1]
+        correct, strict, reason = judge(objects, m)
+        asked = m["include"][0]
+        records.append({"task": m["tag"], "prompt": m["prompt"], "number": job.number, "seed": job.seed,
+                        "unseen": any((c["class"], c.get("color")) in data.HELD_OUT for c in m["include"]),
+                        "found": [f"{f.colour} {f.shape}" for f in objects],
+                        "correct": correct, "strict": strict, "reason": reason,
+                        "shape": any(f.shape == asked["class"] for f in first),
+                        "colour": any(f.colour == asked.get("color") for f in first)})
+        for kind, told, saw in confusions(m, objects):
+            row = confusion[kind].setdefault(told, {})
+            row[saw] = row.get(saw, 0) + 1
+    tasks = [t for t in data.TASKS if any(r["task"] == t for r in records)]
+    for task in tasks:
+        chosen = [i for i, r in enumerate(records) if r["task"] == task]
+        for key, value in shares([records[i] for i in chosen]).items():
+            result[key][task] = value
+        result["shuffled"][task] = shuffled([jobs[i] for i in chosen], [found[i] for i in chosen])
+    for key, by_task in result.items():
+        values = [v for v in by_task.values() if v is not None]
+        total = math.hypot(*values) if key == "error" else sum(values)
+        by_task["overall"] = total / len(values) if values else None
+
     def share(key, *tasks, **where):
         hits = [r[key] for r in records if r["task"] in tasks and all(r[k] == v for k, v in where.items())]
         return sum(hits) / len(hits) if hits else None
 
-    count = len(records) / len(tasks)
-    result = {"score": {t: share("correct", t) for t in tasks},
-              "strict": {t: share("strict", t) for t in tasks}}
-    smooth = [(count * p + 1) / (count + 2) for p in result["score"].values()]    # one more right, one wrong:
-    errors = [math.sqrt(p * (1 - p) / count) for p in smooth]                     # 64 of 64 may be luck
-    for by_task in result.values():
-        by_task["overall"] = sum(by_task.values()) / len(tasks)
-    result["error"] = dict(zip(tasks, errors), overall=math.hypot(*errors) / len(tasks))
     pairs = ("colors", "color_attr")
     result["seen"], result["unseen"] = (share("correct", *pairs, unseen=u) for u in (False, True))
     result["shape"], result["colour"] = share("shape", "single_object", "colors"), share("colour", "colors")
-    return result | {"records": records}
+    return result | {"confusion": confusion, "records": records}
+
+
+def shares(records):
+    """Of one task: shares right, strictly, and of prompts with any right picture; the first's error."""
+    by_prompt = {}
+    for r in records:
+        by_prompt.setdefault(r["number"], []).append(r["correct"])
+    means = [sum(hits) / len(hits) for hits in by_prompt.values()]
+    n, p = len(records), sum(r["correct"] for r in records) / len(records)
+    q = (n * p + 1) / (n + 2)       # one more right, one wrong: 64 of 64 may be luck
+    spread = np.std(means) / math.sqrt(len(means))      # the pictures of a prompt are right or wrong together
+    return {"score": p, "strict": sum(r["strict"] for r in records) / n,
+            "any": sum(m > 0 for m in means) / len(means),
+            "error": float(max(math.sqrt(q * (1 - q) / n), spread))}
+
+
+def shuffled(jobs, found, pairs=2000):
+    """The share right if pictures are judged by other prompts of the same task; None if there is but one."""
+    rng, n = np.random.default_rng(0), len(jobs)
+    picks = [(int(i), int(j)) for i, j in rng.integers(0, n, (pairs, 2)) if jobs[i].number != jobs[j].number]
+    hits = [judge(found[i], jobs[j].metadata)[0] for i, j in picks]
+    return sum(hits) / len(hits) if hits else None
+
+
+def confusions(metadata, found):
+    """What was asked for and what was seen, [(kind, asked, seen), ...]; "none": there is no such object."""
+    task, include, first = metadata["tag"], metadata["include"], found[:1]
+    best = [next((f for f in found if f.shape == c["class"]), None) for c in include]
+    rows = []
+    if task in ("single_object", "colors"):
+        rows.append(("shape", include[0]["class"], first[0].shape if first else "none"))
+    if task == "colors":
+        rows.append(("colour", include[0]["color"], first[0].colour if first else "none"))
+    if task == "color_attr":
+        rows += [("colour", c["color"], f.colour if f else "none") for c, f in zip(include, best)]
+    if task == "counting":
+        n = sum(f.shape == include[0]["class"] for f in found)
+        rows.append(("count", str(include[0]["count"]), str(n) if n < 6 else "more"))
+    if task == "position":
+        told = include[1]["position"][0]
+        held = sorted(relations(best[1], best[0])) if all(best) else []
+        rows.append(("relation", told, told if told in held else held[0] if held else "none"))
+    return rows
 
 
 # --- Truth, to measure the scorer with --------------------------------------------------------------------
 
-def falsify(metadata, rng):
-    """Metadata of a false caption: one shape, colour, count or relation is changed, or two colours swap.
+def variants(metadata, classes=data.SHAPES):
+    """Metadata of all captions that differ in one thing: {"shape": [...], "colour", "count", "relation",
+    "swap": ...}, where there are any.
 
-    Very rarely it is true: by GenEval's rule one thing can be both "above" and "left of" another."""
-    def other(options, *but):
-        options = [o for o in options if o not in but]
-        return options[int(rng.integers(len(options)))]
-
+    Very rarely one is true too: by GenEval's rule one thing can be both "above" and "left of" another."""
     task, relation = metadata["tag"], metadata["include"][-1].get("position", [None])[0]
     clauses = [[c["class"], c.get("color"), c["count"]] for c in metadata["include"]]
     clauses = clauses[::-1] if relation else clauses            # in the caption's order
-    change = other(["shape"] + ["colour"] * bool(clauses[0][1]) + ["count"] * (task == "counting")
-                   + ["relation"] * bool(relation) + ["swap"] * (task == "color_attr"))
-    if change == "relation":
-        relation = other(data.RELATIONS, relation)
-    elif change == "swap":
-        clauses[0][1], clauses[1][1] = clauses[1][1], clauses[0][1]
-    else:
-        i = ["shape", "colour", "count"].index(change)
-        other(clauses)[i] = other((data.SHAPES, data.COLOURS, data.NUMBERS)[i], *(c[i] for c in clauses))
-    return data.request(task, clauses, relation)
+    photo = "a photo of " * metadata["prompt"].startswith("a photo of ")        # GenEval's own
+
+    def told(clauses, relation):
+        m = data.request(task, clauses, relation)
+        return m | {"prompt": photo + m["prompt"]}
+
+    def changed(k, options):        # each clause's k-th word by each that no clause has
+        others = [o for o in options if o not in [c[k] for c in clauses]]
+        return [told([c[:k] + [o] + c[k + 1:] if j == i else c for j, c in enumerate(clauses)], relation)
+                for i in range(len(clauses)) for o in others]
+
+    found = {"shape": changed(0, classes), "colour": changed(1, data.COLOURS) if clauses[0][1] else [],
+             "count": changed(2, data.NUMBERS) if task == "counting" else [],
+             "relation": [told(clauses, r) for r in data.RELATIONS if r != relation] if relation else [],
+             "swap": []}
+    if task == "color_attr":
+        (a, p, n), (b, q, k) = clauses
+        found["swap"] = [told([[a, q, n], [b, p, k]], relation)]
+    return {kind: ms for kind, ms in found.items() if ms}
+
+
+def falsify(metadata, rng):
+    """Metadata of a false caption: one shape, colour, count or relation is changed, or two colours swap."""
+    kinds = list(variants(metadata).values())
+    options = kinds[int(rng.integers(len(kinds)))]
+    return options[int(rng.integers(len(options)))]
+
+
+def illustrate(metadata, rng, size=SIDE):
+    """A true drawing of a prompt of the drawn world, unseen pairs included. -> (size, size, 3) uint8"""
+    task, relation = metadata["tag"], metadata["include"][-1].get("position", [None])[0]
+    clauses = metadata["include"][::-1] if relation else metadata["include"]
+    looks = []
+    for c in clauses:
+        colours = data.PALETTE[c["class"]]
+        looks += [(c["class"], c.get("color") or colours[int(rng.integers(len(colours)))],
+                   float(rng.uniform(*data.RADIUS[task])))] * c["count"]
+    spots = data._layout(rng, [r * data.REACH[shape] for shape, _, r in looks], relation)
+    return data.draw([data.Thing(s, c, x, y, r) for (s, c, r), (x, y) in zip(looks, spots)], size)
+
+
+def foreign(metadata, classes=data.SHAPES):
+    """Why a picture with this metadata cannot be judged in the drawn world; None if it can."""
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
+        return "the metadata has no prompt"
+    include, exclude, seen = metadata.get("include"), metadata.get("exclude", []), 0
+    if metadata.get("tag") not in data.TASKS:
+        return f"unknown task {metadata.get('tag')!r}"
+    if not isinstance(include, list) or not include or not isinstance(exclude, list):
+        return "the metadata has no include clauses"
+    for i, c in enumerate(include + exclude):
+        if not isinstance(c, dict) or c.get("class") not in classes:
+            return f"unknown class {c.get('class') if isinstance(c, dict) else c!r}"
+        if type(c.get("count")) is not int or c["count"] < 1:
+            return f"count {c.get('count')!r} is no number of objects"
+        if "color" in c and c["color"] not in data.COLOURS:
+            return f"unknown colour {c['color']!r}"
+        place = c.get("position")
+        if "position" in c and not (isinstance(place, list) and len(place) == 2 and i == 1 and place[1] == 0
+                                    and place[0] in data.RELATIONS and len(include) == 2):
+            return f"unknown position {place!r}"
+        seen += c["count"] if i < len(include) else 0
+    kinds = {"two_object": 2, "position": 2, "color_attr": 2}.get(metadata["tag"], 1)
+    needs = {"colors": "color", "color_attr": "color"}.get(metadata["tag"], "class")
+    if seen > 4 or len(include) != kinds or any(needs not in c for c in include) or (
+            (metadata["tag"] == "position") != ("position" in include[-1])):
+        return f"not a prompt of the task {metadata['tag']}"
+    return None
 
 
 def blur(sigma):
@@ -351,72 +477,6 @@ def acceptance(spoil, n, seed=0, size=SIDE):
     return by_task, strict, false, 1000 * seconds / (n * len(data.TASKS))
 
 
-# --- Scoring a run ----------------------------------------------------------------------------------------
-
-def print_table(result, **ceilings):
-    """A result of `score` in per cent; beside it what other pictures get, as {task: share}."""
-    def line(name, *shares):
-        print(f"{name:15}" + "".join(f"{'' if s is None else f'{100 * s:.1f}':>12}" for s in shares))
-
-    print(f"{'per cent':15}" + "".join(f"{name:>12}" for name in ("score", "+-", "strict", *ceilings)))
-    for task in result["score"]:
-        line(task, *(result[key][task] for key in ("score", "error", "strict")),
-             *(shares[task] for shares in ceilings.values()))
-    for key in ("seen", "unseen", "shape", "colour"):
-        line(key, result[key])
-
-
-def sheet(images, records, columns=10, side=96):
-    """Pictures over their prompts, a row for each task, framed green if right, else red. -> PIL image"""
-    tasks = list(dict.fromkeys(record["task"] for record in records))
-    width, height, font = side + 32, side + 56, ImageFont.load_default(11)
-    page = Image.new("RGB", (columns * width + 12, len(tasks) * height + 12), "white")
-    pen = ImageDraw.Draw(page)
-    for i, task in enumerate(tasks):
-        row = [(image, record) for image, record in zip(images, records) if record["task"] == task]
-        for j, (image, record) in enumerate(row[:columns]):
-            x, y, right = j * width + 16, i * height + 12, "green" if record["correct"] else "red"
-            pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), data.COLOURS[right])
-            page.paste(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC), (x, y))
-            pen.text((x - 4, y + side + 6), textwrap.fill(record["prompt"], 21), "black", font)
-    return page
-
-
-def evaluate_run(run, n, steps, guidance, seed):
-    """Score a trained run's folder, print the table with its ceilings, write scores.json and scores.png.
-
-    The ceilings: true drawings of training scenes, and the same encoded and decoded by the run's VAE."""
-    from sample import Pipeline     # here, since the scorer itself needs no models
-
-    pipe, images, start = Pipeline.from_pretrained(run), [], time.perf_counter()
-
-    def model(prompts, seeds):
-        x = pipe(prompts, seed=seeds, steps=steps, guidance=guidance, output="tensor")          # (B, 3, H, W)
-        if not x.isfinite().all():
-            raise FloatingPointError("pictures with NaN: train longer with a lower learning rate")
-        images.extend((x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-        return images[-len(prompts):]
-
-    @torch.no_grad()
-    def through_vae(image, rng):
-        x = torch.tensor(image)[None].permute(0, 3, 1, 2) / 127.5 - 1                           # (1, 3, H, W)
-        x = pipe.vae.decode(pipe.vae.encode(x.to(next(pipe.vae.parameters()))).mean).float()
-        return ((x[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-
-    def progress(done, total):
-        print(f"\r{done} of {total} pictures, {time.perf_counter() - start:.0f} s", end="", flush=True)
-
-    result = score(model, n=n, seed=seed, progress=progress)
-    print()
-    ceilings = {"drawn": acceptance(SPOILS["clean"], n, seed, pipe.size[0])[0],
-                "after VAE": acceptance(through_vae, n, seed, pipe.size[0])[0]}
-    print_table(result, **ceilings)
-    report = {"settings": dict(n=n, steps=steps, guidance=guidance, seed=seed), "ceilings": ceilings} | result
-    Path(run, "scores.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    sheet(images, result["records"]).save(Path(run, "scores.png"))
-    print(f"wrote {Path(run, 'scores.json')} and {Path(run, 'scores.png')}")
-
-
 # --- Demo -------------------------------------------------------------------------------------------------
 
 def demo(n=50):
@@ -438,14 +498,8 @@ def demo(n=50):
 #    red star", whichever is drawn better; the strict score does not move.
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="score a run on the drawn world; else test the scorer")
-    parser.add_argument("--run", help="the run's folder")
-    parser.add_argument("-n", type=int, default=64, help="prompts a task (default 64)")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default 20)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default 3)")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default 0)")
-    args = parser.parse_args()
-    try:
-        evaluate_run(args.run, args.n, args.steps, args.guidance, args.seed) if args.run else demo()
-    except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
+    if len(sys.argv) > 1:
+        import report               # which imports this file by its name
+        report.main()
+    else:
+        demo()

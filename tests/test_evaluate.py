@@ -1,18 +1,16 @@
 """Claims of evaluate.py: the scorer accepts what is true, rejects what is false, and judges as GenEval."""
 
 import json
-import sys
 import time
-import types
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
 import evaluate
+import metrics
 from data import Thing
 from evaluate import Found, find_objects, judge, score
 
@@ -367,38 +365,104 @@ def test_a_missing_picture_is_noticed():
         score(lambda prompts, seeds: painter(prompts[1:], seeds), n=1)
 
 
-# --- Runs -------------------------------------------------------------------------------------------------
+# --- Chance, truth and other worlds -----------------------------------------------------------------------
 
-def test_a_run_is_scored_beside_its_ceilings(tmp_path, monkeypatch, capsys):
-    class Vae(torch.nn.Linear):     # a perfect one
-        encode = staticmethod(lambda x: types.SimpleNamespace(mean=x))
-        decode = staticmethod(lambda z: z)
-
-    class Pipeline:
-        vae, size = Vae(1, 1), (64, 64)
-        from_pretrained = classmethod(lambda cls, path: cls())
-
-        def __call__(self, prompts, *, seed, steps, guidance, output):
-            assert len(prompts) == len(seed) <= 64 and (steps, guidance, output) == (5, 2.0, "tensor")
-            right = [paint("a red star" if "star" in p else p) for p in prompts]
-            return torch.tensor(np.stack(right)).permute(0, 3, 1, 2) / 255
-
-    monkeypatch.setitem(sys.modules, "sample", types.SimpleNamespace(Pipeline=Pipeline))
-    evaluate.evaluate_run(tmp_path, n=8, steps=5, guidance=2.0, seed=0)
-    report = json.loads((tmp_path / "scores.json").read_text())
-    assert report["settings"] == {"n": 8, "steps": 5, "guidance": 2.0, "seed": 0}
-    assert report["score"]["single_object"] == 1 and 0.3 < report["score"]["overall"] < 1
-    assert all(ceiling["overall"] == 1 for ceiling in report["ceilings"].values())
-    table = capsys.readouterr().out
-    assert "48 of 48 pictures" in table and "drawn" in table and "after VAE" in table and "100.0" in table
-    assert (tmp_path / "scores.png").stat().st_size > 1000
+def results(jobs, pictures):
+    return evaluate.tally(jobs, [find_objects(p) for p in pictures])
 
 
-def test_the_sheet_frames_right_pictures_green_and_wrong_ones_red():
-    records = [{"task": task, "prompt": "a", "correct": ok} for task in "ab" for ok in (True, task == "a")]
-    page = np.asarray(evaluate.sheet([GREY] * 4, records))
-    for name, frames in (("green", 3), ("red", 1)):
-        assert (page == data.COLOURS[name]).all(axis=2).sum() == frames * (104 ** 2 - 96 ** 2)
+def test_a_run_with_shuffled_captions_scores_at_chance():
+    jobs, rng = evaluate.requests(30, per_prompt=1), np.random.default_rng(0)
+    pictures = [evaluate.illustrate(job.metadata, rng) for job in jobs]
+    found, order = [find_objects(p) for p in pictures], []
+    for k in range(6):
+        order += [30 * k + int(i) for i in rng.permutation(30)]
+    right, wrong = evaluate.tally(jobs, found), evaluate.tally(jobs, [found[i] for i in order])
+    assert right["score"]["overall"] == 1
+    for task in data.TASKS:         # of 30, one stays in its place on average
+        chance = right["shuffled"][task] + 1 / 30
+        assert abs(wrong["score"][task] - chance) < 4 * (chance * (1 - chance) / 30) ** 0.5, task
+    assert abs(wrong["score"]["overall"] - right["shuffled"]["overall"] - 1 / 30) < 0.06
+    assert 0.06 < right["shuffled"]["single_object"] < 0.2 and right["shuffled"]["overall"] < 0.06  # 1 of 8
+
+
+def test_any_of_four_counts_prompts_and_the_error_grows_where_pictures_of_a_prompt_agree():
+    jobs = evaluate.requests(10, ("single_object",), per_prompt=4)
+    right = [paint(job.metadata["prompt"]) for job in jobs]
+    one_each = [p if job.k == 2 else GREY for p, job in zip(right, jobs)]
+    some = [p if job.number < 5 else GREY for p, job in zip(right, jobs)]
+    one_each, some = results(jobs, one_each), results(jobs, some)
+    assert (one_each["score"]["overall"], one_each["any"]["overall"]) == (0.25, 1)
+    assert (some["score"]["overall"], some["any"]["overall"]) == (0.5, 0.5)
+    assert some["error"]["single_object"] == pytest.approx(0.5 / 10 ** 0.5)     # ten prompts, not 40 pictures
+    assert one_each["error"]["single_object"] == pytest.approx((11 / 42 * 31 / 42 / 40) ** 0.5)
+
+
+def test_confusions_lie_on_the_diagonal_for_true_drawings_and_beside_it_for_others():
+    jobs = evaluate.requests(12, per_prompt=2)
+    rng = np.random.default_rng(1)
+    confusion = results(jobs, [evaluate.illustrate(job.metadata, rng) for job in jobs])["confusion"]
+    for kind, n in (("shape", 48), ("colour", 24 + 48), ("count", 24), ("relation", 24)):
+        assert all(list(row) == [asked] for asked, row in confusion[kind].items()), kind
+        assert sum(sum(row.values()) for row in confusion[kind].values()) == n
+    star = data.draw([Thing("star", "red", 0.5, 0.5, 0.2)])
+    seen = results(jobs, [star] * len(jobs))["confusion"]
+    assert all(set(row) == {"star"} for row in seen["shape"].values())
+    assert all(set(row) <= {"red", "none"} for row in seen["colour"].values())
+    assert all(set(row) <= {"0", "1"} for row in seen["count"].values())
+    assert all(set(row) == {"none"} for row in seen["relation"].values())
+
+
+@pytest.mark.parametrize("task, count", [("single_object", 7), ("two_object", 12), ("counting", 7 + 2),
+                                         ("colors", 7 + 9), ("position", 12 + 3), ("color_attr", 28 + 1)])
+def test_variants_are_all_captions_that_differ_in_one_thing(task, count):
+    for m in data.prompts(task, 5):
+        told = [v["prompt"] for vs in evaluate.variants(m).values() for v in vs]
+        assert len(set(told)) == len(told) == count and m["prompt"] not in told
+        known = {v["prompt"] for v in data._requests(task)}
+        assert set(told) <= known
+
+
+def test_true_drawings_of_every_prompt_are_accepted_unseen_pairs_included():
+    jobs = [job for job in evaluate.requests(60, ("colors", "color_attr", "position", "counting"), 1)]
+    rng = np.random.default_rng(0)
+    result = results(jobs, [evaluate.illustrate(job.metadata, rng, 96) for job in jobs])
+    assert sum(r["unseen"] for r in result["records"]) == 12
+    assert result["unseen"] == 1 and min(result[key]["overall"] for key in ("score", "strict")) >= 0.99
+
+
+def test_the_drawn_worlds_prompts_are_known_and_those_of_other_worlds_are_not():
+    assert not [m for m in everything() if evaluate.foreign(m) or evaluate.foreign(json.loads(json.dumps(m)))]
+    for m in metrics.geneval_prompts():
+        assert evaluate.foreign(m) and not evaluate.foreign(m, metrics.COCO)
+
+
+CLAUSE = {"class": "star", "count": 1}
+PLACED = {"class": "ring", "count": 1, "position": ["left of", 0]}
+
+
+@pytest.mark.parametrize("metadata", [
+    None, [], "a star", {}, {"prompt": 3}, {"prompt": "a star"}, {"prompt": "a", "tag": "single_object"},
+    {"prompt": "a", "tag": "single_object", "include": []},
+    {"prompt": "a", "tag": "single_object", "include": [3]},
+    {"prompt": "a", "tag": "caption", "include": [CLAUSE]},
+    {"prompt": "a", "tag": "single_object", "include": [CLAUSE | {"class": "bench"}]},
+    {"prompt": "a", "tag": "single_object", "include": [CLAUSE | {"class": ["star"]}]},
+    {"prompt": "a", "tag": "single_object", "include": [CLAUSE | {"count": "1"}]},
+    {"prompt": "a", "tag": "single_object", "include": [CLAUSE | {"count": True}]},
+    {"prompt": "a", "tag": "counting", "include": [CLAUSE | {"count": 9}]},
+    {"prompt": "a", "tag": "colors", "include": [CLAUSE]},
+    {"prompt": "a", "tag": "colors", "include": [CLAUSE | {"color": "teal"}]},
+    {"prompt": "a", "tag": "two_object", "include": [CLAUSE]},
+    {"prompt": "a", "tag": "position", "include": [CLAUSE, PLACED | {"position": ["near", 0]}]},
+    {"prompt": "a", "tag": "position", "include": [CLAUSE, PLACED | {"position": ["left of", 1]}]},
+    {"prompt": "a", "tag": "position", "include": [CLAUSE, PLACED | {"position": 3}]},
+    {"prompt": "a", "tag": "position", "include": [CLAUSE, CLAUSE | {"class": "ring"}]},
+    {"prompt": "a", "tag": "two_object", "include": [CLAUSE, PLACED]},
+    {"prompt": "a", "tag": "counting", "include": [CLAUSE], "exclude": [{"class": "bench", "count": 2}]},
+    {"prompt": "a", "tag": "counting", "include": [CLAUSE], "exclude": "none"}])
+def test_metadata_that_cannot_be_judged_is_told_from_the_drawn_worlds(metadata):
+    assert evaluate.foreign(metadata)
 
 
 def test_the_demo_passes(capsys):

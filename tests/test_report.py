@@ -1,0 +1,249 @@
+"""Claims of report.py: the command draws once and measures often, says in one line what is wrong, and never
+gives a wrong score for what it cannot score."""
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import metrics
+import report
+from checkpoints import save_part, write_json
+from sample import Pipeline
+from stages import build
+from train import TrainConfig, make_tokenizers
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run's folder as train.py leaves it, but untrained: pale noise, with little in it to recognise."""
+    folder = tmp_path_factory.mktemp("run")
+    config = TrainConfig(pictures=60, device="cpu")
+    captions = data.load_pictures("drawn", 64, count=60).captions
+    tokenizers = make_tokenizers(folder, config, [t for texts in captions for t in texts],
+                                 [texts[0] for texts in captions])
+    parts = build(config, tokenizers)
+    torch.nn.init.normal_(parts["mmdit"].final_layer.linear.weight, std=0.02)   # or all velocities are 0
+    parts["vae"].decoder.conv_out.weight.data *= 0.05
+    for name, part in parts.items():
+        save_part(folder, name, part)
+    write_json(folder / "config.json", vars(config))
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "run")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in (("STEPS", (1, 2)), ("HELDOUT", 6), ("REFERENCE", 40)):
+        monkeypatch.setattr(report, name, value)
+
+
+def scores(folder):
+    return json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+
+
+def command(*argv):
+    report.main([str(a) for a in argv])
+
+
+def gallery(folder, n=3, per_prompt=2, size=64):
+    """A folder of true drawings in GenEval's layout."""
+    jobs = evaluate.requests(n, per_prompt=per_prompt)
+    for job in jobs:
+        path = metrics.picture_path(folder, job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path.parent.parent / "metadata.jsonl", job.metadata)
+        Image.fromarray(evaluate.illustrate(job.metadata, np.random.default_rng(job.seed), size)).save(path)
+    return jobs
+
+
+# --- Runs -------------------------------------------------------------------------------------------------
+
+def test_a_run_is_drawn_once_and_measured_in_every_way(run, small, monkeypatch, capsys):
+    command("--run", run, "-n", 2, "--pictures", 2, "--steps", 2, "--measures", "all", "--device", "cpu")
+    table, told = capsys.readouterr().out, scores(run)
+    assert set(report.MEASURES) - {"drawn"} <= set(told)
+    assert set(told["score"]) == set(told["any"]) == set(told["shuffled"]) == {*data.TASKS, "overall"}
+    assert len(told["records"]) == 24 and told["ceilings"]["drawn"]["overall"] == 1
+    assert set(told["ceilings"]) == {"drawn", "after VAE"} and "unseen" in told["ceilings"]["after VAE"]
+    assert told["loss"]["pictures"] == 6 and told["loss"]["of"] == "fresh drawings"
+    assert told["loss"]["mean"] == pytest.approx(np.mean(list(told["loss"]["by_t"].values())), rel=1e-5)
+    assert set(told["clip"]) >= {"pictures", "shuffled", "true drawings", "chance"}
+    assert told["fid"]["reference_n"] == 40 and told["fid"]["pictures"]["n"] == 24
+    assert "not comparable with figures on Inception features" in table
+    assert told["steps"]["2"]["lost"] == 0 and told["steps"]["pictures"] == 12
+    assert told["steps"]["1"]["path"] == pytest.approx(told["steps"]["1"]["straight"], rel=1e-4)
+    assert told["memory"]["training"] == 60 and told["memory"]["copies"] == 0
+    assert (run / "scores.txt").read_text(encoding="utf-8").strip() in table
+    with Image.open(run / "scores.png") as page:
+        assert page.width > 900 and page.height > 900
+
+    monkeypatch.setattr(Pipeline, "__call__", lambda *a, **k: pytest.fail("drawn again"))
+    command("--run", run, "-n", 2, "--pictures", 2, "--steps", 2, "--measures", "all", "--device", "cpu")
+    again = scores(run)
+    assert again == told
+    command("--run", run, "-n", 1, "--pictures", 1, "--steps", 2, "--device", "cpu")
+    assert len(scores(run)["records"]) == 6 and "loss" not in scores(run)       # by default, drawn alone
+
+
+def test_other_weights_or_settings_are_never_mixed_with_old_pictures(run):
+    flags = ("--run", run, "-n", 1, "--pictures", 1, "--steps", 1, "--device", "cpu")
+    command(*flags)
+    command(*flags, "--guidance", 0)
+    part = metrics.load_part(run, "mmdit")
+    part.final_layer.linear.bias.data += 1
+    save_part(run, "mmdit", part)
+    command(*flags)
+    folders = [p for p in (run / "pictures").iterdir() if p.is_dir()]
+    assert len(folders) == 3 and all(len(list(p.glob("*/samples/*.png"))) == 6 for p in folders)
+    assert sorted(json.loads((p / "settings.json").read_text())["guidance"] for p in folders) == [0, 3, 3]
+
+
+def test_pictures_do_not_depend_on_how_many_are_drawn_together(run, monkeypatch):
+    pipe, jobs = Pipeline.from_pretrained(run, device="cpu"), evaluate.requests(2, per_prompt=2)
+    together = metrics.draw_folder(pipe, jobs, run / "a", 2, 3.0)
+    for job in reversed(jobs):
+        metrics.draw_folder(pipe, [job], run / "b", 2, 3.0)
+    one, other = ([metrics.open_picture(metrics.picture_path(run / name, job)).astype(int) for job in jobs]
+                  for name in "ab")
+    assert together == [metrics.picture_path(run / "a", job) for job in jobs]
+    assert max(abs(p - q).max() for p, q in zip(one, other)) <= 1               # of 255: rounding
+    assert min(abs(p - q).max() for p, q in zip(one, one[1:])) > 1              # and they are not all alike
+
+
+def test_a_run_on_other_data_is_asked_for_their_captions(run, small, capsys):
+    config = json.loads((run / "config.json").read_text())
+    write_json(run / "config.json", config | {"data": "emoji", "pictures": 30})
+    flags = ("--run", run, "-n", 3, "--pictures", 1, "--steps", 1, "--device", "cpu")
+    command(*flags)
+    assert "score" not in scores(run) and scores(run)["clip"]["pictures"]
+    command(*flags, "--measures", "loss,memory")
+    assert scores(run)["loss"]["of"] == "training pictures" and "too_near" not in scores(run)["memory"]
+
+
+def test_published_prompts_are_drawn_for_genevals_own_scorer(run, tmp_path, capsys):
+    flags = ("--model", run, "-n", 1, "--pictures", 2, "--steps", 1, "--out", tmp_path / "g")
+    command(*flags)
+    assert "evaluate_images.py" in capsys.readouterr().out
+    drawn = sorted(p.relative_to(tmp_path / "g").as_posix() for p in (tmp_path / "g").glob("*/samples/*.png"))
+    first = (0, 80, 179, 259, 353, 453)         # of each task, as the published file numbers them
+    assert drawn == [f"{i:05d}/samples/{k:05d}.png" for i in first for k in (0, 1)]
+    told = [json.loads((tmp_path / "g" / f"{i:05d}" / "metadata.jsonl").read_text()) for i in first]
+    assert [m["tag"] for m in told] == list(dict.fromkeys(m["tag"] for m in metrics.geneval_prompts()))
+    with pytest.raises(SystemExit):
+        command(*flags, "--guidance", 1)
+    assert "other weights or settings" in capsys.readouterr().err
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(json.dumps(data.prompts("colors", 1)[0]), encoding="utf-8")
+    command("--model", run, "--prompts", mine, "--steps", 1, "--out", tmp_path / "m", "--device", "cpu")
+    assert len(scores(tmp_path / "m")["records"]) == 4
+
+
+# --- Folders that others filled ---------------------------------------------------------------------------
+
+def test_one_corrupt_picture_among_many_is_skipped_counted_and_named(tmp_path, capsys):
+    jobs = gallery(tmp_path, 5, 4)
+    bad = metrics.picture_path(tmp_path, jobs[33])
+    bad.write_bytes(bad.read_bytes()[:200])
+    start = time.process_time()
+    command("--images", tmp_path)
+    assert time.process_time() - start < 20
+    told, out = scores(tmp_path), capsys.readouterr().out
+    assert told["score"]["overall"] == told["strict"]["overall"] == 1 and len(told["records"]) == 119
+    name = bad.relative_to(tmp_path).as_posix()
+    assert [n for n, _ in told["skipped"]] == [name] and name in out and "1 skipped in all" in out
+
+
+def test_foreign_metadata_is_skipped_with_its_class_and_never_scored(tmp_path, capsys):
+    gallery(tmp_path, 2, 1)
+    write_json(tmp_path / "00001" / "metadata.jsonl", metrics.geneval_prompts()[0])
+    (tmp_path / "10000" / "metadata.jsonl").unlink()
+    command("--images", tmp_path)
+    told = scores(tmp_path)
+    assert len(told["records"]) == 10 and told["score"]["overall"] == 1
+    assert told["skipped"] == [["10000/metadata.jsonl", "missing; its pictures are not scored"],
+                               ["00001", "unknown class 'bench'"]]
+    assert "unknown class 'bench'" in capsys.readouterr().out
+
+
+def test_too_few_tasks_are_said_to_be_too_few_and_oblong_pictures_are_skipped(tmp_path, capsys):
+    jobs = gallery(tmp_path, 2, 1)
+    for job in jobs:
+        if job.metadata["tag"] in ("counting", "position"):
+            shutil.rmtree(metrics.picture_path(tmp_path, job).parent.parent)
+    Image.new("RGB", (64, 32)).save(metrics.picture_path(tmp_path, jobs[0]))
+    command("--images", tmp_path)
+    told, out = scores(tmp_path), capsys.readouterr().out
+    assert "mean of 4 of the six tasks: no counting, position" in out and told["score"]["overall"] == 1
+    assert told["skipped"] == [["00000/samples/00000.png", "not square"]] and len(told["records"]) == 7
+
+
+def test_large_pictures_of_others_are_scored_as_they_are(tmp_path):
+    gallery(tmp_path, 2, 1, size=160)
+    command("--images", tmp_path)
+    assert scores(tmp_path)["score"]["overall"] == 1
+
+
+@pytest.mark.parametrize("flags, message", [
+    ((), "give --run, --model or --images"), (("--frob",), "see python evaluate.py --help"),
+    (("--images", "full", "--run", "x"), "exclude each other"), (("--images", "nowhere"), "is no folder"),
+    (("--images", "empty"), "no such folders"), (("--images", "foreign"), "unknown class 'bench'"),
+    (("--images", "full", "--measures", "beauty"), "no measure 'beauty'"),
+    (("--images", "full", "--measures", "loss", "--data", "drawn"), "loss needs --run or --model"),
+    (("--images", "full", "--measures", "clip"), "clip needs --clip"),
+    (("--images", "full", "--measures", "clip", "--clip", "full"), "holds no CLIP"),
+    (("--images", "full", "--measures", "memory"), "memory needs --data"),
+    (("--run", "nowhere"), "config.json"), (("--run", "empty"), "config.json"),
+    (("--run", "empty", "--pictures", "0"), "at least 1"), (("--run", "empty", "-n", "0"), "at least 1"),
+    (("--run", "empty", "--steps", "0"), "at least 1"), (("--run", "empty", "--seed", "-1"), "0 or more"),
+    (("--run", "empty", "-n", "few"), "invalid int"),
+    (("--model", "empty", "--prompts", "nowhere"), "is no file"),
+    (("--images", "full", "--device", "gpu7"), "device")])
+def test_bad_input_ends_in_one_line_that_names_the_remedy(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    own, foreign = data.prompts("colors", 1)[0], metrics.geneval_prompts()[0]
+    for folder, metadata in (("full", own), ("foreign", foreign)):
+        path = tmp_path / folder / "00000" / "samples" / "00000.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(path)
+        write_json(tmp_path / folder / "00000" / "metadata.jsonl", metadata)
+    with pytest.raises(SystemExit) as stop:
+        command(*flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("evaluate.py: ") and message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("*/scores.*"))
+
+
+# --- The page ---------------------------------------------------------------------------------------------
+
+def test_the_sheet_frames_right_pictures_green_and_wrong_ones_red():
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    records = [{"task": task, "prompt": "a", "correct": ok} for task in "ab" for ok in (True, task == "a")]
+    page = np.asarray(report.sheet([grey] * 4, records))
+    for name, frames in (("green", 3), ("red", 1)):
+        assert (page == data.COLOURS[name]).all(axis=2).sum() == frames * (104 ** 2 - 96 ** 2)
+
+
+def test_matrices_are_darkest_where_the_counts_are():
+    nothing = dict.fromkeys(("shape", "colour", "count", "relation"), {})
+    page = np.asarray(report.matrices(nothing | {"shape": {"circle": {"circle": 3, "ring": 1}}}))
+    for share in (0.75, 0.25):
+        ink = int(255 - 175 * share)
+        assert (page == (ink, ink, 255)).all(axis=2).sum() > 300
+    assert report.matrices(nothing).width == 1
+
+
+def test_the_demo_passes(capsys):
+    report.demo()
+    assert "1 skipped in all" in capsys.readouterr().out
