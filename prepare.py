@@ -337,9 +337,8 @@ def _encode_pictures(path, mark, survey, part, vae, batch, autocast) -> list:
     tensors = {"latents": torch.cat(latents[len(latents) > 1:]),
                "counts": torch.tensor([len(some) for some in captions], dtype=torch.int64),
                "captions": torch.tensor([key(c) for some in captions for c in some], dtype=torch.int64)}
-    save_tensors(path, tensors,
-                 {"fingerprint": mark, "names": [survey.entries[i].name for i in kept],
-                  "digests": [survey.digests[i] for i in kept], "skipped": skipped})
+    _save(path, tensors, {"fingerprint": mark, "names": [survey.entries[i].name for i in kept],
+                          "digests": [survey.digests[i] for i in kept], "skipped": skipped})
     return skipped
 
 
@@ -355,7 +354,14 @@ def _encode_captions(path, mark, survey, part, encoders, t5_length, batch, autoc
     for value in tensors.values():
         _refuse_nan(value, path, "a text encoder")
     tensors["keys"] = torch.tensor([key(c) for c in captions])
-    save_tensors(path, tensors, {"fingerprint": mark, "captions": captions})
+    _save(path, tensors, {"fingerprint": mark, "captions": captions})
+
+
+def _save(path, tensors, about) -> None:
+    try:
+        save_tensors(path, tensors, about)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path} cannot be written ({error}): make room, then give the command again") from None
 
 
 def _refuse_nan(tensor, path, who) -> None:
@@ -383,7 +389,7 @@ class Cache:
         stale = [name for name, mark in marks if about[name].get("fingerprint") != mark]
         if stale:
             raise ValueError(f"{folder} is not finished: {len(stale)} of {len(marks)} files are missing, cut "
-                             f"short or out of date ({stale[0]}): give the command that makes it once more")
+                             f"short or out of date ({stale[0]}): give the command that makes it again")
         self.names, self.digests, self.skipped, buckets = [], [], [], []
         for name in self.files["latents"]:
             self.names += about[name]["names"]
@@ -487,8 +493,8 @@ class Batches:
 
 # ------------------------------------------------------------------------------------------------- the check
 
-SAME_LOOK = 0.1             # thumbnails nearer than this are copies. Of 100 resized emoji 99 are within 0.05, of
-                            # JPEGs of quality 40 within 0.06; of 1,026 different ones two pairs are within 0.1
+SAME_LOOK = 0.1             # thumbnails nearer than this are copies. 99 of 100 emoji are within 0.05 of their
+                            # resized, 0.06 of their JPEG of quality 40; two pairs of all 1,026 are within 0.1
 SAME_CONTENT = 0.97, 0.35   # CLIP: cosine above the first, and thumbnails nearer than the second, for a small
                             # CLIP hardly cares where things are: alone it would call most scenes copies
 CLUSTER = 4096              # pictures; up to so many, every pair is compared
@@ -594,7 +600,7 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
           say=print):
     """What of a folder or tar should not be trained on, as in the paper: report, contact sheets, maybe apply.
 
-    In this order: unreadable; shorter side below min_side (None: size); longer side more than max_ratio times
+    In this order: unusable; shorter side below min_side (None: size); longer side more than max_ratio times
     the shorter; each rule of `scores`, where a picture without the score fails too; copies, of which the one
     with most pixels stays. run: a training run whose CLIP finds copies that thumbnails alone do not.
     -> {step: [(name, reason)]}. apply: add them all to the source's excluded.txt, which loading obeys."""
@@ -607,7 +613,7 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
         if parse_rule(rule)[0] not in names:
             raise ValueError(f"no picture of {source} has the score of {rule!r}; there "
                              + (f"are {', '.join(names)}" if names else "are no scores at all"))
-    removed = {"unreadable": [(name, why, None, None) for name, why in listing.skipped + lost]}
+    removed = {"unusable": [(name, why, None, None) for name, why in listing.skipped + lost]}
     left = list(range(len(entries)))
 
     def step(name, verdict):
@@ -740,7 +746,7 @@ def demo() -> None:
         (folder / "bad.txt").write_text("no picture")
         found = check(folder, size=64, min_side=48, out=Path(work, "report"), apply=True)
         assert {step: len(items) for step, items in found.items()} == {
-            "unreadable": 1, "small": 5, "long": 5, "copy": 5}
+            "unusable": 1, "small": 5, "long": 5, "copy": 5}
 
         survey = Survey(data.list_pictures(folder).entries, 64)
         te.train_clip_tokenizer(survey.captions, f"{work}/clip", 600)

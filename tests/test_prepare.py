@@ -405,7 +405,7 @@ def test_damaged_and_foreign_caches_are_refused_with_the_way_out_and_mended(tmp_
         whole = (folder / name).read_bytes()
         for broken in (whole[:-10], whole[:4], b"", whole + b"xx"):
             (folder / name).write_bytes(broken)
-            with pytest.raises(ValueError, match=f"not finished: 1 of .*{name}.*once more"):
+            with pytest.raises(ValueError, match=f"not finished: 1 of .*{name}.*makes it again"):
                 Cache(folder)
         encoders.write(folder, survey)
         assert (folder / name).read_bytes() == whole
@@ -428,6 +428,24 @@ def test_nan_latents_are_refused(tmp_path, encoders):
     with pytest.raises(ValueError, match="the autoencoder gives NaN"):
         write_cache(tmp_path / "cache", surveyed(fill(tmp_path / "a", 3)), vae, encoders.text, vae_print="",
                     text_print="", t5_length=16)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, encoders, small_shards):
+    import resource
+    import signal
+    survey = surveyed(fill(tmp_path / "a"))
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))      # latents fit, text does not
+    try:
+        with pytest.raises(OSError, match="text-0.* cannot be written .*make room"):
+            encoders.write(tmp_path / "cache", survey)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+    encoders.calls = 0
+    encoders.write(tmp_path / "cache", survey)
+    assert encoders.calls == 0 and len(Cache(tmp_path / "cache")) == 30
 
 
 def test_bytes_and_time_a_picture_are_told(tmp_path, encoders):
@@ -546,7 +564,7 @@ def faulty(folder):
     (folder / "bad.png").write_bytes(b"text")
     rows.append({"file": "bad.png", "captions": ["x"], "aesthetic": 9})
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{nonsense\n")
-    return {"unreadable": ["captions.jsonl:28", "bad.png"], "small": ["small.png"], "long": ["long.png"],
+    return {"unusable": ["captions.jsonl:28", "bad.png"], "small": ["small.png"], "long": ["long.png"],
             "aesthetic>=4.5": ["ugly.png", "unscored.png"], "copy": ["07.png", "copy.jpg"]}
 
 
@@ -560,7 +578,7 @@ def test_each_step_removes_its_fault_counts_it_and_shows_it(tmp_path):
     assert dict(found["copy"])["07.png"] == "like larger.png"           # the one with more pixels stays
     assert dict(found["aesthetic>=4.5"])["unscored.png"] == "None"
     sheets = sorted(p.name for p in (tmp_path / "report").glob("*.png"))
-    assert sheets == ["1-unreadable.png", "2-small.png", "3-long.png", "4-aesthetic-4-5.png", "5-copy.png"]
+    assert sheets == ["1-unusable.png", "2-small.png", "3-long.png", "4-aesthetic-4-5.png", "5-copy.png"]
     with Image.open(tmp_path / "report" / "5-copy.png") as sheet:
         assert sheet.width > 4 * 128 and len(sheet.getcolors(1 << 20)) > 100
     report = json.loads((tmp_path / "report" / "report.json").read_text())
