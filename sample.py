@@ -225,7 +225,9 @@ def load_run(path, device, dtype, t5, mode, int8, tokenizers, size) -> dict:
     config, mode = read_json(path / "config.json"), "none" if mode == "auto" else mode
     parts = {name: load_part(path, name) for name in ["mmdit", "vae", "clip_l", "clip_g"] + ["t5"] * t5}
     if int8:
-        shrink(parts)
+        quantise_mmdit(parts["mmdit"])
+        if t5:
+            quantise_t5(parts["t5"])
     parts = {name: part.to(device if mode == "none" else "cpu") for name, part in parts.items()}
     c, width = parts["clip_l"].config, parts["mmdit"].config.context_dim
     words = load_tokenizers(path, c.context_length)
@@ -234,9 +236,10 @@ def load_run(path, device, dtype, t5, mode, int8, tokenizers, size) -> dict:
     if encoders.widths[2] != width or sum(encoders.pooled_dims) != parts["mmdit"].config.pooled_dim:
         raise CheckpointError(
             f"{path}: the text encoders do not fit mmdit.safetensors: the folder mixes two runs")
-    return {"mmdit": parts["mmdit"], "vae": parts["vae"], "encoders": encoders, "dtype": dtype,
-            "offload": mode, "t5_length": config["t5_length"], "shift": config["shift"], "kind": "clean",
-            "steps": 20, "guidance": 3.0, "size": (config["size"], config["size"]), "zero_empty": True}
+    return {"mmdit": parts["mmdit"], "vae": parts["vae"], "encoders": encoders,
+            "dtype": None if dtype == torch.float32 else dtype, "offload": mode, "zero_empty": True,
+            "t5_length": config["t5_length"], "shift": config["shift"], "kind": "clean", "steps": 20,
+            "guidance": 3.0, "size": (config["size"], config["size"])}
 
 
 def load_published(path, device, dtype, t5, mode, int8, tokenizers, size) -> dict:
@@ -255,21 +258,17 @@ def load_published(path, device, dtype, t5, mode, int8, tokenizers, size) -> dic
     encoders = load_text_encoders(
         path, device=home, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, tokenizers=tokenizers,
         drop=() if t5 else ("t5",), widths=(configs["clip_l"].width, configs["clip_g"].width, c.context_dim))
+    if int8 and t5:
+        quantise_t5(encoders.t5)                    # before the transformer comes, too, in full size
     parts = {"vae": load_vae(path, device=home, dtype=torch.float32),
              "mmdit": load_mmdit(path, device=home, dtype=dtype), "encoders": encoders}
     if int8:
-        shrink(parts | {"t5": encoders.t5})
+        quantise_mmdit(parts["mmdit"])
     if mode == "none":
         parts = {name: part.to(device) for name, part in parts.items()}
     scheduler = path / "scheduler" / "scheduler_config.json"
     shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
     return parts | how | {"shift": shift, "t5_longest": 256, "size": (side, side), "offload": mode}
-
-
-def shrink(parts) -> None:
-    quantise_mmdit(parts["mmdit"])
-    if parts.get("t5") is not None:
-        quantise_t5(parts["t5"])
 
 
 def published_configs(path, t5=True) -> dict:

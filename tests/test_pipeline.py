@@ -23,6 +23,7 @@ import flow
 import offload
 import sample
 from checkpoints import CheckpointError, load_mmdit, load_text_encoders, load_vae, save_mmdit
+from kernels import int8
 from mmdit import MMDiT, MMDiTConfig
 from sample import DEFAULTS, Pipeline, recognise, skipping
 from text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
@@ -52,6 +53,11 @@ def by_hand(t5=True):
                                   widths=(32, 48, 80))
     return Pipeline(mmdit, load_vae(PARITY / "vae" / "single_file.safetensors"), encoders, steps=3,
                     size=(64, 96), t5_longest=256)
+
+
+def shrink(pipe):
+    int8.quantise_mmdit(pipe.mmdit)
+    int8.quantise_t5(pipe.encoders.t5)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +182,7 @@ def test_8_bits_move_the_picture_by_less_than_bfloat16_does(pipe):
     for name in ("int8", "bfloat16"):
         changed = by_hand()
         if name == "int8":
-            sample.shrink({"mmdit": changed.mmdit, "t5": changed.encoders.t5})
+            shrink(changed)
         else:
             changed.mmdit, changed.encoders = changed.mmdit.bfloat16(), changed.encoders.bfloat16()
         (image,) = changed(CASES[0]["prompt"], **case(0), output="tensor")
@@ -275,7 +281,7 @@ def test_the_picture_is_the_same_bit_by_bit_wherever_weights_wait(pipe, mode, ch
 def test_so_it_is_with_skipped_layers_in_8_bits_and_with_a_picture_to_begin_with(pipe, mode):
     pipe = moved(pipe, "none")
     pipe.skip_layers = (2.0, (0,), 0.0, 1.0)
-    sample.shrink({"mmdit": pipe.mmdit, "t5": pipe.encoders.t5})
+    shrink(pipe)
     how = HOW | dict(image=REF["img2img_image"].float() / 255)
     assert torch.equal(moved(pipe, mode)("a red star", **how), pipe("a red star", **how))
 

@@ -100,6 +100,23 @@ def test_without_t5_zeros_stand_in_its_place(run, pipe):
     assert draw(lean, "a star").isfinite().all()
 
 
+@pytest.mark.parametrize("mode", ["model", "block"])
+def test_a_run_draws_the_same_bits_wherever_its_weights_wait_and_nearly_the_same_in_8_bits(run, pipe, mode):
+    away = Pipeline.from_pretrained(run, device="cpu", offload=mode)
+    assert torch.equal(draw(away, "a red star"), draw(pipe, "a red star"))
+    small = Pipeline.from_pretrained(run, device="cpu", offload=mode, int8=True)
+    off = (draw(small, "a red star") - draw(pipe, "a red star")).abs().mean()
+    assert 0 < off < 0.02
+
+
+def test_a_picture_to_begin_with_is_kept_the_more_the_less_strength(pipe):
+    (begin,) = draw(pipe, "a ring", seed=4, output="pil")
+    near, far = (draw(pipe, "a red star", image=begin, strength=s, steps=10, output="latent")
+                 for s in (0.1, 0.9))
+    kept = pipe.latent_of(begin, 64, 64)
+    assert (near - kept).norm() < (far - kept).norm()
+
+
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=60))
 def test_a_prompt_of_any_unicode_is_encoded(pipe, prompt):
@@ -196,7 +213,8 @@ def test_without_a_usable_run_one_line_says_what_to_do(argv, cause, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "flags", [["--steps", "0"], ["--height", "50"], ["--seed", "-1"], ["--width", "100000"]])
+    "flags", [["--steps", "0"], ["--height", "50"], ["--seed", "-1"], ["--width", "100000"],
+              ["--tokenizers", "."], ["--image", "no.png"]])
 def test_bad_flags_end_with_exit_code_2_and_no_file(run, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
