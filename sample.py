@@ -50,13 +50,13 @@ from PIL.PngImagePlugin import PngInfo
 
 import flow
 import offload
-from offload import Places
 from checkpoints import (CheckpointError, last_run, load_mmdit, load_part, load_text_encoders,
                          load_tokenizers, load_vae, read_json)
 from kernels.int8 import quantise_mmdit, quantise_t5
+from offload import Places
 from text_encoders import ENCODERS, Conditioning, TextEncoders
 from vae import TILE
-from weights import clip_config, locate, mmdit_config, t5_config, vae_config
+from weights import clip_config, locate, mmdit_config, read_config, t5_config, vae_config
 
 DEFAULTS = {                # of Stability's own scripts. skip_layers: see Pipeline
     "sd3-medium": {"steps": 50, "guidance": 5.0},
@@ -150,7 +150,7 @@ class Pipeline:
             noise = noise.to(device)
             if image is not None:
                 ts = flow.part_way(ts, strength)
-                x0 = self.latent_of(image, height, width).expand(shape)
+                x0 = self.latent_of(image, len(prompts), height, width)
                 noise = flow.interpolate(x0, noise, ts[:1].to(device).expand(len(prompts)))
             with self.places.at_work(self.mmdit):
                 model = flow.guided(self.mmdit, guidance, cond, uncond, weaker)
@@ -186,15 +186,16 @@ class Pipeline:
             return self.t5_length
         return next((n for n in lengths if not any(tokenizer.truncated(texts, n))), self.t5_longest)
 
-    def latent_of(self, image, height, width) -> torch.Tensor:
-        """A picture (PIL of any size, or (B, 3, height, width) in [0, 1]) as the flow model sees it."""
+    def latent_of(self, image, B, height, width) -> torch.Tensor:
+        """A picture (PIL of any size, or (1 or B, 3, height, width) in [0, 1]) as the flow model sees it."""
         if not isinstance(image, torch.Tensor):
             image = image.convert("RGB").resize((width, height), Image.LANCZOS)
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-        if image.ndim != 4 or image.shape[1:] != (3, height, width):
-            raise ValueError(f"image {tuple(image.shape)}: needed is (B, 3, {height}, {width}) in [0, 1]")
+        if image.ndim != 4 or image.shape[1:] != (3, height, width) or len(image) not in (1, B):
+            raise ValueError(f"image {tuple(image.shape)}: needed is (1 or {B}, 3, {height}, {width})")
         with self.places.at_work(self.vae):
-            return self.vae.to_latent(self.vae.encode(image.to(self.places.device) * 2 - 1).mean)
+            x0 = self.vae.to_latent(self.vae.encode(image.to(self.places.device) * 2 - 1).mean)
+        return x0.expand(B, -1, -1, -1)
 
     def decode(self, latent) -> torch.Tensor:
         """(B, C, H/8, W/8) -> (B, 3, H, W), about [-1, 1]; no more at once than memory for TILE^2 cells."""
@@ -248,7 +249,7 @@ def load_published(path, device, dtype, t5, mode, int8, tokenizers, size) -> dic
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     configs = published_configs(path, t5)
     c, (name, how) = configs["mmdit"], recognise(configs["mmdit"], path)
-    side = min(1024, c.pos_max * c.patch_size * configs["vae"].factor)
+    side = side_of(configs)
     if device.type == "cuda":
         height, width = (given or side for given in size or (None, None))
         mode = offload.choose(mode, name, configs, torch.cuda.mem_get_info(device)[0], int8, dtype=dtype,
@@ -289,12 +290,15 @@ def published_configs(path, t5=True) -> dict:
     return configs
 
 
+def side_of(configs) -> int:
+    """Pixels: 1024, or as many as a smaller model has positions for."""
+    return min(1024, configs["mmdit"].pos_max * configs["mmdit"].patch_size * configs["vae"].factor)
+
+
 def recognise(c, path) -> tuple[str, dict]:
     """Which published model this is -> its name and its row of DEFAULTS. Turbo has the shapes of the large
     one: only names tell it."""
-    about = Path(path, "transformer", "config.json")
-    names = f"{Path(path).name} {read_json(about).get('_name_or_path') if about.is_file() else ''}".lower()
-    if "turbo" in names:
+    if "turbo" in f"{Path(path).name} {read_config(Path(path, 'transformer')).get('_name_or_path')}".lower():
         return "sd3.5-large-turbo", DEFAULTS["sd3.5-large-turbo"]
     if not c.qk_norm:
         return "sd3-medium", DEFAULTS["sd3-medium"]
@@ -424,6 +428,7 @@ def parse(argv=None):
     args.drop = tuple(dict.fromkeys(args.drop + ["t5"] * args.drop_t5))
     if args.left_out and "t5" not in args.drop:
         p.error("--left-out is about a dropped T5: add --drop-t5")
+    args.t5_length = 0 if args.left_out else args.t5_length
     return args
 
 
@@ -465,7 +470,7 @@ def draw(args, paths) -> None:
         pipe.skip_layers = (args.skip_layer_guidance, *where) if args.skip_layer_guidance else None
     height, width = fitted(image, pipe.size) if image else pipe.size
     asked = {"steps": pipe.steps, "guidance": pipe.guidance, "height": height, "width": width,
-             "t5_length": 0 if args.left_out else None}
+             "t5_length": None}
     asked |= {k: v for k in asked if (v := getattr(args, k)) is not None}
     settings = asked | {"prompt": args.prompt, "negative": args.negative, "method": args.method,
                         "shift": pipe.shift, "schedule": pipe.kind, "model": str(folder), "drop": args.drop,
@@ -495,14 +500,14 @@ def dry_run(args) -> None:
     else:
         configs = published_configs(model, not args.drop_t5)
         name, how = recognise(configs["mmdit"], model)
-    side = read_json(Path(model, "config.json"))["size"] if run else 1024
+    side = read_json(Path(model, "config.json"))["size"] if run else side_of(configs)
     guidance = how["guidance"] if args.guidance is None else args.guidance
     height, width = args.height or side, args.width or side
     check_request([""], [""], height, width, 1, "pil")
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     dtype = torch.float32 if run else args.dtype or torch.bfloat16
     print(offload.report(name, configs, free, height=height, width=width, dtype=dtype, guidance=guidance != 1,
-                         t5_length=0 if args.left_out else args.t5_length or 77))
+                         t5_length=77 if args.t5_length is None else args.t5_length))
 
 
 def out_of_memory(e, args) -> str:

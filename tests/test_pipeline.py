@@ -254,7 +254,7 @@ def test_at_full_strength_a_picture_changes_nothing_and_at_little_it_comes_back(
     how = dict(steps=10, height=64, width=96, output="latent")
     plain = pipe("a star", **how)
     assert torch.equal(pipe("a star", **how, image=picture, strength=1.0), plain)
-    kept = pipe.latent_of(picture, 64, 96)
+    kept = pipe.latent_of(picture, 1, 64, 96)
     far, near = (error(pipe("a star", **how, image=picture, strength=s), kept) for s in (0.9, 0.1))
     assert near < 0.1 < far
 

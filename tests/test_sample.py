@@ -113,7 +113,7 @@ def test_a_picture_to_begin_with_is_kept_the_more_the_less_strength(pipe):
     (begin,) = draw(pipe, "a ring", seed=4, output="pil")
     near, far = (draw(pipe, "a red star", image=begin, strength=s, steps=10, output="latent")
                  for s in (0.1, 0.9))
-    kept = pipe.latent_of(begin, 64, 64)
+    kept = pipe.latent_of(begin, 1, 64, 64)
     assert (near - kept).norm() < (far - kept).norm()
 
 
@@ -153,7 +153,9 @@ def test_nan_weights_are_refused_by_name_when_loaded_and_when_they_arise(run, pi
     (dict(method="ddim"), "euler"), (dict(output="jpeg"), "pil"),
     (dict(seed=-1), "seeds"), (dict(seed=2**63), "seeds"), (dict(seed=[1, 2]), "as many seeds"),
     (dict(noise=torch.zeros(1, 4, 8, 8)), "noise"), (dict(height=16 * 40), "positions"),
-    (dict(negative=["a", "b"]), "negative"),
+    (dict(negative=["a", "b"]), "negative"), (dict(image=torch.zeros(1, 3, 32, 64)), "image"),
+    (dict(image=torch.zeros(2, 3, 64, 64)), "image"), (dict(drop=["t6"]), "t6"),
+    (dict(image=torch.zeros(1, 3, 64, 64), strength=0), "strength"),
 ])
 def test_bad_arguments_raise_one_line_that_names_them(pipe, how, cause):
     with pytest.raises(ValueError, match=cause) as e:
