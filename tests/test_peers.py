@@ -191,7 +191,7 @@ HARD = ["", " ", "a", "A Photo of THE cat", "don't you've I'm", "caf\u00e9 cafe\
 def tokenizers():
     """[(ours, theirs)] in the order of ENCODERS. T5's is read as the file says: the class T5TokenizerFast
     builds another one unless the normaliser is sentencepiece's (as in the third test from here)."""
-    kinds = transformers.CLIPTokenizerFast, transformers.CLIPTokenizerFast, transformers.PreTrainedTokenizerFast
+    kinds = (transformers.CLIPTokenizerFast,) * 2 + (transformers.PreTrainedTokenizerFast,)
     theirs = [kind.from_pretrained(TOKENIZERS / folder)
               for kind, folder in zip(kinds, ("tokenizer", "tokenizer_2", "tokenizer_3"))]
     return list(zip(find_tokenizers(TOKENIZERS), theirs))

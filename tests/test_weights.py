@@ -12,6 +12,9 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +25,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import checkpoints
+import make_fake_checkpoint
 import weights
 from layouts import IGNORED, NAMES, clip_openclip, mmdit_folder, take_apart, vae_folder
 from mmdit import MMDiT, MMDiTConfig
+from sample import Pipeline
 from text_encoders import ENCODERS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
 from weights import (CheckpointError, Source, find_tokenizers, listed, load_clip, load_mmdit, load_t5,
@@ -805,3 +810,46 @@ def test_dropped_encoders_are_neither_looked_for_nor_loaded(tmp_path):
     said = encoders(["a cat"], t5_length=5)
     assert encoders.t5 is None and said.context.shape == (1, 82, 192) and not said.context[:, 77:].any()
     refuses(lambda: load_text_encoders(tmp_path), "T5")
+
+
+# ------------------------------------------------------------------------------------- the size of real files
+
+@pytest.mark.parametrize("layout", ["single_file", "folder"])
+def test_random_models_of_real_layouts_can_be_made_and_drawn_with(tmp_path, layout):
+    make_fake_checkpoint.main([str(tmp_path), "--config", "small", "--layout", layout, "--dtype", "float16",
+                               "--parts", *NAMES])
+    for kind, load in loaders(tmp_path).items():
+        config = make_fake_checkpoint.CONFIGS["small"][kind]
+        if kind == "clip_l" and layout == "single_file":
+            config = replace(config, projection_dim=None)       # left unread there, the identity in folders
+        assert load().config == config
+    path = tmp_path / "small.safetensors" if layout == "single_file" else tmp_path
+    pipe = Pipeline.from_pretrained(path, device="cpu")
+    assert pipe("a red star", height=32, width=48, steps=1, output="tensor").isfinite().all()
+
+
+LOAD = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import torch
+from make_fake_checkpoint import memory
+from weights import load_mmdit
+load_mmdit(sys.argv[1], device="meta")              # what must be imported is
+before = memory("VmRSS")
+model = load_mmdit(sys.argv[1])
+print(memory("VmHWM") - before)
+"""
+
+
+@hollow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells the largest memory")
+def test_while_a_model_is_read_there_is_never_a_second_copy_of_it(tmp_path):
+    config = MMDiTConfig(12, context_dim=64, pooled_dim=64, pos_max=64)
+    with torch.device("meta"):
+        shapes = {k: list(t.shape) for k, t in MMDiT(config).state_dict().items()}
+    path = hollow_file(tmp_path / "x.safetensors", shapes)
+    size = path.stat().st_size
+    done = subprocess.run([sys.executable, "-c", LOAD, str(path), str(Path(weights.__file__).parent),
+                           str(Path(__file__).parent)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert size > 1.5 * weights.REOPEN and int(done.stdout) < 1.05 * size + weights.REOPEN + 60e6
