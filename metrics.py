@@ -25,8 +25,8 @@ Pitfalls
 - The paper's FID is on CLIP features too, without saying which; here, the projected ones, all of one length.
 - FID falls with the number of pictures: with n <= D the covariance is not even of full rank. Its floor,
   another set of true pictures, as many, belongs beside it. KID has no such bias.
-- The paper leaves t = 1 out of the validation loss. t = 0 is left out here too: there the best answer is the
-  picture itself, and the loss the noise's variance.
+- The paper leaves t = 1 out of the validation loss. t = 0 is left out here too: there the model is shown the
+  picture itself, and the loss is the variance of the noise.
 
 Run: python metrics.py     closed forms: FID of Gaussian sets, KID of equal ones, a path that is straight
 """
@@ -60,6 +60,11 @@ BATCH = 64
 
 def bar(total, what):
     return tqdm(total=total, desc=what, dynamic_ncols=True, disable=None)       # None: on a terminal only
+
+
+def together(height, width):
+    """How many pictures a model is given at once: 64 of 64 x 64, 4 of 256 x 256, 1 of 1024 x 1024."""
+    return min(BATCH, max(1, 2 ** 18 // (height * width)))
 
 
 def fingerprint(path):
@@ -169,7 +174,11 @@ def load_clip_pair(path):
                           projection_dim=shape("text_projection", "weight")[0], **common("text_model"))
     towers = [load_strict(module, part, path / "model.safetensors").eval().requires_grad_(False)
               for module, part in ((CLIPImageEncoder(image), seen), (CLIPTextEncoder(text), said))]
-    return *towers, load_clip_tokenizer(path, length=length)
+    tokenizer = load_clip_tokenizer(path, length=length)
+    if tokenizer.eos != towers[1].eos:
+        raise CheckpointError(f"{path}: the tokenizer ends a text with {tokenizer.eos}, this CLIP with "
+                              f"{towers[1].eos}: put the one beside it that it was trained with")
+    return *towers, tokenizer
 
 
 def clip_score(images, texts):
@@ -273,11 +282,11 @@ def reference(towers, images, cache):
 # --- The model itself -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def validation_loss(pipe, images, captions, levels=LEVELS, batch=BATCH):
+def validation_loss(pipe, images, captions, levels=LEVELS, batch=None):
     """Flow-matching loss of pictures (n, 3, S, S) uint8 with a caption each -> (levels, n), on the CPU.
 
     Picture i has the same noise every time and at every t, and its own: the batch does not matter."""
-    device, rows = pipe.places.device, []
+    device, rows, batch = pipe.places.device, [], batch or together(*images.shape[2:])
     with bar(len(images), "validation loss") as progress:
         for start in range(0, len(images), batch):
             x = images[start:start + batch].to(device).float() / 127.5 - 1
@@ -314,7 +323,7 @@ class PathLength:
 
 # --- Copies -----------------------------------------------------------------------------------------------
 
-def nearest(pictures, training, chunk=512):
+def nearest(pictures, training, chunk=256):
     """For each of pictures (m, 3, S, S) the nearest of training (n, 3, S, S), both uint8.
 
     -> (m,) index, (m,) root mean square difference, of 255; a copy has exactly 0."""
@@ -459,7 +468,7 @@ def draw_folder(pipe, jobs, folder, steps, guidance):
     from sample import to_pil       # here: the measures themselves need no pipeline
 
     todo = [job for job in jobs if not settings_of(picture_path(folder, job))]
-    batch = min(64, max(1, 2 ** 18 // (pipe.size[0] * pipe.size[1])))   # 64 of 64 x 64, 1 of 1024 x 1024
+    batch = together(*pipe.size)
     with bar(len(jobs), "drawing") as progress:
         progress.update(len(jobs) - len(todo))
         for start in range(0, len(todo), batch):

@@ -50,6 +50,7 @@ from sample import Pipeline, pick_device
 STEPS = (5, 10, 20, 50)             # of the paper's table 6
 HELDOUT = 512                       # pictures for the validation loss
 REFERENCE = 4096                    # training pictures that FID and KID compare with
+COMPARED = 128                      # pixels a side, at most, of pictures that are compared with training's
 
 
 @dataclass
@@ -75,21 +76,22 @@ class Subject:
                              "with GenEval's detector, or measure clip, fid or memory")
         return known
 
-    def training(self, count=None):
-        """Training pictures, up to so many. -> data.Pictures, what they are"""
-        c = self.config
+    def training(self, count=None, most=10_000):
+        """Training pictures, up to so many, `most` pixels a side. -> data.Pictures, what they are"""
+        c, size = self.config, min(self.size, most)
         if not c:
-            return data.load_pictures(self.source, self.size, count=count), self.source
+            return data.load_pictures(self.source, size, count=count), self.source
         count = min(count or c["pictures"], c["pictures"])
-        return data.load_pictures(c["data"], c["size"], count=count, seed=c["seed"]), "training pictures"
+        return data.load_pictures(c["data"], size, count=count, seed=c["seed"]), "training pictures"
 
-    def heldout(self, count):
+    def heldout(self, count, most=10_000):
         """Pictures that training has not seen: fresh drawings, or --data. (None, "") where there are none."""
+        size = min(self.size, most)
         if self.source and self.config:
-            return data.load_pictures(self.source, self.size, count=count), self.source
+            return data.load_pictures(self.source, size, count=count), self.source
         if self.config.get("data") == "drawn":
             seed = self.config["seed"] + 1
-            return data.load_pictures("drawn", self.size, count=count, seed=seed), "fresh drawings"
+            return data.load_pictures("drawn", size, count=count, seed=seed), "fresh drawings"
         return None, ""
 
     @property
@@ -287,7 +289,7 @@ def measure_steps(s):
 
 def measure_memory(s):
     """Is it remembered? The nearest training picture of each, beside how near true new pictures come."""
-    training, of = s.training()
+    training, of = s.training(most=COMPARED)
     order = sorted(range(len(s.jobs)), key=lambda i: (s.jobs[i].k, s.jobs[i].number))[:256]
     size = training.images.shape[-1]
     pictures = images_of([fit(s.paths[i], size) for i in order])
@@ -295,7 +297,7 @@ def measure_memory(s):
     result = {"pictures": len(order), "of": of, "training": len(training.images),
               "median": far.median().item(), "copies": (far < 2).double().mean().item()}
     lines = [row("nearest", "median", "copies, %", "too near, %"), ]
-    heldout, what = s.heldout(256)
+    heldout, what = s.heldout(256, most=COMPARED)
     cells = ["", ""]
     if heldout is not None:
         near = nearest(heldout.images, training.images)[1]
@@ -461,12 +463,15 @@ def evaluate(args):
     if {"clip", "fid", "steps"} & set(args.measures):
         towers = load_towers(args.clip or args.run, device)
     s = prepare(args)
-    s.towers, names = towers, args.measures
-    if not names and (args.images or any(foreign(job.metadata) is None for job in s.jobs)):
+    s.towers, names, lines = towers, args.measures, []
+    of_this_world = any(foreign(job.metadata) is None for job in s.jobs)
+    if not names and (args.images or of_this_world):
         names = ["drawn"]
     elif not names and (args.clip or args.run):
         s.towers, names = load_towers(args.clip or args.run, device), ["clip"]
-    report, lines, panels = {"settings": vars(args)}, [], []
+    elif len(names) > 1 and "drawn" in names and not of_this_world:
+        names, lines = [n for n in names if n != "drawn"], ["drawn is left out: no prompt is of it", ""]
+    report, panels = {"settings": vars(args)}, []
     for name in [name for name in MEASURES if name in names]:
         result, more, pictures = MEASURES[name](s)
         report |= result if name == "drawn" else {name: result}
@@ -540,6 +545,8 @@ def refuse(message: str):
 def main(argv=None):
     try:
         evaluate(parse(argv))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on with what is drawn")
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -175,6 +175,11 @@ def test_what_is_no_clip_is_refused_in_one_line(clip, tmp_path):
     save_file(tensors | {"extra": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="unknown"):
         metrics.load_towers(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    write_config(tmp_path, num_attention_heads=4)
+    train_clip_tokenizer(["a red star"], tmp_path, 520)
+    with pytest.raises(CheckpointError, match="the tokenizer ends a text with"):
+        metrics.load_towers(tmp_path)
 
 
 class Eye:
