@@ -60,6 +60,9 @@ RATIO = 2.0                 # of the longest bucket; a longer picture loses its 
 
 def bucket_shapes(size: int) -> list[tuple[int, int]]:
     """(width, height) of every bucket: multiples of STEP, about size * size pixels, size x size first."""
+    if size < STEP or size % STEP:
+        near = max(STEP, round(size / STEP) * STEP)
+        raise ValueError(f"size {size} is not a multiple of {STEP}: try {near}")
     shapes = [(size, size)]
     for long in range(size + STEP, 2 * size + 1, STEP):
         short = round(size * size / long / STEP) * STEP
@@ -152,7 +155,7 @@ def digest(*parts: bytes) -> str:
     return h.hexdigest()
 
 
-def survey(picture) -> tuple[tuple[int, int], str]:
+def identify(picture) -> tuple[tuple[int, int], str]:
     """(upright size, digest) of an Entry's picture, without decoding it."""
     if callable(picture):                               # a drawing: all that it is made from
         return (1, 1), digest(repr(picture.args).encode())
@@ -186,14 +189,14 @@ class Survey:
         """Opens every picture's header. ValueError when a hundred in a row cannot be opened."""
         self.shapes = bucket_shapes(size) if bucketed else [(size, size)]
         self.entries, self.skipped, self.buckets, self.digests = [], [], [], []
-        for entry, found, reason in data.each(survey, entries):
+        for entry, found, reason in data.each(identify, entries):
             if reason:
                 self.skipped.append((entry.name, reason))
                 continue
-            (width, height), print_ = found
+            size_of_it, mark = found
             self.entries.append(entry)
-            self.buckets.append(nearest_bucket(width, height, self.shapes))
-            self.digests.append(digest(print_.encode(), *(c.encode() for c in entry.captions)))
+            self.buckets.append(nearest_bucket(*size_of_it, self.shapes))
+            self.digests.append(digest(mark.encode(), *(c.encode() for c in entry.captions)))
         self.captions = sorted({c for e in self.entries for c in e.captions})
         self.fingerprint = digest(repr(self.shapes).encode(), *(d.encode() for d in self.digests))
 
@@ -253,8 +256,8 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
 
     vae_print, text_print: files_fingerprint of the encoders' files. Each of `world` ranks calls this and
     makes every world-th file; no rank waits for another. Interrupted, it goes on at the unfinished file.
-    -> [(picture, reason)] that could not be decoded, of this rank's part. ValueError for NaN, for a hundred
-    unreadable pictures in a row, or when most of them are unreadable.
+    -> [(picture, reason)]: what this call could not decode (Cache.skipped: all calls). ValueError for NaN and
+    for a hundred unreadable pictures in a row.
     """
     folder = Path(folder)
     latents, text = _plan(survey, vae_print, text_print, t5_length, encoders.clip_length)
@@ -266,12 +269,11 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
     jobs = [("picture", job) for job in latents] + [("caption", job) for job in text]
     jobs = [(kind, job) for kind, job in jobs[rank::world]
             if (_about(folder / job[0]) or {}).get("fingerprint") != job[1]]
-    skipped, good, said, seconds, done = [], 0, time.monotonic(), Counter(), Counter()
+    skipped, said, seconds, done = [], time.monotonic(), Counter(), Counter()
     for kind, (name, mark, part) in jobs:
         start = time.monotonic()
         if kind == "picture":
-            lost = _encode_pictures(folder / name, mark, survey, part, vae, batch, autocast)
-            skipped, good = skipped + lost, good + len(part) - len(lost)
+            skipped += _encode_pictures(folder / name, mark, survey, part, vae, batch, autocast)
         else:
             _encode_captions(folder / name, mark, survey, part, encoders, t5_length, batch, autocast)
         now = time.monotonic()
@@ -281,8 +283,6 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
             each = seconds[kind] / done[kind]
             say(f"cache: {done[kind]:,} of {total:,} {kind}s, {1000 * each:.1f} ms each, "
                 f"{each * (total - done[kind]):.0f} s left for {kind}s")
-    if skipped:
-        data.refuse_if_mostly_bad(folder, good, skipped)
     for kind, made in done.items():
         size = sum((folder / job[0]).stat().st_size for k, job in jobs if k == kind)
         say(f"cache: {made:,} {kind}s encoded, {1000 * seconds[kind] / made:.2f} ms and "
@@ -374,7 +374,7 @@ class Cache:
     """What write_cache made, read at random: pictures by number, grouped by bucket, without any encoder.
 
     Files are mapped into memory, so that opening one costs nothing and reading costs what is read.
-    ValueError if the cache is unfinished, damaged or of another version, with the way out.
+    ValueError if the cache is unfinished, damaged, of another version or lacks most of its pictures.
     """
 
     def __init__(self, folder):
@@ -396,8 +396,7 @@ class Cache:
             self.digests += about[name]["digests"]
             self.skipped += map(tuple, about[name]["skipped"])
             buckets += [name.split("-")[1]] * len(about[name]["names"])
-        if not self.names:
-            raise ValueError(f"{folder} holds no picture; why tells  python data.py check DIR")
+        data.refuse_if_mostly_bad(folder, len(self.names), self.skipped)
         self.shapes = list(dict.fromkeys(buckets))
         self.buckets = np.array([self.shapes.index(b) for b in buckets])            # (n,)
         counts, self.place = self._column("latents", "counts")
@@ -588,10 +587,11 @@ def examine(listing, run=None):
         entries.append(entry)
         sizes.append(found[0])
         thumbs.append(found[1])
-        waiting.append(found[2])
-        if tower and len(waiting) == 64:
+        if tower:
+            waiting.append(found[2])
+        if len(waiting) == 64:
             embed()
-    if tower and waiting:
+    if waiting:
         embed()
     return entries, sizes, torch.from_numpy(np.array(thumbs)), torch.cat(embeds) if embeds else None, lost
 
@@ -604,8 +604,8 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
     the shorter; each rule of `scores`, where a picture without the score fails too; copies, of which the one
     with most pixels stays. run: a training run whose CLIP finds copies that thumbnails alone do not.
     -> {step: [(name, reason)]}. apply: add them all to the source's excluded.txt, which loading obeys."""
-    if source == "drawn":
-        raise ValueError("drawn pictures are made to order: check a folder or a .tar")
+    if source in ("drawn", "emoji"):
+        raise ValueError(f"{source!r} comes with the project: check a folder or a .tar of yours")
     start, listing, bound = time.monotonic(), data.list_pictures(source, size), min_side or size
     entries, sizes, thumbs, embeds, lost = examine(listing, run)
     names = sorted({name for e in entries for name in e.about})
@@ -637,7 +637,7 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
     if left and run:
         cosine, look_alike = SAME_CONTENT
         step("near copy (CLIP)", twins((embeds, (2 - 2 * cosine) ** 0.5), (thumbs, look_alike)))
-    out = Path(out or Path("runs") / f"check-{Path(source).resolve().stem}")
+    out = Path(out or Path("runs") / f"check-{Path(source).resolve().name}")
     out.mkdir(parents=True, exist_ok=True)
     report(source, listing, entries, sizes, left, removed, size, out, say)
     result = {name: [(n, why) for n, why, _, _ in items] for name, items in removed.items()}
