@@ -22,6 +22,10 @@ inferred: "a small red star at the top left and a big blue ring at the right".
 Eight of the 80 (shape, colour) pairs are never drawn in training. `prompts` asks for them all the same,
 marked "unseen": can the model paint a whole of which it has seen only the parts?
 
+Objects stand on nine spots, a quarter of the side apart, so that a place word says exactly where. Sizes vary
+freely. Centres anywhere would be the harder world: a transformer that sees 16 tokens of 16 pixels has to
+learn every shape again for every shift inside a token, and minutes on a CPU do not suffice (README).
+
 Lengths are fractions of the picture's side, and y grows downwards: "above" means a smaller y.
 
 Pitfalls
@@ -65,7 +69,8 @@ HELD_OUT = frozenset({("circle", "pink"), ("square", "green"), ("triangle", "pur
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 RADIUS = {"single_object": (0.16, 0.30), "colors": (0.16, 0.30), "two_object": (0.13, 0.20),
           "color_attr": (0.13, 0.20), "counting": (0.13, 0.16), "position": (0.12, 0.18)}
-GAP, MARGIN = 0.04, 0.03            # between two objects; between an object and the picture's edge
+SPOTS = [(x, y) for y in (0.25, 0.5, 0.75) for x in (0.25, 0.5, 0.75)]      # centres; big ones fit the middle
+GAP, MARGIN = 0.06, 0.01            # between two objects; between an object and the picture's edge
 LEAN = 1.3                          # position: the offset is this much larger along the axis that is named
 SMALL, BIG = 0.15, 0.18             # r below the first is "small", from the second on "big"
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -166,12 +171,14 @@ def describe(things):
 
 
 def _layout(rng, reaches, relation=None):
-    """Random centres [(x, y), ...] for circles of these radii: inside, apart, and related as told."""
+    """Random centres [(x, y), ...] out of SPOTS for circles of these radii: inside, apart, related as told."""
     while True:
         spots = []
         for r in reaches:
-            for x, y in rng.uniform(r + MARGIN, 1 - r - MARGIN, (16, 2)).tolist():
-                if all(math.hypot(x - a, y - b) >= r + q + GAP for (a, b), q in zip(spots, reaches)):
+            for x, y in rng.permutation(SPOTS).tolist():
+                inside = r + MARGIN <= min(x, y, 1 - x, 1 - y)
+                if inside and all(math.hypot(x - a, y - b) >= r + q + GAP
+                                  for (a, b), q in zip(spots, reaches)):
                     spots.append((x, y))
                     break
         if len(spots) < len(reaches):
@@ -463,10 +470,10 @@ def _listing(root):
         skipped = []
     else:
         raw, skipped = _files(root)
-    entries, seen = [], set()
+    entries, seen, real = [], set(), root.resolve()
     for name, *parts in raw:
         try:
-            entry = _entry(root, name, *parts)
+            entry = _entry(real, name, *parts)
             if entry.name in seen:
                 raise ValueError("listed before: a picture has all its captions in one place")
             seen.add(entry.name)
@@ -554,15 +561,16 @@ def _content(root, file):
         return file
     if isinstance(file, Path) and not os.path.lexists(root / file):
         return None
-    if isinstance(file, Member) or _inside(root, file).stat().st_size > MAX_CAPTION_FILE:
+    path = _inside(root, file) if isinstance(file, Path) else None
+    if path is None or path.stat().st_size > MAX_CAPTION_FILE:         # small ones of a shard are bytes already
         raise ValueError(f"a caption file of more than {MAX_CAPTION_FILE:,} bytes")
-    return _inside(root, file).read_bytes()
+    return path.read_bytes()
 
 
 def _inside(root, name):
-    """root / name, links followed; refuses other places: a downloaded listing could name private files."""
-    path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()):
+    """root (resolved) / name, links followed; refuses other places: a listing could name private files."""
+    path = Path(os.path.realpath(root / name))
+    if not path.is_relative_to(root):
         raise ValueError("the path leads out of the folder")
     return path
 

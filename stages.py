@@ -134,9 +134,11 @@ def choose(options, g):
 
 
 def t5_stage(run, parts, pictures, tokenizers) -> Stage:
-    c = run.config
-    captions = sorted({text for texts in pictures.captions for text in texts})
-    ids = tokenizers["t5"](captions, c.t5_length)                           # (captions, T)
+    """A picture's captions in one text, for there a hidden "star" can be read in the other caption. In a caption
+    by itself any shape would do, and T5 would learn to see no difference between them."""
+    c, tokenizer = run.config, tokenizers["t5"]
+    ids = tokenizer(sorted({", ".join(texts) for texts in pictures.captions}), 77)     # (texts, 77)
+    ids = ids[:, :int((ids != tokenizer.pad).sum(1).max())]                            # (texts, L)
 
     def loss(step, g):
         batch = ids[torch.randint(len(ids), (c.t5_batch,), generator=g)]

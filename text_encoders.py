@@ -131,7 +131,7 @@ class CLIPImageConfig:
     projection_dim: int                 # as wide as the text tower's pooled vector
     preset = classmethod(preset)
     PRESETS = {"clip_l": (224, 14, 1024, 24, 16, 4096, "quick_gelu", 768),  # 303,966,208 parameters
-               "tiny": (64, 8, 128, 3, 4, 512, "quick_gelu", 64)}           #     636,544
+               "tiny": (64, 16, 128, 3, 4, 512, "quick_gelu", 64)}          #     704,128
 
 
 class CLIPLayer(nn.Module):

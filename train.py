@@ -91,13 +91,13 @@ class TrainConfig:
     vae_batch: int = flag(16, "pictures a step")
     vae_rate: float = flag(2e-3, "peak learning rate")
     vae_critic: float = flag(0.0, "weight of the patch discriminator; 0: none")
-    clip_steps: int = flag(120, "steps of the two CLIP pairs")
+    clip_steps: int = flag(700, "steps of the two CLIP pairs")
     clip_batch: int = flag(64, "pictures and captions a step")
-    clip_rate: float = flag(1e-3, "peak learning rate")
-    t5_steps: int = flag(200, "steps of T5")
-    t5_batch: int = flag(128, "captions a step")
+    clip_rate: float = flag(2e-3, "peak learning rate")
+    t5_steps: int = flag(1000, "steps of T5")
+    t5_batch: int = flag(64, "texts a step, each all captions of a picture")
     t5_rate: float = flag(2e-3, "peak learning rate")
-    flow_steps: int = flag(6500, "steps of the transformer")
+    flow_steps: int = flag(6000, "steps of the transformer")
     flow_batch: int = flag(64, "latents a step")
     flow_rate: float = flag(2e-3, "peak learning rate")
     # the text and the flow model
@@ -344,8 +344,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                                  [texts[0] for texts in pictures.captions])
     write_json(folder / "config.json", dataclasses.asdict(config))
     parts = build(config, tokenizers)
-    todo = [stage for stage, names in PARTS_OF.items()
-            if not all((folder / f"{name}.safetensors").is_file() for name in names)]
+    todo = unfinished(folder)
     done = [name for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]]
     parts |= {name: load_part(folder, name) for name in done}
     for part in parts.values():
@@ -363,11 +362,24 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             measure_vae(run, parts["vae"], pictures)
         for name in PARTS_OF[stage]:
             save_part(folder, name, parts[name])
+        (folder / "state.safetensors").unlink(missing_ok=True)  # a later stage's would belong to other latents
         plot_losses(folder / "metrics.csv")
-    (folder / "state.safetensors").unlink(missing_ok=True)
     print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. "
           f'Now type\n    python sample.py "{preview_prompts(config, pictures)[6]}"')
     return folder
+
+
+def unfinished(folder: Path) -> list[str]:
+    """The stages whose parts the run lacks.
+    ValueError if a trained transformer has lost one that it learned from."""
+    lost = {stage: [name for name in names if not (folder / f"{name}.safetensors").is_file()]
+            for stage, names in PARTS_OF.items()}
+    todo = [stage for stage, names in lost.items() if names]
+    if todo and "flow" not in todo:
+        names = ", ".join(f"{name}.safetensors" for stage in todo for name in lost[stage])
+        raise ValueError(f"{folder}/mmdit.safetensors learned from another {names}, which is missing: "
+                         "put it back, or delete mmdit.safetensors too, to train both again")
+    return todo
 
 
 def introduce(run: Run, parts, pictures, todo, stages) -> None:
@@ -425,8 +437,8 @@ def make_tokenizers(folder: Path, c: TrainConfig, captions: list[str], short: li
     unless the folder has them.
 
     Also settles clip_length and t5_length: attention to padding is not free, so CLIP gets as many tokens as
-    the short captions need and T5 as many as all do, in fours and up to SD3's 77. Whatever is longer gets
-    cut, as it is there.
+    the short captions need and T5 as many as all do, up to SD3's 77. Whatever is longer gets cut, as it is
+    there.
     """
     words = folder / "tokenizers"
     if not (words / "t5" / "tokenizer.json").is_file():
@@ -434,8 +446,7 @@ def make_tokenizers(folder: Path, c: TrainConfig, captions: list[str], short: li
         train_t5_tokenizer(captions, words / "t5", 2048)
 
     def needed(tokenizer, texts):
-        return min(77, 4 * math.ceil(
-            (max(tokenizer(list(set(texts)), 77).eq(tokenizer.eos).int().argmax(1)) + 1) / 4))
+        return int(tokenizer(list(set(texts)), 77).eq(tokenizer.eos).int().argmax(1).max()) + 1
 
     c.clip_length = c.clip_length or needed(load_clip_tokenizer(words / "clip"), short)
     c.t5_length = c.t5_length or needed(load_t5_tokenizer(words / "t5"), captions)

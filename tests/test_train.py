@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 import flow
+import stages
 import train as training
-from checkpoints import load_part, load_tensors
+from checkpoints import load_part, load_tensors, load_tokenizers
+from data import load_pictures
 from mmdit import MMDiT, MMDiTConfig
 from train import TrainConfig, parse, rate_at, train
 
@@ -232,6 +235,31 @@ def test_a_state_of_another_architecture_is_refused_by_name(finished, tmp_path, 
                  {"stage": "flow", "step": 2, "total": 6})
     with pytest.raises(CheckpointError, match="another architecture"):
         train(*parse(["--resume", "--out", str(run)]))
+
+
+def test_a_transformer_does_not_outlive_what_it_learned_from(finished, tmp_path, capsys, one_thread):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "vae.safetensors").unlink()
+    with pytest.raises(SystemExit):
+        training.main(["--resume", "--out", str(run)])
+    said = capsys.readouterr().err
+    assert "vae.safetensors" in said and "delete mmdit.safetensors too" in said
+    (run / "mmdit.safetensors").unlink()
+    training.main(["--resume", "--out", str(run)])              # from the same seed, so the same again
+    assert_same(finished, run)
+
+
+def test_t5_reads_what_is_hidden_in_one_caption_in_the_other(finished, monkeypatch):
+    seen, config = [], TrainConfig(**MICRO)
+    monkeypatch.setattr(stages, "masked_span_loss",
+                        lambda t5, ids, generator: seen.append(ids) or ids.float().sum())
+    pictures, tokenizers = load_pictures("drawn", count=8), load_tokenizers(finished, 12)
+    run = training.Run(config, finished)
+    stages.t5_stage(run, {"t5": torch.nn.Identity()}, pictures, tokenizers).loss(0, run.generator("t5", 0))
+    tok = tokenizers["t5"].tok
+    assert ({tok.decode(row.tolist()) for row in seen[0]}
+            <= {tok.decode(tok.encode(", ".join(c)).ids) for c in pictures.captions})
 
 
 def test_a_diverging_loss_stops_with_advice(tmp_path):
