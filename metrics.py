@@ -469,6 +469,8 @@ def draw_folder(pipe, jobs, folder, steps, guidance):
 
     todo = [job for job in jobs if not settings_of(picture_path(folder, job))]
     batch = together(*pipe.size)
+    if todo:
+        print(f"drawing {len(todo)} pictures in {steps} steps; {len(jobs) - len(todo)} are there", flush=True)
     with bar(len(jobs), "drawing") as progress:
         progress.update(len(jobs) - len(todo))
         for start in range(0, len(todo), batch):

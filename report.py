@@ -233,10 +233,11 @@ def measure_clip(s):
 
 def measure_fid(s):
     """FID and KID of the pictures and of true ones, as many, to training pictures, on CLIP's features."""
-    towers, (training, of) = s.towers, s.training(REFERENCE)
+    towers, side = s.towers, s.towers.image.config.image_size       # no larger than what the towers see
+    training, of = s.training(REFERENCE, most=side)
     stats = reference(towers, training.images, s.out / "pictures")
     sets = {"pictures": s.paths}
-    heldout, what = s.heldout(len(s.paths))
+    heldout, what = s.heldout(len(s.paths), most=side)
     if heldout is not None:
         sets[what] = heldout.images.permute(0, 2, 3, 1).numpy()
     if all(foreign(job.metadata) is None for job in s.jobs):
@@ -438,23 +439,24 @@ def prepare(args):
         raise ValueError("-n and --pictures must be at least 1")
     pipe = Pipeline.from_pretrained(path, device=args.device)
     out = Path(args.out or args.run or Path("samples", f"geneval-{Path(path).stem}"))
-    guidance = pipe.guidance if args.guidance is None else args.guidance
-    about = {"weights": weights_of(path), "guidance": guidance, "seed": args.seed,
+    args.steps = args.steps or pipe.steps
+    args.guidance = pipe.guidance if args.guidance is None else args.guidance
+    about = {"weights": weights_of(path), "guidance": args.guidance, "seed": args.seed,
              "size": list(pipe.size), "prompts": hashlib.sha256(json.dumps(
                  args.prompts and read_prompts(args.prompts)).encode()).hexdigest()[:12]}
 
     def draw(jobs, steps):
         folder, told = out, about | {"steps": steps}
-        if args.run or steps != (args.steps or pipe.steps):
+        if args.run or steps != args.steps:
             digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
             folder = out / "pictures" / f"{steps}-steps-{digest}"
         if (folder / "settings.json").is_file() and read_json(folder / "settings.json") != told:
             raise ValueError(f"{folder} holds pictures of other weights or settings (settings.json): "
                              "choose another --out")
         write_json(folder / "settings.json", told)
-        return draw_folder(pipe, jobs, folder, steps, guidance)
+        return draw_folder(pipe, jobs, folder, steps, args.guidance)
 
-    return Subject(out, jobs, draw(jobs, args.steps or pipe.steps), [], config, pipe, None, draw, args.data)
+    return Subject(out, jobs, draw(jobs, args.steps), [], config, pipe, None, draw, args.data)
 
 
 def evaluate(args):
