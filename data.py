@@ -562,7 +562,7 @@ def _content(root, file):
     if isinstance(file, Path) and not os.path.lexists(root / file):
         return None
     path = _inside(root, file) if isinstance(file, Path) else None
-    if path is None or path.stat().st_size > MAX_CAPTION_FILE:         # small ones of a shard are bytes already
+    if path is None or path.stat().st_size > MAX_CAPTION_FILE:      # a shard's small ones are bytes already
         raise ValueError(f"a caption file of more than {MAX_CAPTION_FILE:,} bytes")
     return path.read_bytes()
 

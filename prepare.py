@@ -487,7 +487,7 @@ class Batches:
         coins = torch.Generator().manual_seed(int(state))
         captions = data.pick_captions(self.cache.counts[pictures], coins, self.synthetic)
         parts = self.cache.read(pictures[self.mine], captions[self.mine])
-        return tuple(x.to(device, non_blocking=True).float() for x in parts)
+        return tuple(x.to(device).float() for x in parts)
 
 
 # ------------------------------------------------------------------------------------------------- the check

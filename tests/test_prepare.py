@@ -443,8 +443,8 @@ def test_nan_latents_are_refused(tmp_path, encoders):
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, encoders, small_shards):
-    import resource
     import signal
+    resource = pytest.importorskip("resource", reason="limits on a file's size need POSIX")
     survey = surveyed(fill(tmp_path / "a"))
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))      # latents fit, text does not
