@@ -35,7 +35,8 @@ if __name__ == "__main__":                              # run as a file: the pac
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels import adaln
-from kernels.joint_attention import attention, joint_attention_reference, rms_norm
+from kernels.joint_attention import (attention, check_joint_attention, joint_attention_reference,
+                                     joint_attention_triton, rms_norm)
 
 __all__ = ["attention", "gate_residual_modulate", "joint_attention", "modulate", "rms_norm"]
 BACKENDS = ("auto", "torch", "triton")
@@ -58,9 +59,16 @@ def joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, *, norm_weights=No
     q_txt alone None: the text queries are dead (last block).
     Returns (out_txt, out_img), shaped like the queries; out_txt is None where there are no text queries.
     """
-    check_backend(backend)
-    return joint_attention_reference(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, text_lengths,
-                                     eps)
+    tensors = q_txt, k_txt, v_txt, q_img, k_img, v_img
+    check_joint_attention(*tensors, norm_weights, text_lengths, eps)
+    named = {"q_img": q_img, "k_img": k_img, "v_img": v_img, "q_txt": q_txt, "k_txt": k_txt, "v_txt": v_txt}
+    operation = "joint_attention"
+    if norm_weights is not None:
+        operation = "joint_attention with norms"
+        named |= zip(("w_q_txt", "w_k_txt", "w_q_img", "w_k_img"), norm_weights)
+    if use_triton(backend, operation, q_img.shape[-1], **named):
+        return joint_attention_triton(*tensors, norm_weights, text_lengths, eps)
+    return joint_attention_reference(*tensors, norm_weights, text_lengths, eps)
 
 
 def modulate(x, shift, scale, *, eps=1e-6, backend="auto"):

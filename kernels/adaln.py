@@ -45,6 +45,7 @@ import torch.nn.functional as F
 triton = tl = None                          # set by load_triton
 KERNELS = []                                # waiting for it
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FUSED = dict(enable_fp_fusion=True)         # multiply-adds in one; Triton 3.10 would leave them apart
 CHUNK = 16                                  # tokens of one partial sum in the backward
 
 
@@ -107,7 +108,7 @@ def modulate_simple(x, shift, scale, eps=1e-6):
     B, L, D = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     modulate_row[(B * L,)](x, shift, scale, out, L, D, x.stride(0), x.stride(1), shift.stride(0),
-                           scale.stride(0), eps, BLOCK=triton.next_power_of_2(D))
+                           scale.stride(0), eps, BLOCK=triton.next_power_of_2(D), **FUSED)
     return out
 
 
@@ -184,10 +185,16 @@ def modulate_tile_backward(DOUT, DH, H, Y, GATE, SCALE, DX, DY, PARTIAL, L, h_ba
         tl.store(part + 2 * step, dgate, mask=inside)
 
 
+def in_rows(x):
+    """x with the channels of a token side by side: a copy where they are not, as behind a convolution."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
 def launch_forward(x, shift, scale, eps, y=None, gate=None):
     """-> h (None without y), modulated. Rows a program: as many as keep about 16 channels a thread."""
     load_triton()
     B, L, D = x.shape
+    x, shift, scale, y, gate = (in_rows(t) for t in (x, shift, scale, y, gate))
     out = torch.empty((B, L, D), dtype=stored_dtype(x, y, gate), device=x.device)
     h = None if y is None else torch.empty_like(out)
     if out.numel():
@@ -197,7 +204,7 @@ def launch_forward(x, shift, scale, eps, y=None, gate=None):
         modulate_tile[(triton.cdiv(L, rows), B)](
             x, a, b, shift, scale, c, out, L, x.stride(0), x.stride(1), a.stride(0), a.stride(1),
             b.stride(0), shift.stride(0), scale.stride(0), eps,
-            GATED=y is not None, D=D, ROWS=rows, BLOCK=block, num_warps=8)
+            GATED=y is not None, D=D, ROWS=rows, BLOCK=block, num_warps=8, **FUSED)
     return h, out
 
 
@@ -207,6 +214,7 @@ def launch_backward(dout, dh, h, y, gate, scale, eps):
     B, L, D = h.shape
     gated, chunks = y is not None, triton.cdiv(L, CHUNK)
     dout, dh = dout.contiguous(), dh.contiguous() if gated else dout
+    h, y, gate, scale = (in_rows(t) for t in (h, y, gate, scale))
     y, gate = (y, gate) if gated else (h, scale)                        # stand-ins, which are never read
     dx = torch.empty((B, L, D), dtype=h.dtype, device=h.device)
     dy = torch.empty((B, L, D), dtype=y.dtype, device=h.device) if gated else dx
@@ -216,7 +224,7 @@ def launch_backward(dout, dh, h, y, gate, scale, eps):
         modulate_tile_backward[(chunks, B)](
             dout, dh, h, y, gate, scale, dx, dy, partial, L, h.stride(0), h.stride(1), y.stride(0),
             y.stride(1), gate.stride(0), scale.stride(0), eps, GATED=gated, D=D, CHUNK=CHUNK, BLOCK=block,
-            num_warps=8 if block >= 2048 else 4)
+            num_warps=8 if block >= 2048 else 4, **FUSED)
     return dx, dy, [p.sum(1) for p in partial]
 
 
@@ -327,9 +335,13 @@ def triton_refuses(tensors: dict) -> str | None:
             continue
         if tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}, the kernels take float32, float16 and bfloat16"
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        if tensor.dim() in (1, 4) and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return (f"{name} {tuple(tensor.shape)} has stride {tensor.stride(-1)} in its last dim, "
                     f"which must be contiguous")
+        if tensor.dim() > 2 and tensor.shape[1] * tensor.stride(1) >= 2 ** 31:
+            return f"{name} spans more than 2^31 numbers in one picture, too many for 32-bit addresses"
+        if tensor.dim() == 4 and tensor.shape[-1] > 256:
+            return f"{name} has head dim {tensor.shape[-1]}, the kernels go up to 256"
     return None
 
 

@@ -1,13 +1,70 @@
-"""Joint attention over two streams of tokens: the formula in plain PyTorch, which every fused version is
-tested against.
+"""Joint attention: how do text and image attend to each other as one sequence without being made into one?
+
+    out = softmax(n(q) n(k)^T / sqrt(hd)) v       over the M + N tokens [text, image], for each of nh heads
+    n(x) = x / sqrt(mean(x^2) + eps) * w          RMSNorm of a head, w (hd,) differs between text and image
+
+PyTorch's attention wants one q, one k and one v, so around it stand three concatenations, four norms and two
+slices. What they move, at M = 154, N = 4096, 24 heads of 64 in bfloat16, where one activation is 13 MB:
+
+                              chain of PyTorch calls                     here
+    norms of q, k             read 2, write 2 (if each is one pass)      read 1, write 1 (k alone)
+    concatenate q, k, v       read 3, write 3                            -
+    attention                 read 3, write 1                            the same
+    slice and copy out        read 1, write 1                            -
+
+        queries   | text |        image        |          a program takes one tile of queries of one stream,
+                      |                                     normalises it in registers
+                      v
+        keys      | image tile | image tile | ... | text tile |      and walks over both streams' keys and
+        values    | image tile | image tile | ... | text tile |      values, each read where it lies
+
+The softmax is taken on the way (`attend_keys`): the largest score so far is kept, and sum and output are
+scaled down whenever a larger one turns up, so no row of L scores is ever stored. All exponentials are powers
+of two, and the backward needs one number a row: lse, the log2 of the sum of 2^score.
+
+Backward, with p the softmax, delta = the head's sum of dout * out and ds = p * (dout v^T - delta) / sqrt(hd):
+
+    dv    = p^T dout       `attend_backward_keys`: a program keeps a tile of keys and walks over the queries
+    dn(k) = ds^T n(q)
+    dn(q) = ds n(k)        `attend_backward_queries`: a program keeps a tile of queries, as in the forward
+
+and through the norm, with z = x / rms(x), u = dn * w and < > the mean over the head: dw = sum of dn * z and
+dx = (u - z <u z>) / rms(x), done while the tile is still in registers. Nothing is added atomically, so two
+runs give the same bits.
+
+Pitfalls
+- Squares are taken in float32: |x| > 255 overflows float16 otherwise.
+- Keys are normalised once, by a kernel of their own. Inside the loop every program would do it again
+  (`attend_simple`), and each of its warps for itself where a tile is shared by warps.
+- The scale multiplies the scores, not q: q scaled and rounded again would lose what no norm keeps small.
+- Only keys need masks. A query row beyond the end computes nonsense that is never stored; in the backward
+  its lse is infinite, so that its p is 0.
+- float32 is multiplied exactly ("ieee"), not in TF32 as Triton does by default.
 
 Dims: B batch, M text tokens, N image tokens, nh heads, hd head dim.
+Run `python kernels/joint_attention.py`: checks itself and prints its table.
 """
 from __future__ import annotations
 
+import math
+import os
+import sys
+from pathlib import Path
+from typing import List, Optional, Tuple
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+if __name__ == "__main__":                              # run as a file: the package is the folder around it
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kernels.adaln import FUSED, kernel, load_triton
+
+triton = tl = None                                      # set by load_triton
+
+
+# ------------------------------------------------------------------------------------ the formulas in PyTorch
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim,
@@ -51,3 +108,644 @@ def joint_attention_reference(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_wei
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     out = out.transpose(1, 2)
     return (None if q_txt is None else out[:, :M]), out[:, M:]
+
+
+# ------------------------------------------------------------------------------------------ the simple kernel
+# A tensor (B, T, nh, hd) comes to a kernel as a tuple: pointer, and its strides over pictures, tokens, heads.
+
+@kernel
+def head_of(X, b, h):
+    """Where head h of picture b begins."""
+    return X[0] + b * X[1] + h * X[3]
+
+
+@kernel
+def load_rows(at, rows, stride, count, ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens `rows` of a head that begins at `at` and has `count` tokens -> (rows, BLOCK_D), 0 where there is
+    none. ALL: every row exists. BLOCK_D: D rounded up to a power of two."""
+    d = tl.arange(0, BLOCK_D)
+    at += rows[:, None] * stride + d[None, :]
+    if ALL and D == BLOCK_D:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(rows < count)[:, None] & (d < D)[None, :], other=0.0)
+    return x
+
+
+@kernel
+def store_rows(at, rows, stride, count, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    mask = (rows < count)[:, None] & (d < D)[None, :]
+    tl.store(at + rows[:, None] * stride + d[None, :], x.to(at.dtype.element_ty), mask=mask)
+
+
+@kernel
+def over_rms(x, eps, D: tl.constexpr):
+    """Rows (rows, BLOCK_D) over their root mean square -> that, and 1 / the root mean square, in float32."""
+    x = x.to(tl.float32)
+    r = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    return x * r, r
+
+
+@kernel
+def load_weight(W, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(W + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+
+
+@kernel
+def attend_simple(Q_TXT, K_TXT, V_TXT, Q_IMG, K_IMG, V_IMG, W_Q_TXT, W_K_TXT, W_Q_IMG, W_K_IMG, O_TXT, O_IMG,
+                  M, N, nh, factor, eps, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+                  DOT: tl.constexpr):
+    """BLOCK queries of one head against all keys of both streams. factor: log2(e) / sqrt(hd)."""
+    b = tl.program_id(1).to(tl.int64) // nh
+    h = tl.program_id(1).to(tl.int64) % nh
+    tiles_txt = tl.cdiv(M, BLOCK)
+    tiles = tiles_txt + tl.cdiv(N, BLOCK)
+    mine = tl.program_id(0)
+    if mine < tiles_txt:                                            # a tile of text queries
+        rows, count = mine * BLOCK + tl.arange(0, BLOCK), M
+        q = load_rows(head_of(Q_TXT, b, h), rows, Q_TXT[2], M, False, D, BLOCK_D)
+        w = load_weight(W_Q_TXT, D, BLOCK_D)
+    else:
+        rows, count = (mine - tiles_txt) * BLOCK + tl.arange(0, BLOCK), N
+        q = load_rows(head_of(Q_IMG, b, h), rows, Q_IMG[2], N, False, D, BLOCK_D)
+        w = load_weight(W_Q_IMG, D, BLOCK_D)
+    q = (over_rms(q, eps, D)[0] * w).to(DOT)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)              # largest score so far
+    total = tl.zeros((BLOCK,), tl.float32)                          # sum of 2^(score - top)
+    out = tl.zeros((BLOCK, BLOCK_D), tl.float32)                    # sum of 2^(score - top) v
+    for tile in range(tiles):
+        if tile < tiles_txt:
+            n, keys = tile * BLOCK + tl.arange(0, BLOCK), M
+            k = load_rows(head_of(K_TXT, b, h), n, K_TXT[2], M, False, D, BLOCK_D)
+            v = load_rows(head_of(V_TXT, b, h), n, V_TXT[2], M, False, D, BLOCK_D)
+            w = load_weight(W_K_TXT, D, BLOCK_D)
+        else:
+            n, keys = (tile - tiles_txt) * BLOCK + tl.arange(0, BLOCK), N
+            k = load_rows(head_of(K_IMG, b, h), n, K_IMG[2], N, False, D, BLOCK_D)
+            v = load_rows(head_of(V_IMG, b, h), n, V_IMG[2], N, False, D, BLOCK_D)
+            w = load_weight(W_K_IMG, D, BLOCK_D)
+        k = (over_rms(k, eps, D)[0] * w).to(DOT)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+        scores = tl.where((n < keys)[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - new_top[:, None])
+        smaller = tl.exp2(top - new_top)
+        total = total * smaller + tl.sum(p, 1)
+        out = tl.dot(p.to(DOT), v.to(DOT), out * smaller[:, None], input_precision="ieee")
+        top = new_top
+    out /= total[:, None]
+    if mine < tiles_txt:
+        store_rows(head_of(O_TXT, b, h), rows, O_TXT[2], count, out, D, BLOCK_D)
+    else:
+        store_rows(head_of(O_IMG, b, h), rows, O_IMG[2], count, out, D, BLOCK_D)
+
+
+# ------------------------------------------------------------------------------------ the kernel that is used
+# What changed: (1) keys are normalised once, by `normalise_heads`, instead of by every program in every turn.
+# (2) Image and text are walked over in two loops, and masks are left out of a loop whose tiles are all full:
+# at 4096 image tokens 32 of 34 turns. (3) The scale is folded into the exponent, one multiply-add a score.
+# (4) No norm, no text queries (the last block) and text lengths are known. (5) lse is kept for the backward.
+
+@kernel
+def normalise_heads(X_TXT, X_IMG, W_TXT, W_IMG, Y_TXT, Y_IMG, M, N, nh, eps, D: tl.constexpr,
+                    BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+    """y = x / rms(x) * w of ROWS tokens of one head, of either stream."""
+    b = tl.program_id(1).to(tl.int64) // nh
+    h = tl.program_id(1).to(tl.int64) % nh
+    tiles_img = tl.cdiv(N, ROWS)
+    if tl.program_id(0) < tiles_img:
+        first, count, w_at = tl.program_id(0) * ROWS, N, W_IMG
+        x_at, x_row, y_at, y_row = head_of(X_IMG, b, h), X_IMG[2], head_of(Y_IMG, b, h), Y_IMG[2]
+    else:
+        first, count, w_at = (tl.program_id(0) - tiles_img) * ROWS, M, W_TXT
+        x_at, x_row, y_at, y_row = head_of(X_TXT, b, h), X_TXT[2], head_of(Y_TXT, b, h), Y_TXT[2]
+    rows = first + tl.arange(0, ROWS)
+    x, _ = over_rms(load_rows(x_at, rows, x_row, count, False, D, BLOCK_D), eps, D)
+    store_rows(y_at, rows, y_row, count, x * load_weight(w_at, D, BLOCK_D), D, BLOCK_D)
+
+
+@kernel
+def attend_keys(out, total, top, q, k_at, k_row, v_at, v_row, keys, factor, ALL: tl.constexpr,
+                D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr):
+    """Walk over the keys of one stream. ALL: every tile is full."""
+    for start in range(0, keys, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k = load_rows(k_at, n, k_row, keys, ALL, D, BLOCK_D).to(DOT)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if not ALL:
+            scores = tl.where((n < keys)[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+        p = tl.exp2(scores * factor - new_top[:, None])
+        smaller = tl.exp2(top - new_top)
+        total = total * smaller + tl.sum(p, 1)
+        v = load_rows(v_at, n, v_row, keys, ALL, D, BLOCK_D).to(DOT)
+        out = tl.dot(p.to(DOT), v, out * smaller[:, None], input_precision="ieee")
+        top = new_top
+    return out, total, top
+
+
+@kernel
+def valid_text(LENGTHS, b, M):
+    """How many text keys picture b has."""
+    if LENGTHS is not None:
+        M = tl.minimum(M, tl.maximum(0, tl.load(LENGTHS + b).to(tl.int32)))
+    return M
+
+
+@kernel
+def attend_forward(Q_TXT, K_TXT, V_TXT, Q_IMG, K_IMG, V_IMG, W_TXT, W_IMG, LENGTHS, O_TXT, O_IMG, LSE,
+                   M_Q, M, N, nh, factor, eps, NORM: tl.constexpr, ALL_TXT: tl.constexpr,
+                   ALL_IMG: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr, DOT: tl.constexpr):
+    """BLOCK_M queries of one head. M_Q: text queries, M or none; NORM: q is raw, K already normalised."""
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // nh
+    h = bh % nh
+    tiles_img = tl.cdiv(N, BLOCK_M)
+    lse_at = LSE + bh * (M_Q + N)                                   # text first
+    if tl.program_id(0) < tiles_img:
+        first, count, w_at = tl.program_id(0) * BLOCK_M, N, W_IMG
+        q_at, q_row, o_at, o_row = head_of(Q_IMG, b, h), Q_IMG[2], head_of(O_IMG, b, h), O_IMG[2]
+        lse_at += M_Q
+    else:
+        first, count, w_at = (tl.program_id(0) - tiles_img) * BLOCK_M, M_Q, W_TXT
+        q_at, q_row, o_at, o_row = head_of(Q_TXT, b, h), Q_TXT[2], head_of(O_TXT, b, h), O_TXT[2]
+    rows = first + tl.arange(0, BLOCK_M)
+    q = load_rows(q_at, rows, q_row, count, False, D, BLOCK_D)
+    if NORM:
+        q = over_rms(q, eps, D)[0] * load_weight(w_at, D, BLOCK_D)
+    q = q.to(DOT)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    out, total, top = attend_keys(
+        out, total, top, q, head_of(K_IMG, b, h), K_IMG[2], head_of(V_IMG, b, h), V_IMG[2], N, factor,
+        ALL_IMG, D, BLOCK_D, BLOCK_N, DOT)
+    out, total, top = attend_keys(
+        out, total, top, q, head_of(K_TXT, b, h), K_TXT[2], head_of(V_TXT, b, h), V_TXT[2],
+        valid_text(LENGTHS, b, M), factor, ALL_TXT, D, BLOCK_D, BLOCK_N, DOT)
+    tl.store(lse_at + rows, top + tl.log2(total), mask=rows < count)
+    store_rows(o_at, rows, o_row, count, out / total[:, None], D, BLOCK_D)
+
+
+# ----------------------------------------------------------------------------------------------- its backward
+
+@kernel
+def row_products(O_TXT, O_IMG, DO_TXT, DO_IMG, DELTA, M_Q, N, nh, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                 ROWS: tl.constexpr):
+    """delta: sum over the head of out * dout, for ROWS tokens of one head, of either stream."""
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // nh
+    h = bh % nh
+    tiles_img = tl.cdiv(N, ROWS)
+    delta_at = DELTA + bh * (M_Q + N)
+    if tl.program_id(0) < tiles_img:
+        first, count = tl.program_id(0) * ROWS, N
+        o_at, o_row, do_at, do_row = head_of(O_IMG, b, h), O_IMG[2], head_of(DO_IMG, b, h), DO_IMG[2]
+        delta_at += M_Q
+    else:
+        first, count = (tl.program_id(0) - tiles_img) * ROWS, M_Q
+        o_at, o_row, do_at, do_row = head_of(O_TXT, b, h), O_TXT[2], head_of(DO_TXT, b, h), DO_TXT[2]
+    rows = first + tl.arange(0, ROWS)
+    out = load_rows(o_at, rows, o_row, count, False, D, BLOCK_D).to(tl.float32)
+    dout = load_rows(do_at, rows, do_row, count, False, D, BLOCK_D).to(tl.float32)
+    tl.store(delta_at + rows, tl.sum(out * dout, 1), mask=rows < count)
+
+
+@kernel
+def through_norm(dn, x, real, w, eps, D: tl.constexpr):
+    """Gradient dn of n = z * w, z = x / rms(x), rows (rows, BLOCK_D) -> dx, and this tile's part of dw."""
+    z, r = over_rms(x, eps, D)
+    z = tl.where(real, z, 0.0)                                      # a row of zeros is 0 / 0 where eps is 0
+    u = dn * w
+    return r * (u - z * (tl.sum(u * z, 1) / D)[:, None]), tl.sum(dn * z, 0)
+
+
+@kernel
+def walk_queries(dk, dv, k, v, q_at, q_row, do_at, do_row, lse_at, delta_at, queries, factor,
+                 ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                 DOT: tl.constexpr):
+    """Walk over the queries of one stream; everything is transposed: (keys, queries)."""
+    for start in range(0, queries, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        q = load_rows(q_at, m, q_row, queries, ALL, D, BLOCK_D).to(DOT)
+        lse = tl.load(lse_at + m, mask=m < queries, other=float("inf"))
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * factor - lse[None, :])
+        dout = load_rows(do_at, m, do_row, queries, ALL, D, BLOCK_D).to(DOT)
+        dv = tl.dot(p.to(DOT), dout, dv, input_precision="ieee")
+        delta = tl.load(delta_at + m, mask=m < queries, other=0.0)
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
+        dk = tl.dot(ds.to(DOT), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@kernel
+def attend_backward_keys(Q_TXT, K_TXT, V_TXT, Q_IMG, K_IMG, V_IMG, LENGTHS, DO_TXT, DO_IMG, LSE, DELTA,
+                         X_TXT, X_IMG, W_TXT, W_IMG, DK_TXT, DV_TXT, DK_IMG, DV_IMG, DW, M_Q, M, N, nh,
+                         factor, scale, eps, NORM: tl.constexpr, ALL_TXT: tl.constexpr, ALL_IMG: tl.constexpr,
+                         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                         DOT: tl.constexpr):
+    """dk and dv of BLOCK_N keys of one head. Q and K are normalised (NORM), X are the raw keys."""
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // nh
+    h = bh % nh
+    tiles_img = tl.cdiv(N, BLOCK_N)
+    if tl.program_id(0) < tiles_img:
+        first, count, keys = tl.program_id(0) * BLOCK_N, N, N
+        x_at, x_row, w_at = head_of(X_IMG, b, h), X_IMG[2], W_IMG
+        k_at, k_row, v_at, v_row = head_of(K_IMG, b, h), K_IMG[2], head_of(V_IMG, b, h), V_IMG[2]
+        dk_at, dk_row, dv_at, dv_row = head_of(DK_IMG, b, h), DK_IMG[2], head_of(DV_IMG, b, h), DV_IMG[2]
+    else:
+        first, count, keys = (tl.program_id(0) - tiles_img) * BLOCK_N, M, valid_text(LENGTHS, b, M)
+        x_at, x_row, w_at = head_of(X_TXT, b, h), X_TXT[2], W_TXT
+        k_at, k_row, v_at, v_row = head_of(K_TXT, b, h), K_TXT[2], head_of(V_TXT, b, h), V_TXT[2]
+        dk_at, dk_row, dv_at, dv_row = head_of(DK_TXT, b, h), DK_TXT[2], head_of(DV_TXT, b, h), DV_TXT[2]
+    n = first + tl.arange(0, BLOCK_N)
+    k = load_rows(k_at, n, k_row, keys, False, D, BLOCK_D).to(DOT)
+    v = load_rows(v_at, n, v_row, keys, False, D, BLOCK_D).to(DOT)
+    some = tl.where(first < keys, 1, 0)                             # 0: a tile of masked text, nothing to do
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    text = bh * (M_Q + N)
+    dk, dv = walk_queries(
+        dk, dv, k, v, head_of(Q_IMG, b, h), Q_IMG[2], head_of(DO_IMG, b, h), DO_IMG[2], LSE + text + M_Q,
+        DELTA + text + M_Q, N * some, factor, ALL_IMG, D, BLOCK_D, BLOCK_M, DOT)
+    dk, dv = walk_queries(
+        dk, dv, k, v, head_of(Q_TXT, b, h), Q_TXT[2], head_of(DO_TXT, b, h), DO_TXT[2], LSE + text,
+        DELTA + text, M_Q * some, factor, ALL_TXT, D, BLOCK_D, BLOCK_M, DOT)
+    real = (n < keys)[:, None]                                      # the others saw a key of zeros
+    dk = tl.where(real, dk * scale, 0.0)
+    store_rows(dv_at, n, dv_row, count, tl.where(real, dv, 0.0), D, BLOCK_D)
+    if NORM:
+        x = load_rows(x_at, n, x_row, count, False, D, BLOCK_D)
+        dk, dw = through_norm(dk, x, (n < count)[:, None], load_weight(w_at, D, BLOCK_D), eps, D)
+        part = bh * tl.num_programs(0) + tl.program_id(0)
+        tl.store(DW + part * BLOCK_D + tl.arange(0, BLOCK_D), dw)
+    store_rows(dk_at, n, dk_row, count, dk, D, BLOCK_D)
+
+
+@kernel
+def walk_keys(dq, q, dout, lse, delta, k_at, k_row, v_at, v_row, keys, factor, ALL: tl.constexpr,
+              D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr):
+    """Walk over the keys of one stream."""
+    for start in range(0, keys, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k = load_rows(k_at, n, k_row, keys, ALL, D, BLOCK_D).to(DOT)
+        v = load_rows(v_at, n, v_row, keys, ALL, D, BLOCK_D).to(DOT)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * factor - lse[:, None])
+        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
+        if not ALL:
+            ds = tl.where((n < keys)[None, :], ds, 0.0)
+        dq = tl.dot(ds.to(DOT), k, dq, input_precision="ieee")
+    return dq
+
+
+@kernel
+def attend_backward_queries(Q_TXT, K_TXT, V_TXT, Q_IMG, K_IMG, V_IMG, LENGTHS, DO_TXT, DO_IMG, LSE, DELTA,
+                            X_TXT, X_IMG, W_TXT, W_IMG, DQ_TXT, DQ_IMG, DW, M_Q, M, N, nh, factor, scale, eps,
+                            NORM: tl.constexpr, ALL_TXT: tl.constexpr, ALL_IMG: tl.constexpr,
+                            D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                            BLOCK_N: tl.constexpr, DOT: tl.constexpr):
+    """dq of BLOCK_M queries of one head. Q and K are normalised (NORM), X are the raw queries."""
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // nh
+    h = bh % nh
+    tiles_img = tl.cdiv(N, BLOCK_M)
+    row = bh * (M_Q + N)
+    if tl.program_id(0) < tiles_img:
+        first, count, w_at = tl.program_id(0) * BLOCK_M, N, W_IMG
+        q_at, q_row, do_at, do_row = head_of(Q_IMG, b, h), Q_IMG[2], head_of(DO_IMG, b, h), DO_IMG[2]
+        x_at, x_row, dq_at, dq_row = head_of(X_IMG, b, h), X_IMG[2], head_of(DQ_IMG, b, h), DQ_IMG[2]
+        row += M_Q
+    else:
+        first, count, w_at = (tl.program_id(0) - tiles_img) * BLOCK_M, M_Q, W_TXT
+        q_at, q_row, do_at, do_row = head_of(Q_TXT, b, h), Q_TXT[2], head_of(DO_TXT, b, h), DO_TXT[2]
+        x_at, x_row, dq_at, dq_row = head_of(X_TXT, b, h), X_TXT[2], head_of(DQ_TXT, b, h), DQ_TXT[2]
+    m = first + tl.arange(0, BLOCK_M)
+    q = load_rows(q_at, m, q_row, count, False, D, BLOCK_D).to(DOT)
+    dout = load_rows(do_at, m, do_row, count, False, D, BLOCK_D).to(DOT)
+    lse = tl.load(LSE + row + m, mask=m < count, other=float("inf"))
+    delta = tl.load(DELTA + row + m, mask=m < count, other=0.0)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dq = walk_keys(dq, q, dout, lse, delta, head_of(K_IMG, b, h), K_IMG[2], head_of(V_IMG, b, h), V_IMG[2], N,
+                   factor, ALL_IMG, D, BLOCK_D, BLOCK_N, DOT)
+    dq = walk_keys(dq, q, dout, lse, delta, head_of(K_TXT, b, h), K_TXT[2], head_of(V_TXT, b, h), V_TXT[2],
+                   valid_text(LENGTHS, b, M), factor, ALL_TXT, D, BLOCK_D, BLOCK_N, DOT)
+    dq *= scale
+    if NORM:
+        x = load_rows(x_at, m, x_row, count, False, D, BLOCK_D)
+        dq, dw = through_norm(dq, x, (m < count)[:, None], load_weight(w_at, D, BLOCK_D), eps, D)
+        part = bh * tl.num_programs(0) + tl.program_id(0)
+        tl.store(DW + part * BLOCK_D + tl.arange(0, BLOCK_D), dw)
+    store_rows(dq_at, m, dq_row, count, dq, D, BLOCK_D)
+
+
+# -------------------------------------------------------------------------------------------------- launching
+
+def capability(device: torch.device) -> Optional[int]:
+    """90 for 9.0; None where there is no GPU."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+# BLOCK_M, BLOCK_N, warps, stages by step and head dim (up to 64, 128, 256), for half precision: of those
+# tried the fewest instructions a score, with no register spilled inside a loop, in the shared memory of every
+# card from 8.0 on. Counted in compiled code, not timed. float32 has no tensor cores to feed: small tiles.
+TILES = {"forward": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+         "keys": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+         "queries": ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1))}
+TILES_FLOAT32 = {"forward": ((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+                 "keys": ((32, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1)),
+                 "queries": ((32, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1))}
+
+
+def tiles(step: str, x: torch.Tensor) -> dict:
+    """How step "forward", "keys" or "queries" is cut for x (B, T, nh, hd)."""
+    block_d, gpu = head_block(x), capability(x.device)
+    if gpu is None:                                                 # the interpreter: fewest turns of numpy
+        return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_D=block_d)
+    table = TILES_FLOAT32 if x.dtype == torch.float32 else TILES
+    m, n, warps, stages = table[step][max(0, block_d.bit_length() - 7)]
+    if step == "forward" and block_d <= 64 and table is TILES and 90 <= gpu < 120:
+        m, n, warps, stages = 128, 128, 8, 2                        # Hopper: twice the shared memory
+    return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=block_d, num_warps=warps, num_stages=stages, **FUSED)
+
+
+def head_block(x):
+    """The head dim rounded up to what `tl.arange` and `tl.dot` take."""
+    return max(16, triton.next_power_of_2(x.shape[-1]))
+
+
+def dot_dtype(x: torch.Tensor):
+    """Of the operands of a product: x's own, but the interpreter cannot multiply bfloat16."""
+    if x.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        return tl.float32
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
+
+
+def stream(x):
+    """What kernels take for a tensor (B, T, nh, hd)."""
+    return (x, *x.stride()[:3])
+
+
+def per_head(x):
+    """Room for a tensor like x in which the tokens of a head lie together."""
+    B, T, nh, hd = x.shape
+    return torch.empty(B, nh, T, hd, dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def normalise(x_txt, x_img, w_txt, w_img, eps):
+    """-> both streams' x / rms(x) * w, in x's dtype."""
+    B, N, nh, hd = x_img.shape
+    y_txt, y_img, rows = per_head(x_txt), per_head(x_img), 64
+    grid = (triton.cdiv(x_txt.shape[1], rows) + triton.cdiv(N, rows), B * nh)
+    normalise_heads[grid](stream(x_txt), stream(x_img), w_txt, w_img, stream(y_txt), stream(y_img),
+                          x_txt.shape[1], N, nh, eps, D=hd, BLOCK_D=head_block(x_img), ROWS=rows, **FUSED)
+    return y_txt, y_img
+
+
+def filled_in(q_txt, k_txt, v_txt, q_img, k_img, v_img, weights):
+    """The same with empty text in the place of None, and any vector in the place of an absent weight."""
+    none = q_img[:, :0]
+    w = [q_img if w is None else w for w in weights]
+    return *(none if x is None else x for x in (q_txt, k_txt, v_txt)), q_img, k_img, v_img, *w
+
+
+def attend_simply(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, eps=1e-6):
+    """The simple kernel: all six tensors and all four weights -> out_txt, out_img."""
+    load_triton()
+    (B, N, nh, hd), M, block = q_img.shape, q_txt.shape[1], 32
+    out_txt, out_img = torch.empty_like(q_txt), torch.empty_like(q_img)
+    attend_simple[triton.cdiv(M, block) + triton.cdiv(N, block), B * nh](
+        *(stream(x) for x in (q_txt, k_txt, v_txt, q_img, k_img, v_img)), *norm_weights, stream(out_txt),
+        stream(out_img), M, N, nh, hd ** -0.5 * math.log2(math.e), eps, D=hd, BLOCK_D=head_block(q_img),
+        BLOCK=block, DOT=dot_dtype(q_img), **FUSED)
+    return out_txt, out_img
+
+
+def launch_forward(q_txt, k_txt, v_txt, q_img, k_img, v_img, weights, lengths, eps):
+    """-> out_txt, out_img, lse (B, nh, text queries + N) in float32.
+    weights: of q_txt, k_txt, q_img, k_img, or None."""
+    load_triton()
+    norm = weights[2] is not None
+    q_txt, k_txt, v_txt, q_img, k_img, v_img, w_q_txt, w_k_txt, w_q_img, w_k_img = filled_in(
+        q_txt, k_txt, v_txt, q_img, k_img, v_img, weights)
+    (B, N, nh, hd), M_Q, M = q_img.shape, q_txt.shape[1], k_txt.shape[1]
+    if norm:
+        k_txt, k_img = normalise(k_txt, k_img, w_k_txt, w_k_img, eps)
+    out_txt, out_img = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_txt, q_img))
+    lse = torch.empty(B, nh, M_Q + N, dtype=torch.float32, device=q_img.device)
+    t = tiles("forward", q_img)
+    grid = triton.cdiv(N, t["BLOCK_M"]) + triton.cdiv(M_Q, t["BLOCK_M"]), B * nh
+    attend_forward[grid](
+        *(stream(x) for x in (q_txt, k_txt, v_txt, q_img, k_img, v_img)), w_q_txt, w_q_img, lengths,
+        stream(out_txt), stream(out_img), lse, M_Q, M, N, nh, hd ** -0.5 * math.log2(math.e), eps, NORM=norm,
+        ALL_TXT=lengths is None and M % t["BLOCK_N"] == 0, ALL_IMG=N % t["BLOCK_N"] == 0,
+        D=hd, DOT=dot_dtype(q_img), **t)
+    return out_txt, out_img, lse
+
+
+def launch_backward(dout_txt, dout_img, out_txt, out_img, lse, q_txt, k_txt, v_txt, q_img, k_img, v_img,
+                    weights, lengths, eps):
+    """-> gradients of the six tensors, and of the four weights in float32 (of no meaning without them)."""
+    load_triton()
+    norm = weights[2] is not None
+    q_txt, k_txt, v_txt, q_img, k_img, v_img, w_q_txt, w_k_txt, w_q_img, w_k_img = filled_in(
+        q_txt, k_txt, v_txt, q_img, k_img, v_img, weights)
+    (B, N, nh, hd), M_Q, M = q_img.shape, q_txt.shape[1], k_txt.shape[1]
+    do_txt, do_img = stream(dout_txt.contiguous()), stream(dout_img.contiguous())
+    delta = torch.empty_like(lse)
+    row_products[triton.cdiv(M_Q, 64) + triton.cdiv(N, 64), B * nh](
+        stream(out_txt), stream(out_img), do_txt, do_img, delta, M_Q, N, nh, D=hd, BLOCK_D=head_block(q_img),
+        ROWS=64, **FUSED)
+    q = normalise(q_txt, q_img, w_q_txt, w_q_img, eps) if norm else (q_txt, q_img)
+    k = normalise(k_txt, k_img, w_k_txt, w_k_img, eps) if norm else (k_txt, k_img)
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device)
+             for x in (q_txt, k_txt, v_txt, q_img, k_img, v_img)]
+    dq_txt, dk_txt, dv_txt, dq_img, dk_img, dv_img = (stream(g) for g in grads)
+    read = (*(stream(x) for x in (q[0], k[0], v_txt, q[1], k[1], v_img)), lengths, do_txt, do_img, lse, delta)
+    numbers = M_Q, M, N, nh, hd ** -0.5 * math.log2(math.e), hd ** -0.5, eps
+
+    t = tiles("keys", q_img)
+    blocks_k = [triton.cdiv(count, t["BLOCK_N"]) for count in (N, M)]
+    dw_k = torch.empty(B * nh, sum(blocks_k), t["BLOCK_D"], dtype=torch.float32, device=q_img.device)
+    attend_backward_keys[sum(blocks_k), B * nh](
+        *read, stream(k_txt), stream(k_img), w_k_txt, w_k_img, dk_txt, dv_txt, dk_img, dv_img, dw_k, *numbers,
+        NORM=norm, ALL_TXT=M_Q % t["BLOCK_M"] == 0, ALL_IMG=N % t["BLOCK_M"] == 0,
+        D=hd, DOT=dot_dtype(q_img), **t)
+    t = tiles("queries", q_img)
+    blocks_q = [triton.cdiv(count, t["BLOCK_M"]) for count in (N, M_Q)]
+    dw_q = torch.empty(B * nh, sum(blocks_q), t["BLOCK_D"], dtype=torch.float32, device=q_img.device)
+    attend_backward_queries[sum(blocks_q), B * nh](
+        *read, stream(q_txt), stream(q_img), w_q_txt, w_q_img, dq_txt, dq_img, dw_q, *numbers, NORM=norm,
+        ALL_TXT=lengths is None and M % t["BLOCK_N"] == 0, ALL_IMG=N % t["BLOCK_N"] == 0,
+        D=hd, DOT=dot_dtype(q_img), **t)
+    (dw_q_img, dw_q_txt), (dw_k_img, dw_k_txt) = (
+        [part[..., :hd].sum((0, 1)) for part in dw.split(blocks, dim=1)]
+        for dw, blocks in ((dw_q, blocks_q), (dw_k, blocks_k)))
+    return grads, [dw_q_txt, dw_k_txt, dw_q_img, dw_k_img]
+
+
+# ------------------------------------------------------------------------------------------- known to PyTorch
+
+@torch.library.custom_op("sd3::joint_attention", mutates_args=())
+def joint_attention_op(
+        q_txt: Optional[Tensor], k_txt: Optional[Tensor], v_txt: Optional[Tensor], q_img: Tensor,
+        k_img: Tensor, v_img: Tensor, w_q_txt: Optional[Tensor], w_k_txt: Optional[Tensor],
+        w_q_img: Optional[Tensor], w_k_img: Optional[Tensor], text_lengths: Optional[Tensor], eps: float
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """-> out_txt (of length 0 without text queries), out_img, lse (B, nh, L)"""
+    return launch_forward(q_txt, k_txt, v_txt, q_img, k_img, v_img, (w_q_txt, w_k_txt, w_q_img, w_k_img),
+                          text_lengths, eps)
+
+
+@joint_attention_op.register_fake
+def _(q_txt, k_txt, v_txt, q_img, k_img, v_img, w_q_txt, w_k_txt, w_q_img, w_k_img, text_lengths, eps):
+    B, N, nh, hd = q_img.shape
+    M = 0 if q_txt is None else q_txt.shape[1]
+    return (q_img.new_empty(B, M, nh, hd), q_img.new_empty(B, N, nh, hd),
+            q_img.new_empty(B, nh, M + N, dtype=torch.float32))
+
+
+@torch.library.custom_op("sd3::joint_attention_backward", mutates_args=())
+def joint_attention_backward_op(
+        dout_txt: Tensor, dout_img: Tensor, out_txt: Tensor, out_img: Tensor, lse: Tensor,
+        q_txt: Optional[Tensor], k_txt: Optional[Tensor], v_txt: Optional[Tensor], q_img: Tensor,
+        k_img: Tensor, v_img: Tensor, w_q_txt: Optional[Tensor], w_k_txt: Optional[Tensor],
+        w_q_img: Optional[Tensor], w_k_img: Optional[Tensor], text_lengths: Optional[Tensor], eps: float
+) -> List[Tensor]:
+    """-> gradients of the six tensors and four weights; of those that are None, nothing"""
+    weights = w_q_txt, w_k_txt, w_q_img, w_k_img
+    grads, weight_grads = launch_backward(dout_txt, dout_img, out_txt, out_img, lse, q_txt, k_txt, v_txt,
+                                          q_img, k_img, v_img, weights, text_lengths, eps)
+    given = [g for g, x in zip(grads, (q_txt, k_txt, v_txt, q_img, k_img, v_img)) if x is not None]
+    return given + [g.to(w.dtype) for g, w in zip(weight_grads, weights) if w is not None]
+
+
+@joint_attention_backward_op.register_fake
+def _(dout_txt, dout_img, out_txt, out_img, lse, *inputs):
+    *tensors, lengths, eps = inputs
+    return [x.new_empty(x.shape) for x in tensors if x is not None]
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    out_txt, out_img, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(out_txt, out_img, lse, *tensors)
+
+
+def _grad(ctx, dout_txt, dout_img, _):
+    inputs = ctx.saved_tensors[3:-1]                                # six tensors, four weights
+    found = iter(joint_attention_backward_op(dout_txt, dout_img, *ctx.saved_tensors, ctx.eps))
+    grads = [None if x is None else next(found) for x in inputs]
+    for i, weight in ((0, 6), (1, 7)):
+        if inputs[i] is None:                                       # nothing was normalised with it
+            grads[weight] = None
+    return *grads, None, None
+
+
+joint_attention_op.register_autograd(_grad, setup_context=_save)
+
+
+def joint_attention_triton(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, text_lengths, eps):
+    """What `joint_attention_reference` computes. Autocast makes q, k and v half, as for PyTorch's own."""
+    tensors = q_txt, k_txt, v_txt, q_img, k_img, v_img
+    device = q_img.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [None if x is None else x.to(dtype) for x in tensors]
+    if k_txt is None:
+        text_lengths = None
+    elif text_lengths is not None:
+        text_lengths = text_lengths.contiguous()
+    out_txt, out_img, _ = joint_attention_op(*tensors, *(norm_weights or (None,) * 4), text_lengths, eps)
+    return None if q_txt is None else out_txt, out_img
+
+
+# ------- what is accepted
+
+def check_joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, text_lengths, eps) -> None:
+    """ValueError that names the argument, before anything runs."""
+    if q_img.dim() != 4:
+        raise ValueError(f"q_img must be (B, N, nh, hd), got {tuple(q_img.shape)}")
+    B, N, nh, hd = q_img.shape
+    if (k_txt is None) != (v_txt is None) or k_txt is None and q_txt is not None:
+        raise ValueError("k_txt and v_txt go together, and q_txt needs them; all three None: no text")
+    M = 0 if k_txt is None else k_txt.shape[1]
+    expected = [("k_img", k_img, (B, N, nh, hd)), ("v_img", v_img, (B, N, nh, hd))]
+    text = ("k_txt", k_txt), ("v_txt", v_txt), ("q_txt", q_txt)
+    expected += [(name, x, (B, M, nh, hd)) for name, x in text if x is not None]
+    for name, x, shape in expected:
+        if x.dtype != q_img.dtype:
+            raise ValueError(f"{name} is {x.dtype}, q_img {q_img.dtype}: all q, k and v must share a dtype")
+    if norm_weights is not None:
+        if len(norm_weights) != 4:
+            raise ValueError(f"norm_weights must be of (q_txt, k_txt, q_img, k_img), got {len(norm_weights)}")
+        named = zip(("q_txt", "k_txt", "q_img", "k_img"), norm_weights, (q_txt, k_txt, q_img, k_img))
+        for name, w, x in named:
+            if x is not None and w is None:
+                raise ValueError(f"the norm weight of {name} is None, though {name} is not")
+            if x is not None:
+                expected.append((f"the norm weight of {name}", w, (hd,)))
+    if text_lengths is not None:
+        expected.append(("text_lengths", text_lengths, (B,)))
+        if text_lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"text_lengths must be int32 or int64, got {text_lengths.dtype}")
+    for name, x, shape in expected:
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)} beside q_img {tuple(q_img.shape)}, "
+                             f"got {tuple(x.shape)}")
+        if x.device != q_img.device:
+            raise ValueError(f"{name} is on {x.device}, q_img on {q_img.device}: move one of them")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number, at least 0, got {eps}")
+
+
+# ------- demo
+
+def demo() -> None:
+    """Error of the kernels and of PyTorch against float64, in each dtype; on a GPU also the time."""
+    from importlib.util import find_spec
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ["TRITON_INTERPRET"] = "1"                        # Triton's own interpreter, in numpy
+    found = find_spec("triton") is not None
+    print("joint attention of 13 + 40 tokens: largest error against float64, relative to the largest value")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+        torch.manual_seed(0)
+        x = [t.to("cuda" if cuda else "cpu", dtype) for L in (13, 40) for t in torch.randn(3, 1, L, 2, 64)]
+        w = list(0.5 + torch.rand(4, 64, device=x[0].device))
+        z = [t.double() for t in x]
+        for i, v in zip((0, 1, 3, 4), w):
+            z[i] = z[i] / (z[i].square().mean(-1, keepdim=True) + 1e-6).sqrt() * v.double()
+        exact = attention(*(torch.cat(pair, 1).transpose(1, 2) for pair in zip(z[:3], z[3:]))).transpose(1, 2)
+        ways = {"PyTorch": lambda: joint_attention_reference(*x, w)}
+        if found:
+            ways["simple kernel"] = lambda: attend_simply(*x, w)
+            ways["kernel"] = lambda: joint_attention_triton(*x, w, None, 1e-6)
+        errors = {name: ((torch.cat(way(), 1) - exact).abs().max() / exact.abs().max()).item()
+                  for name, way in ways.items()}
+        print(f"  {str(dtype)[6:]:9s}", "  ".join(f"{name} {e:.1e}" for name, e in errors.items()))
+        assert max(errors.values()) < tolerance
+    if not found:
+        print("Triton is not installed: only the formula was checked")
+    elif cuda:
+        from triton.testing import do_bench
+        x = [t for L in (154, 4096) for t in torch.randn(1, L, 3, 24, 64, device="cuda").bfloat16().unbind(2)]
+        print("154 + 4096 tokens, 24 heads, bfloat16, forward:")
+        for name, way in ways.items():
+            ms = do_bench(way, return_mode="median")
+            print(f"  {name:14s}{ms:7.3f} ms  {4 * 24 * 4250 ** 2 * 64 / ms / 1e9:5.0f} TFLOP/s")
+
+
+# Exercises. (1) In `attend_keys`, leave out `smaller`: at which lengths is the output wrong, at which not?
+# (2) Normalise the keys in `attend_keys` instead of beforehand: what does bench.py say, and what does
+# tests/test_kernels_aot.py say about the instructions of the loop?
+
+if __name__ == "__main__":
+    demo()

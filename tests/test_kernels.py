@@ -1,12 +1,19 @@
 """Claims about the three operations in kernels/, each held against the formula in float64,
 sample by sample."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import attention, gate_residual_modulate, joint_attention, modulate, rms_norm
+import kernels
+from kernels import adaln, attention, gate_residual_modulate, joint_attention, modulate, rms_norm
 
 HD = 8
 NAMES = ("q_txt", "k_txt", "v_txt", "q_img", "k_img", "v_img")
@@ -240,11 +247,133 @@ def test_gradients_of_the_modulations_are_those_of_the_formula():
 
 # -------------------------------------------------------------------------------------------------- bad input
 
-def test_an_unknown_back_end_is_refused_with_the_choices():
+def test_an_unknown_back_end_is_refused_with_the_choices(monkeypatch):
     x, y, gate, shift, scale = activations(1, 2, 4)
     calls = [lambda b: joint_attention(*streams(), backend=b), lambda b: modulate(x, shift, scale, backend=b),
              lambda b: gate_residual_modulate(x, y, gate, shift, scale, backend=b)]
     for call in calls:
-        with pytest.raises(ValueError, match="no back end 'cudnn'.*choose auto.*torch"):
+        with pytest.raises(ValueError, match="no back end 'cudnn'.*choose auto.*torch.*triton"):
             call("cudnn")
         call("torch")
+    monkeypatch.setattr(kernels, "DEFAULT", "fast")
+    with pytest.raises(ValueError, match="SD3_KERNELS is 'fast': choose auto, torch or triton"):
+        calls[0]("auto")
+
+
+def attend(x, **changes):
+    return joint_attention(**dict(zip(NAMES, x)) | changes)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(k_img=torch.zeros(2, 6, 3, HD)), r"k_img must be \(2, 6, 2, 8\) .* got \(2, 6, 3, 8\)"),
+    (dict(q_txt=torch.zeros(2, 4, 2, HD)), r"q_txt must be \(2, 5, 2, 8\)"),
+    (dict(q_img=torch.zeros(2, 6, 2 * HD)), r"q_img must be \(B, N, nh, hd\)"),
+    (dict(v_txt=None), "k_txt and v_txt go together"),
+    (dict(v_img=torch.zeros(2, 6, 2, HD).bfloat16()), "v_img is torch.bfloat16, q_img torch.float32"),
+    (dict(k_img=torch.zeros(2, 6, 2, HD, device="meta")), "k_img is on meta, q_img on cpu"),
+    (dict(norm_weights=[torch.ones(HD)] * 3), "norm_weights must be of .* got 3"),
+    (dict(norm_weights=[torch.ones(4)] * 4), r"norm weight of q_txt must be \(8,\)"),
+    (dict(norm_weights=[None] * 4), "norm weight of q_txt is None"),
+    (dict(text_lengths=torch.ones(3, dtype=torch.int64)), r"text_lengths must be \(2,\)"),
+    (dict(text_lengths=torch.ones(2)), "text_lengths must be int32 or int64"),
+    (dict(eps=float("nan")), "eps must be a finite number"),
+])
+def test_attention_names_the_argument_that_does_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        attend(streams(), **changes)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(x=torch.zeros(5, 16)), r"x must be \(B, L, D\)"),
+    (dict(y=torch.zeros(2, 4, 16)), r"y must be \(2, 5, 16\) .* got \(2, 4, 16\)"),
+    (dict(scale=torch.zeros(2, 1, 16)), r"scale must be \(2, 16\)"),
+    (dict(gate=torch.zeros(2, 16, device="meta")), "gate is on meta, x on cpu"),
+    (dict(eps=float("inf")), "eps must be a finite number"),
+])
+def test_modulations_name_the_argument_that_does_not_fit(changes, message):
+    given = dict(zip(("x", "y", "gate", "shift", "scale"), activations(2, 5, 16))) | changes
+    with pytest.raises(ValueError, match=message):
+        gate_residual_modulate(**given)
+
+
+# --------------------------------------------------------------------------------------------- who gets which
+
+def test_without_a_gpu_the_formulas_run_and_triton_stays_unimported():
+    program = ("import sys, torch\n"
+               "from kernels import modulate\n"
+               "x, s = torch.ones(1, 2, 4), torch.ones(1, 4)\n"
+               "modulate(x, s, s)\n"
+               "assert 'triton' not in sys.modules\n"
+               "try: modulate(x, s, s, backend='triton')\n"
+               "except ValueError as e: print(e)\n")
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SD3_KERNELS")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(kernels.__file__).parent.parent,
+                          capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert re.match("modulate cannot run in Triton: it (needs a CUDA GPU|is not installed)", done.stdout)
+
+
+HEADER = "gpu,operation,dtype,head_dim,pass,elements,provider,ms"
+MEASURED = """H100,modulate,bfloat16,0,forward,1000,torch,1.0
+H100,modulate,bfloat16,0,forward,1000,torch compiled,0.4
+H100,modulate,bfloat16,0,forward,1000,triton,0.5
+H100,modulate,bfloat16,0,forward,4000,torch,1.0
+H100,modulate,bfloat16,0,forward,4000,triton,1.5
+H100,modulate,bfloat16,0,forward,9000,triton,1.5"""
+
+
+def test_auto_follows_what_was_measured_on_this_gpu_at_the_nearest_size(tmp_path, monkeypatch):
+    (tmp_path / "H100.csv").write_text(f"{HEADER}\n{MEASURED}\n", encoding="utf-8")
+    table = kernels.read_results(tmp_path)
+    key = ("H100", "modulate", "bfloat16", 0, "forward")
+    assert table == {(*key, False): [(2000.0, True), (float("inf"), False)],
+                     (*key, True): [(float("inf"), False)]}
+    monkeypatch.setattr(kernels, "MEASURED", table)
+
+    def reason(size, dtype=torch.bfloat16, gpu="H100", grad=False):
+        x = torch.zeros(size, dtype=dtype, requires_grad=grad)
+        return kernels.slower("modulate", 0, {"x": x, "gate": None}, gpu)
+
+    assert reason(1999) is None and reason(10) is None
+    assert "measured to be faster on H100" in reason(2001)
+    for other in (dict(dtype=torch.float16), dict(gpu="A100"), dict(grad=True)):
+        assert "was not measured" in reason(10, **other) and "bench.py" in reason(10, **other)
+
+
+def test_a_later_measurement_replaces_an_earlier_one(tmp_path):
+    for day, ms in ((1, 0.5), (2, 2.0)):
+        rows = f"A,modulate,float16,0,forward,8,torch,1.0\nA,modulate,float16,0,forward,8,triton,{ms}\n"
+        (tmp_path / f"A_{day}.csv").write_text(f"{HEADER}\n{rows}", encoding="utf-8")
+    assert kernels.read_results(tmp_path) == {
+        ("A", "modulate", "float16", 0, "forward", False): [(float("inf"), False)]}
+
+
+@pytest.mark.parametrize("bad, reason", [
+    (torch.zeros(2, 3, 4, dtype=torch.float64), "float64, the kernels take"),
+    (torch.zeros(2, 3, 5, 4).transpose(2, 3), r"x \(2, 3, 4, 5\) has stride 4 in its last dim"),
+    (torch.zeros(1, 1, 1, 257), "head dim 257"),
+    (torch.empty(1, 2 ** 20, 2 ** 11, device="meta"), "too many for 32-bit"),
+])
+def test_tensors_that_no_kernel_takes_are_refused_with_the_reason(bad, reason):
+    assert re.search(reason, adaln.triton_refuses({"nothing": None, "x": bad}))
+
+
+def test_a_smoke_run_of_the_bench_is_kept_out_of_the_results(capsys):
+    from kernels import bench
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--smoke"])
+    assert stop.value.code == 2 and "--smoke measures nothing" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit) as stop:
+            bench.main([])
+        assert stop.value.code == 2 and "no CUDA GPU" in capsys.readouterr().err
+
+
+def test_the_bench_covers_the_three_models_at_both_sizes():
+    from kernels import bench
+    found = bench.cases()
+    assert {(c["model"], c["pixels"], c["B"]) for c in found} == {
+        (model, pixels, B) for model in ("sd3-medium", "sd3.5-medium", "sd3.5-large")
+        for pixels in (512, 1024) for B in (1, 2, 4, 8)}
+    assert {c["operation"] for c in found} == {"joint_attention", "joint_attention with norms", "modulate",
+                                               "gate_residual_modulate"}

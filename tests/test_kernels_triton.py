@@ -17,7 +17,11 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"                # read when Triton is imported, which is now
 pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be checked")
 
-from kernels import adaln, gate_residual_modulate, modulate  # noqa: E402
+import kernels  # noqa: E402
+from kernels import adaln, gate_residual_modulate, joint_attention, modulate  # noqa: E402
+from kernels.joint_attention import (joint_attention_backward_op,  # noqa: E402
+                                     joint_attention_op, attend_simply)
+from mmdit import MMDiT, MMDiTConfig  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,12 +34,17 @@ def seeded(seed):
 
 
 def assert_as_exact(names, got, pytorch, exact, dtype):
+    """The largest value is that of all queries' and keys' gradients together: where few keys share a softmax,
+    one of them can be a difference of two nearly equal numbers."""
+    sizes = {n: 0 if c is None or not c.numel() else c.abs().max().item() for n, c in zip(names, exact)}
+    products = max([size for n, size in sizes.items() if n[:3] in ("dq_", "dk_")], default=0)
     for name, a, b, c in zip(names, got, pytorch, exact, strict=True):
         assert (a is None) == (c is None), name
         if a is None or not a.numel():
             continue
         assert a.shape == c.shape and a.isfinite().all(), name
-        error, theirs, size = ((x.double() - c).abs().max().item() for x in (a, b, torch.zeros_like(c)))
+        error, theirs = ((x.double() - c).abs().max().item() for x in (a, b))
+        size = products if name[:3] in ("dq_", "dk_") else sizes[name]
         assert error <= 2 * theirs + FLOOR[dtype] * size + 1e-12, \
             f"{name}: error {error:.1e}, PyTorch's {theirs:.1e}, largest value {size:.1e}"
 
@@ -132,6 +141,18 @@ def test_slices_of_larger_activations_are_read_in_place():
         torch.testing.assert_close(a, b)
 
 
+def test_tokens_whose_channels_lie_apart_are_copied_and_give_the_same():
+    x, y, gate, shift, scale = modulation_inputs(2, 6, 32, torch.float32)
+    pulls = torch.randn(2, 2, 6, 32, generator=seeded(1)).to(DEVICE)
+    apart = x.transpose(1, 2).contiguous().transpose(1, 2)          # as a convolution leaves its patches
+
+    def run(*a):
+        return gate_residual_modulate(*a, backend="triton")
+
+    for a, b in zip(*(gradients(run, (t, y, gate, shift, scale), pulls) for t in (x, apart))):
+        torch.testing.assert_close(a, b)
+
+
 def test_under_autocast_the_residual_stream_stays_float32():
     x, y, gate, shift, scale = modulation_inputs(2, 5, 32, torch.float32)
     y, gate, shift, scale = (t.bfloat16() for t in (y, gate, shift, scale))     # what Linear gives there
@@ -154,7 +175,165 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+# -------------------------------------------------------------------------------------------- joint attention
+
+def streams(B=2, M=5, N=6, nh=1, hd=32, dtype=torch.float32, text="all", packed=True, size=1.0, seed=0):
+    """[q_txt, k_txt, v_txt, q_img, k_img, v_img]; packed: views of each stream's qkv, as a Linear leaves
+    them. text: "all", "dead" (no q_txt) or "none"."""
+    g = seeded(seed)
+    both = [(size * torch.randn(B, L, 3, nh, hd, generator=g)).to(DEVICE, dtype).unbind(2) for L in (M, N)]
+    x = [y if packed else y.contiguous() for three in both for y in three]
+    dead = {"all": 0, "dead": 1, "none": 3}[text]
+    return [None] * dead + x[dead:]
+
+
+def norm_weights(hd, text="all", seed=1):
+    w = (0.5 + torch.rand(4, hd, generator=seeded(seed))).to(DEVICE).unbind()
+    return [None, None, *w[2:]] if text == "none" else list(w)
+
+
+def exact_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, *weights, lengths=None, eps=1e-6):
+    """In the dtype of its arguments. Masked text is cut away, picture by picture."""
+    def norm(x, w):
+        return x if x is None or w is None else x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w
+
+    w = weights or (None,) * 4
+    q_txt, k_txt, q_img, k_img = (norm(x, s) for x, s in zip((q_txt, k_txt, q_img, k_img), w))
+    outs = []
+    for b in range(len(q_img)):
+        n = None if lengths is None else int(lengths[b])
+        q, k, v = (torch.cat([t[b, :cut], i[b]]) if t is not None else i[b] for t, i, cut in (
+            (q_txt, q_img, None), (k_txt, k_img, n), (v_txt, v_img, n)))
+        p = (torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", p, v))
+    out, M = torch.stack(outs), 0 if q_txt is None else q_txt.shape[1]
+    return (None if q_txt is None else out[:, :M]), out[:, M:]
+
+
+def compare(x, w, lengths=None, eps=1e-6):
+    """The three ways through joint attention, values and gradients, by the rule."""
+    dtype, w = x[3].dtype, w or []
+    pulls = [torch.randn(o.shape, generator=seeded(2)).to(o) for o in (x[0], x[3]) if o is not None]
+
+    def by(backend):
+        return lambda *a: joint_attention(*a[:6], norm_weights=a[6:] or None, text_lengths=lengths, eps=eps,
+                                          backend=backend)
+
+    run = [gradients(by("triton"), x + w, pulls), gradients(by("torch"), x + w, pulls),
+           gradients(lambda *a: exact_attention(*a, lengths=lengths, eps=eps),
+                     [doubled(t) for t in x + w], pulls)]
+    names = ["out_txt", "out_img"][2 - len(pulls):]
+    gradient_names = "dq_txt dk_txt dv_txt dq_img dk_img dv_img dw_q_txt dw_k_txt dw_q_img dw_k_img".split()
+    names += [n for n, t in zip(gradient_names, x + w) if t is not None]
+    assert run[0][0].dtype == dtype
+    assert_as_exact(names, *run, dtype)
+
+
+cases = st.fixed_dictionaries({
+    "B": st.integers(1, 2), "M": st.sampled_from([0, 1, 13, 32]), "N": st.sampled_from([31, 32, 45]),
+    "nh": st.just(1), "hd": st.sampled_from([16, 32, 40, 64, 80]), "dtype": st.sampled_from(DTYPES),
+    "text": st.sampled_from(["all", "all", "dead", "none"]), "packed": st.booleans(),
+    "size": st.sampled_from([0.01, 1.0, 3.0]), "seed": st.integers(0, 99)})
+
+
+@given(cases, st.booleans(), st.data())
+def test_joint_attention_is_as_exact_as_pytorch_forward_and_backward(case, with_norm, data):
+    one = st.integers(0, case["M"])
+    lengths = data.draw(st.none() | st.lists(one, min_size=case["B"], max_size=case["B"]))
+    compare(streams(**case), norm_weights(case["hd"], case["text"]) if with_norm else None,
+            None if lengths is None else torch.tensor(lengths, device=DEVICE))
+
+
+@pytest.mark.parametrize("hd", [32, 80, 96, 128, 256])
+def test_every_head_dim_up_to_256_is_as_exact_as_pytorch(hd):
+    compare(streams(1, 3, 35, 1, hd), norm_weights(hd))
+
+
+@pytest.mark.parametrize("size", [1e-2, 300.0], ids=["small", "squares overflow float16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_with_norms_the_size_of_queries_and_keys_does_not_matter(dtype, size):
+    x = [y * size if i not in (2, 5) else y for i, y in enumerate(streams(1, 9, 33, dtype=dtype))]
+    assert size < 1 or dtype != torch.float16 or x[0].square().isinf().any()
+    compare(x, norm_weights(32))
+
+
+def test_one_token_attends_to_itself():
+    compare(streams(1, 0, 1), norm_weights(32))
+    compare(streams(1, 1, 1), norm_weights(32))
+
+
+def test_rows_of_zeros_and_constant_rows_are_as_exact_as_pytorch():
+    x = streams(1, 4, 33)
+    for y in x:
+        y[:, 0], y[:, 1] = 0.0, 2.0
+    compare(x, norm_weights(32))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")      # numpy's, of the rows beyond the end
+def test_without_eps_the_rows_beyond_the_end_leave_no_trace():
+    compare(streams(1, 5, 33), norm_weights(32), eps=0.0)
+
+
+def test_a_softmax_that_chooses_one_key_is_as_exact_as_pytorch():
+    compare(streams(1, 5, 40, size=30.0), None)
+
+
+def test_pictures_whose_text_is_wholly_masked_attend_to_the_image_alone():
+    x, lengths = streams(2, 34, 33, 1), torch.tensor([0, 33], device=DEVICE)
+    compare(x, norm_weights(32), lengths)
+    out = joint_attention(*x, text_lengths=lengths, backend="triton")[1][:1]
+    alone = joint_attention(None, None, None, *(y[:1] for y in x[3:]), backend="triton")[1]
+    torch.testing.assert_close(out, alone)
+
+
+def test_exchanging_the_streams_exchanges_the_outputs():
+    x, w = streams(2, 5, 33, nh=2), norm_weights(32)
+    a, b = joint_attention(*x, norm_weights=w, backend="triton")
+    c, d = joint_attention(*x[3:], *x[:3], norm_weights=w[2:] + w[:2], backend="triton")
+    torch.testing.assert_close((a, b), (d, c))
+
+
+def test_the_simple_attention_kernel_agrees_with_the_one_that_is_used():
+    x, w = streams(1, 13, 35, nh=2), norm_weights(32)
+    used = joint_attention(*x, norm_weights=w, backend="triton")
+    torch.testing.assert_close(attend_simply(*x, w), used)
+
+
+def test_autocast_gives_attention_in_half_precision_and_float32_gradients():
+    x, w = [t.requires_grad_() for t in streams(1, 5, 33)], [t.requires_grad_() for t in norm_weights(32)]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = joint_attention(*x, norm_weights=w, backend="triton")
+        expected = joint_attention(*x, norm_weights=w, backend="torch")
+    for a, b in zip(out, expected):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.float(), b.float(), atol=5e-2, rtol=5e-2)
+    grads = torch.autograd.grad(sum(o.float().sum() for o in out), x + w)
+    assert all(g.dtype == torch.float32 for g in grads)
+
+
+def test_two_runs_of_attention_give_the_same_bits():
+    x, w = streams(1, 13, 35), norm_weights(32)
+    pulls = [torch.ones_like(x[0]), torch.ones_like(x[3])]
+    def run(*a):
+        return joint_attention(*a[:6], norm_weights=a[6:], backend="triton")
+
+    first, second = (gradients(run, x + w, pulls) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
 # ------------------------------------------------------------------------------------------- known to PyTorch
+
+@pytest.mark.parametrize("text, with_norm, lengths", [("all", True, [3, 0]), ("dead", False, None)])
+def test_pytorch_accepts_the_registration_of_joint_attention(text, with_norm, lengths):
+    x = [None if t is None else t.clone().requires_grad_() for t in streams(2, 3, 5, 1, 16, text=text)]
+    w = [t.requires_grad_() for t in norm_weights(16)] if with_norm else [None] * 4
+    lengths = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+    torch.library.opcheck(joint_attention_op, (*x, *w, lengths, 1e-6))
+    with torch.no_grad():
+        out = joint_attention_op(*x, *w, lengths, 1e-6)
+        torch.library.opcheck(joint_attention_backward_op, (*out[:2], *out, *x, *w, lengths, 1e-6),
+                              test_utils="test_faketensor")
+
 
 def test_pytorch_accepts_the_registration_of_the_modulations():
     x, y, gate, shift, scale = (t.detach().clone().requires_grad_()
@@ -166,3 +345,52 @@ def test_pytorch_accepts_the_registration_of_the_modulations():
     for op, inputs in ((adaln.modulate_backward_op, (dh, h, shift, scale, 1e-6)),
                        (adaln.gate_residual_modulate_backward_op, (dh, dh, h, y, gate, shift, scale, 1e-6))):
         torch.library.opcheck(op, inputs, test_utils="test_faketensor")
+
+
+def test_torch_compile_traces_the_dispatch_and_the_kernels_in_one_graph():
+    x, y, gate, shift, scale = modulation_inputs(1, 4, 32, torch.float32)
+
+    def block(x, y, gate, shift, scale):
+        h, m = gate_residual_modulate(2 * x, y, gate, shift, scale, backend="triton")
+        m = m.view(1, 4, 2, 16)
+        return h.sin(), joint_attention(m, m, m, m, m, m, backend="triton")[1]
+
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    pulls = [torch.ones(1, 4, 32, device=DEVICE), torch.ones(1, 4, 2, 16, device=DEVICE)]
+    for a, b in zip(gradients(compiled, (x, y, gate, shift, scale), pulls),
+                    gradients(block, (x, y, gate, shift, scale), pulls), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_shapes_can_be_had_without_computing_anything():
+    x = [t.to("meta") for t in streams(2, 5, 6, nh=2, dtype=torch.bfloat16)]
+    out = joint_attention(*x, backend="triton")
+    assert [o.shape for o in out] == [x[0].shape, x[3].shape] and out[0].dtype == torch.bfloat16
+    flat = x[0].flatten(2)
+    assert modulate(flat, flat[:, 0], flat[:, 1], backend="triton").shape == flat.shape
+
+
+# -------------------------------------------------------------------------------------------- the whole model
+
+def test_training_follows_the_same_loss_curve_with_both_back_ends(monkeypatch):
+    steps = 50 if CUDA else 3                           # the interpreter needs seconds for one
+    config = MMDiTConfig(2, head_dim=16, in_channels=4, context_dim=24, pooled_dim=12, pos_max=8,
+                         pos_sample=4, pos_base=4, dual_blocks=1)
+    curves = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(kernels, "DEFAULT", backend)
+        torch.manual_seed(0)
+        model = MMDiT(config).to(DEVICE)
+        for p in model.parameters():                    # with zero gates the blocks would do nothing
+            torch.nn.init.normal_(p, std=0.1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        x, context, pooled = (torch.randn(s, device=DEVICE) for s in ((2, 4, 8, 8), (2, 5, 24), (2, 12)))
+        t, curves[backend] = torch.tensor([0.3, 0.8], device=DEVICE), []
+        for _ in range(steps):
+            loss = (model(x, t, context, pooled) - x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curves[backend].append(loss.item())
+    assert curves["torch"][-1] < curves["torch"][0]
+    assert curves["triton"] == pytest.approx(curves["torch"], rel=1e-3)
