@@ -487,8 +487,9 @@ def draw(args, paths) -> None:
             save_picture(picture, path, settings | {"seed": seed})
             print(path)
     if pipe.places.device.type == "cuda":
-        print(f"--offload {pipe.places.mode}: at most {torch.cuda.max_memory_reserved() / offload.GB:.2f} GB of "
-              "the card, beside CUDA itself", file=sys.stderr)
+        most = torch.cuda.max_memory_reserved() / offload.GB
+        print(f"--offload {pipe.places.mode}: at most {most:.2f} GB of the card, beside CUDA itself",
+              file=sys.stderr)
 
 
 def dry_run(args) -> None:

@@ -183,6 +183,16 @@ def test_the_last_run_draws_and_the_png_tells_its_settings(run, monkeypatch, cap
         assert a.tobytes() == b.tobytes()
 
 
+def test_a_dry_run_counts_the_last_runs_own_weights_and_draws_nothing(run, pipe, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent.parent)
+    before = sorted(Path(".").rglob("*"))
+    sample.main(["--dry-run"])
+    said = capsys.readouterr().out
+    for part in (pipe.mmdit, pipe.vae, pipe.encoders.t5):
+        assert f"{sum(p.numel() for p in part.parameters()):,}" in said
+    assert "64 x 64 pixels, float32" in said and sorted(Path(".").rglob("*")) == before
+
+
 def test_an_existing_file_is_never_overwritten(run, tmp_path, capsys):
     out = tmp_path / "kept.png"
     out.write_bytes(b"precious")
