@@ -229,7 +229,7 @@ def judge(found, metadata):
                 fault = f"{shape} is not {relation} {metadata['include'][target]['class']}"
         groups.append(None if fault else group)
         reasons += [fault] if fault else []
-    for clause in metadata["exclude"]:
+    for clause in metadata.get("exclude", []):      # GenEval's own files leave it out where it is empty
         n = sum(f.shape == clause["class"] for f in found)
         if n >= clause["count"]:
             reasons.append(f"expected fewer than {clause['count']} {clause['class']}, found {n}")
@@ -291,7 +291,8 @@ def tally(jobs, found):
         m, first = job.metadata, objects[:1]
         correct, strict, reason = judge(objects, m)
         asked = m["include"][0]
-        records.append({"task": m["tag"], "prompt": m["prompt"], "number": job.number, "seed": job.seed,
+        records.append({"task": m["tag"], "prompt": m["prompt"], "number": job.number, "k": job.k,
+                        "seed": job.seed,
                         "unseen": any((c["class"], c.get("color")) in data.HELD_OUT for c in m["include"]),
                         "found": [f"{f.colour} {f.shape}" for f in objects],
                         "correct": correct, "strict": strict, "reason": reason,

@@ -147,7 +147,8 @@ def measure_drawn(s):
     for i in s.drawn_world():
         image = open_picture(s.paths[i])
         if image.shape[0] == image.shape[1]:
-            jobs, images = [*jobs, s.jobs[i]], [*images, image]
+            jobs.append(s.jobs[i])
+            images.append(image)
         else:
             s.skipped.append((f"{s.jobs[i].number:05d}/samples/{s.jobs[i].k:05d}.png", "not square"))
     if not jobs:
@@ -209,19 +210,19 @@ def measure_clip(s):
     known = sorted({text for texts in candidates for text in texts})
     index, texts = {text: i for i, text in enumerate(known)}, towers.read(known)
 
-    def scores(pictures, order):
-        images = torch.cat(list(towers.look(pictures)))
+    def scores(images, order):
         cosines = clip_score(images, texts[[index[prompts[i]] for i in order]])
         hits = [retrieval(image, texts[[index[t] for t in candidates[i]]]) for image, i in zip(images, order)]
-        return {"score": cosines.mean().item(), "error": (cosines.std() / len(order) ** 0.5).item(),
+        return {"score": cosines.mean().item(), "error": cosines.std(correction=0).item() / len(order) ** 0.5,
                 "precision": float(np.mean(hits)), "precision_error": float(np.std(hits) / len(hits) ** 0.5)}
 
-    order = list(range(len(prompts)))
-    rows = {"pictures": scores(s.paths, order),
-            "shuffled": scores(s.paths, [int(i) for i in np.random.default_rng(3).permutation(len(order))])}
+    order, images = list(range(len(prompts))), torch.cat(list(towers.look(s.paths)))
+    rows = {"pictures": scores(images, order),
+            "shuffled": scores(images, np.random.default_rng(3).permutation(len(order)).tolist())}
     true = [i for i in order if foreign(s.jobs[i].metadata) is None]
     if true:
-        rows["true drawings"] = scores(true_drawings([s.jobs[i] for i in true], SIDE), true)
+        drawings = true_drawings([s.jobs[i] for i in true], SIDE)
+        rows["true drawings"] = scores(torch.cat(list(towers.look(drawings))), true)
     chance = float(np.mean([1 / len(texts) for texts in candidates]))
     lines = [row("CLIP", "score", "+-", "R-precision", "+-")]
     lines += [row(name, number(r["score"], 4, 1), number(r["error"], 4, 1), number(r["precision"]) + " %",
@@ -297,7 +298,7 @@ def measure_memory(s):
     index, far = nearest(pictures, training.images)
     result = {"pictures": len(order), "of": of, "training": len(training.images),
               "median": far.median().item(), "copies": (far < 2).double().mean().item()}
-    lines = [row("nearest", "median", "copies, %", "too near, %"), ]
+    lines = [row("nearest", "median", "copies, %", "too near, %")]
     heldout, what = s.heldout(256, most=COMPARED)
     cells = ["", ""]
     if heldout is not None:
@@ -305,9 +306,11 @@ def measure_memory(s):
         limit = near.quantile(0.01).item()
         result |= {"heldout": what, "heldout_median": near.median().item(),
                    "too_near": (far < limit).double().mean().item(), "limit": limit}
-        cells = [number(result["too_near"]), f"{what}: {near.median():.1f}, 1 % below {limit:.1f}"]
+        cells = [number(result["too_near"]),
+                 f"of {what} the median is {near.median():.1f}, and 1 % are nearer than {limit:.1f}: too near"]
     lines += [row(f"{len(order)} pictures", f"{result['median']:.1f}", number(result["copies"]), cells[0]),
-              f"root mean square difference, of 255, to {len(training.images)} {of}. {cells[1]}".rstrip()]
+              f"root mean square difference, of 255, to {len(training.images)} {of}; copies: below 2",
+              cells[1]]
     closest = far.argsort()[:12].tolist()
     pairs = [(pictures[i], training.images[index[i]], s.jobs[order[i]].metadata["prompt"], far[i].item())
              for i in closest]
@@ -459,7 +462,7 @@ def prepare(args):
     return Subject(out, jobs, draw(jobs, args.steps), [], config, pipe, None, draw, args.data)
 
 
-def evaluate(args):
+def measure(args):
     """Everything that the command line does, but for its errors."""
     device, towers = pick_device(args.device), None
     if {"clip", "fid", "steps"} & set(args.measures):
@@ -546,7 +549,7 @@ def refuse(message: str):
 
 def main(argv=None):
     try:
-        evaluate(parse(argv))
+        measure(parse(argv))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on with what is drawn")
     except (ValueError, FloatingPointError, OSError) as error:

@@ -175,6 +175,14 @@ def test_foreign_metadata_is_skipped_with_its_class_and_never_scored(tmp_path, c
     assert "unknown class 'bench'" in capsys.readouterr().out
 
 
+def test_metadata_may_leave_out_an_empty_exclude_as_genevals_does(tmp_path):
+    for job in gallery(tmp_path, 2, 1):
+        path = tmp_path / f"{job.number:05d}" / "metadata.jsonl"
+        write_json(path, {k: v for k, v in job.metadata.items() if v and k != "unseen"})
+    command("--images", tmp_path)
+    assert scores(tmp_path)["score"]["overall"] == 1 and not scores(tmp_path)["skipped"]
+
+
 def test_too_few_tasks_are_said_to_be_too_few_and_oblong_pictures_are_skipped(tmp_path, capsys):
     jobs = gallery(tmp_path, 2, 1)
     for job in jobs:
