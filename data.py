@@ -6,6 +6,8 @@ Three sources, one result: `Pictures`, square RGB pictures in a uint8 tensor, ea
     "emoji"     1,026 Twemoji, kept in assets/ as one sheet, so that the first real pictures need no download
     a folder    yours: name.png beside name.txt (each line is a caption), or a captions.jsonl of lines such as
                 {"file": "cats/1.jpg", "captions": ["a cat", "a grey cat asleep on a red sofa"]}
+    tar shards  the same files in .tar (the WebDataset layout), one or a folder full; name.json may take the
+                place of name.txt: {"captions": [...], "aesthetic": 5.1}
 
 Why a drawn world? Its captions are certain, and pixels can be checked against them. The paper judges models
 by GenEval's six tasks, so the world consists of these six, under GenEval's own tag names:
@@ -31,7 +33,8 @@ Lengths are fractions of the picture's side, and y grows downwards: "above" mean
 Pitfalls
 - Dropping alpha shows the colours hidden under transparent pixels, often black: pictures are laid on white.
   Cameras keep rotation in EXIF, 16-bit files need scaling, and a small file may decode to gigabytes.
-- A bad file is skipped and listed in `Pictures.skipped`, never silently; when most are bad, loading stops.
+- A bad file is skipped and listed in `Pictures.skipped`, never silently; when most are bad, or a hundred in a
+  row, loading stops. `python data.py check DIR` (prepare.py) reports on a folder before training.
 - A JPEG with a damaged byte decodes without complaint into another picture; only a checksum would tell.
 
 DIFFERS: GenEval's prompts begin with "a photo of"; these do not, the words say nothing about a drawing.
@@ -42,13 +45,20 @@ DIFFERS: the paper's synthetic captions come from a captioning model, CogVLM; ou
 Run: python data.py     checks captions against pixels, draws the six tasks with captions to runs/data.png
 """
 
+import io
 import json
 import math
+import os
 import sys
+import tarfile
 import textwrap
 import time
 import unicodedata
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,7 +181,7 @@ def describe(things):
 
 
 def _layout(rng, reaches, relation=None):
-    """Random centres [(x, y), ...] out of SPOTS for circles of these radii: inside, apart, related as told."""
+    """Random centres [(x, y), ...] out of SPOTS for circles of these radii: inside, apart, and as related."""
     while True:
         spots = []
         for r in reaches:
@@ -254,14 +264,6 @@ def prompts(task, n, seed=0):
 
 
 # --- Loading ----------------------------------------------------------------------------------------------
-
-import io
-import os
-import tarfile
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
