@@ -6,8 +6,8 @@
 
 Each part has the real widths but only as many layers as a laptop's memory and patience allow; what is left
 out is more of the same. The peers write their random weights as a folder, which is then read here; both are
-run once to warm up, compared, and then timed in turns, so that a busy machine troubles both. The last column is
-the median of the rounds' ratios, the peer's time over the time here: above 1, this code is faster.
+run once to warm up, compared, and then timed in turns, so that a busy machine troubles both. The last column
+is the median of the rounds' ratios, the peer's time over the time here: above 1, this code is faster.
 """
 import argparse
 import os
