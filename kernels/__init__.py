@@ -171,7 +171,7 @@ def read_results(folder: Path) -> dict:
                    if "triton" in ms and rival in ms]
             if won:
                 upto = [(a * b) ** 0.5 for (a, _), (b, _) in zip(won, won[1:])] + [float("inf")]
-                table[*key, compiled] = [(u, w) for u, (_, w) in zip(upto, won)]
+                table[key + (compiled,)] = [(u, w) for u, (_, w) in zip(upto, won)]
     return table
 
 

@@ -37,6 +37,7 @@ Dims: B batch, L tokens, D width. Run `python kernels/adaln.py`: checks itself a
 """
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -81,6 +82,11 @@ def load_triton() -> None:
         function = KERNELS.pop()
         function.__globals__.update(triton=triton, tl=triton.language)
         function.__globals__[function.__name__] = triton.jit(function)
+
+
+def device_of(x):
+    """Triton launches on the current GPU: makes that the one x is on."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------------------------------ the simple kernel
@@ -239,7 +245,8 @@ def stored_dtype(x, y=None, gate=None):
 
 @torch.library.custom_op("sd3::modulate", mutates_args=())
 def modulate_op(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    return launch_forward(x, shift, scale, eps)[1]
+    with device_of(x):
+        return launch_forward(x, shift, scale, eps)[1]
 
 
 @modulate_op.register_fake
@@ -250,7 +257,8 @@ def _(x, shift, scale, eps):
 @torch.library.custom_op("sd3::modulate_backward", mutates_args=())
 def modulate_backward_op(dout: torch.Tensor, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor,
                          eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx, _, (dshift, dscale) = launch_backward(dout, None, x, None, None, scale, eps)
+    with device_of(x):
+        dx, _, (dshift, dscale) = launch_backward(dout, None, x, None, None, scale, eps)
     return dx, dshift.to(shift.dtype), dscale.to(scale.dtype)
 
 
@@ -262,7 +270,8 @@ def _(dout, x, shift, scale, eps):
 @torch.library.custom_op("sd3::gate_residual_modulate", mutates_args=())
 def gate_residual_modulate_op(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, shift: torch.Tensor,
                               scale: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return launch_forward(x, shift, scale, eps, y, gate)
+    with device_of(x):
+        return launch_forward(x, shift, scale, eps, y, gate)
 
 
 @gate_residual_modulate_op.register_fake
@@ -275,7 +284,8 @@ def gate_residual_modulate_backward_op(
         dh: torch.Tensor, dout: torch.Tensor, h: torch.Tensor, y: torch.Tensor, gate: torch.Tensor,
         shift: torch.Tensor, scale: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx, dy, (dshift, dscale, dgate) = launch_backward(dout, dh, h, y, gate, scale, eps)
+    with device_of(h):
+        dx, dy, (dshift, dscale, dgate) = launch_backward(dout, dh, h, y, gate, scale, eps)
     return dx, dy, dgate.to(gate.dtype), dshift.to(shift.dtype), dscale.to(scale.dtype)
 
 

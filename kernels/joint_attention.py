@@ -50,7 +50,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ from torch import Tensor
 if __name__ == "__main__":                              # run as a file: the package is the folder around it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernels.adaln import FUSED, kernel, load_triton
+from kernels.adaln import FUSED, device_of, kernel, load_triton
 
 triton = tl = None                                      # set by load_triton
 
@@ -597,10 +597,11 @@ def joint_attention_op(
         q_txt: Optional[Tensor], k_txt: Optional[Tensor], v_txt: Optional[Tensor], q_img: Tensor,
         k_img: Tensor, v_img: Tensor, w_q_txt: Optional[Tensor], w_k_txt: Optional[Tensor],
         w_q_img: Optional[Tensor], w_k_img: Optional[Tensor], text_lengths: Optional[Tensor], eps: float
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> out_txt (of length 0 without text queries), out_img, lse (B, nh, L)"""
-    return launch_forward(q_txt, k_txt, v_txt, q_img, k_img, v_img, (w_q_txt, w_k_txt, w_q_img, w_k_img),
-                          text_lengths, eps)
+    with device_of(q_img):
+        return launch_forward(q_txt, k_txt, v_txt, q_img, k_img, v_img, (w_q_txt, w_k_txt, w_q_img, w_k_img),
+                              text_lengths, eps)
 
 
 @joint_attention_op.register_fake
@@ -620,8 +621,9 @@ def joint_attention_backward_op(
 ) -> List[Tensor]:
     """-> gradients of the six tensors and four weights; of those that are None, nothing"""
     weights = w_q_txt, w_k_txt, w_q_img, w_k_img
-    grads, weight_grads = launch_backward(dout_txt, dout_img, out_txt, out_img, lse, q_txt, k_txt, v_txt,
-                                          q_img, k_img, v_img, weights, text_lengths, eps)
+    with device_of(q_img):
+        grads, weight_grads = launch_backward(dout_txt, dout_img, out_txt, out_img, lse, q_txt, k_txt, v_txt,
+                                              q_img, k_img, v_img, weights, text_lengths, eps)
     given = [g for g, x in zip(grads, (q_txt, k_txt, v_txt, q_img, k_img, v_img)) if x is not None]
     return given + [g.to(w.dtype) for g, w in zip(weight_grads, weights) if w is not None]
 
