@@ -226,10 +226,8 @@ def locate(path, part):
     folder, groups = candidates(path, part)
     sources = [Source(files, read_config(folder)) for files in groups if files]
     what = {source.path.name: describe(source.index) for source in sources}
-    for source in sources if part == "mmdit" or len(sources) == 1 else []:
-        if foreign := is_foreign(source.index):
-            raise CheckpointError(f"{source.path} is {foreign}; {NAMES[part]} was expected")
-    found = [x for x in (pick_part(source, part) for source in sources) if x]
+    foreign = {source.path: kind for source in sources if (kind := is_foreign(source.index))}
+    found = [x for source in sources if source.path not in foreign and (x := pick_part(source, part))]
     if len(sources) > 1 and part in BESIDE:             # among many files, only names tell CLIP-L from bigG
         found = [x for x in found if x[0].prefix]
     if not found and part in BESIDE:
@@ -239,6 +237,9 @@ def locate(path, part):
     if len(found) > 1:
         names = " and ".join(sorted(source.path.name for source, _ in found)[:3])
         raise CheckpointError(f"{path} has {NAMES[part]} {len(found)} times, in {names}: give one of them")
+    if not found and len(foreign) == len(sources) > 0:
+        raise CheckpointError(f"{next(iter(foreign))} is {next(iter(foreign.values()))}; "
+                              f"{NAMES[part]} was expected")
     if not found:
         raise CheckpointError(not_found(path, folder, part, what))
     return found[0]

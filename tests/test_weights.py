@@ -469,6 +469,13 @@ def test_old_names_of_the_autoencoders_attention_are_known(folders, tmp_path):
     assert equal(load_vae(tmp_path / "vae.safetensors"), load_vae(folders["vae"]))
 
 
+def test_other_models_in_the_folder_do_not_disturb(tmp_path):
+    for name in FILES:
+        save_file({k: torch.zeros(1) for k in FILES[name]}, tmp_path / f"{name}.safetensors")
+    single_file(tmp_path / "sd3.safetensors", ("mmdit", "vae"))
+    assert equal(load_mmdit(tmp_path), small()) and equal(load_vae(tmp_path), small("vae").float())
+
+
 def test_two_models_in_a_folder_must_be_told_apart_by_the_caller(tmp_path):
     for name in "ab":
         single_file(tmp_path / f"{name}.safetensors", ("mmdit",))
