@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -338,6 +339,35 @@ def test_auto_follows_what_was_measured_on_this_gpu_at_the_nearest_size(tmp_path
     assert "measured to be faster on H100" in reason(2001)
     for other in (dict(dtype=torch.float16), dict(gpu="A100"), dict(grad=True)):
         assert "was not measured" in reason(10, **other) and "bench.py" in reason(10, **other)
+
+
+class OnGpu:
+    """As much of a tensor on a GPU as the dispatch looks at."""
+    device, dtype, shape, requires_grad = torch.device("cuda", 0), torch.bfloat16, (1, 10, 4), False
+    dim, numel, stride = (lambda self: 3), (lambda self: 40), (lambda self, i: 4 if i == 1 else 1)
+
+
+def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(monkeypatch, capsys):
+    gpu = SimpleNamespace(name="H100", major=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: True)
+    monkeypatch.setattr(kernels, "DEFAULT", "auto")
+    monkeypatch.setattr(kernels, "MEASURED", {
+        ("H100", "modulate", "bfloat16", 0, "forward", False): [(float("inf"), True)]})
+    monkeypatch.setattr(kernels, "_told", set())
+    assert kernels.use_triton("auto", "modulate", x=OnGpu())
+    assert capsys.readouterr().err == ""
+    for _ in range(3):
+        assert not kernels.use_triton("auto", "gate_residual_modulate", x=OnGpu())
+        assert kernels.use_triton("triton", "gate_residual_modulate", x=OnGpu())
+        assert not kernels.use_triton("torch", "modulate", x=OnGpu())
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "was not measured on H100 in bfloat16" in told
+    gpu.major = 7
+    assert not kernels.use_triton("auto", "modulate", x=OnGpu())
+    assert "older than compute capability 8.0" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="older than compute capability 8.0"):
+        kernels.use_triton("triton", "modulate", x=OnGpu())
 
 
 def test_a_later_measurement_replaces_an_earlier_one(tmp_path):
