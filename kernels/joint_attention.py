@@ -456,8 +456,9 @@ def capability(device: torch.device) -> Optional[int]:
 # tried the fewest instructions a score, with no register spilled inside a loop, in the shared memory of every
 # card from 8.0 on. Counted in compiled code, not timed. float32 has no tensor cores to feed: small tiles.
 TILES = {"forward": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
-         "keys": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+         "keys": ((32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
          "queries": ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1))}
+TILES_HOPPER = {"forward": (128, 128, 8, 2), "keys": (64, 128, 8, 2), "queries": (128, 64, 8, 2)}   # up to 64
 TILES_FLOAT32 = {"forward": ((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
                  "keys": ((32, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1)),
                  "queries": ((32, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1))}
@@ -470,8 +471,8 @@ def tiles(step: str, x: torch.Tensor) -> dict:
         return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_D=block_d)
     table = TILES_FLOAT32 if x.dtype == torch.float32 else TILES
     m, n, warps, stages = table[step][max(0, block_d.bit_length() - 7)]
-    if step == "forward" and block_d <= 64 and table is TILES and 90 <= gpu < 120:
-        m, n, warps, stages = 128, 128, 8, 2                        # Hopper: twice the shared memory
+    if block_d <= 64 and table is TILES and 90 <= gpu < 120:        # and its successors for data centres
+        m, n, warps, stages = TILES_HOPPER[step]
     return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=block_d, num_warps=warps, num_stages=stages, **FUSED)
 
 

@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}    # bytes for a program
 TENSOR = {90: "HGMMA", 100: "UTCHMMA"}                                                  # else HMMA
 # Instructions of the image loop for one 128 x 128 tile of scores, all warps together, at head dim 64: counted
-# in 2026-11 with Triton 3.9.0, and a tenth more. A change that needs more has to say why.
+# in 2026-11 with Triton 3.9.0, and a tenth more (3.6.0 needs 16 % more in one). A change that needs more has
+# to say why.
 BUDGET = {"attend_forward": {80: 6100, 86: 6100, 90: 4200},
-          "attend_backward_keys": {80: 8000, 86: 8000, 90: 6400},
+          "attend_backward_keys": {80: 9200, 86: 9200, 90: 6400},
           "attend_backward_queries": {80: 5900, 86: 5900, 90: 4800}}
 
 
