@@ -1,35 +1,42 @@
 """MMDiT, the multimodal diffusion transformer: who predicts the velocity?
 
-Text and image are two streams of tokens with separate weights everywhere, which meet in one place only: they attend to each
-other as one sequence (paper section 4, figure 2). One joint block, with c the sum of the timestep's and the prompt's vector:
+Text and image are two streams of tokens with separate weights everywhere, which meet in one place only: they
+attend to each other as one sequence (paper section 4, figure 2). One joint block, with c the sum of the
+timestep's and the prompt's vector:
 
-        text (B,M,D)                                 image (B,N,D)
-    h = modulate(LN(.), c)                       h = modulate(LN(.), c)            shift and scale, from Linear(SiLU(c))
-    q,k,v = Linear(h)                            q,k,v = Linear(h)
-    q,k = RMSNorm per head                       q,k = RMSNorm per head            (SD3.5; SD3-medium has none)
-          \\______ one attention over [text, image], L = M + N tokens ______/
-    x += gate(c) * Linear(.)                     x += gate(c) * Linear(.)
-    x += gate(c) * MLP(modulate(LN(x), c))       x += gate(c) * MLP(modulate(LN(x), c))
+        text (B,M,D)                               image (B,N,D)
+    h = modulate(LN(.), c)                     h = modulate(LN(.), c)      shift, scale from Linear(SiLU(c))
+    q,k,v = Linear(h)                          q,k,v = Linear(h)
+    q,k = RMSNorm per head                     q,k = RMSNorm per head      (SD3.5; SD3-medium has none)
+          \\_____ one attention over [text, image], L = M + N tokens _____/
+    x += gate(c) * Linear(.)                   x += gate(c) * Linear(.)
+    x += gate(c) * MLP(modulate(LN(x), c))     x += gate(c) * MLP(modulate(LN(x), c))
 
 and the whole model, `MMDiT.forward`, which is the place to begin:
 
-    latent (B,C,H,W) -> 2x2 patches -> + positions ------> x --\\                       /--> modulate, Linear -> velocity (B,C,H,W)
-    context (B,M,ctx) -> Linear -----------------> context ----> depth joint blocks --/     (the text stream ends here)
-    timestep, pooled (B,pool) -> two MLPs, added -> c --------->
+    latent (B,C,H,W) -> 2x2 patches -> + positions -> x --\\                      /--> modulate, Linear
+    context (B,M,ctx) -> Linear ------------> context ----> depth joint blocks --/     -> velocity (B,C,H,W)
+    timestep, pooled (B,pool) -> two MLPs, added -> c --->                         (the text stream ends here)
 
 Unusual things
 - One number, the depth d, sets the size: width D = 64 d and d heads of 64.
-- LayerNorms learn nothing; every block has 6 vectors (shift, scale, gate; twice) per stream made from c instead. They start at
-  zero (adaLN-Zero), so at initialisation each block is the identity and the model predicts 0.
-- The last block's text stream gives only keys and values: its queries, projection and MLP could influence nothing.
+- LayerNorms learn nothing; every block has 6 vectors (shift, scale, gate; twice) per stream made from c
+  instead. They start at zero (adaLN-Zero), so at initialisation each block is the identity and the model
+  predicts 0.
+- The last block's text stream gives only keys and values: its queries, projection and MLP could influence
+  nothing. (Its ln_q is in the checkpoints all the same, and never gets a gradient.)
 - Text tokens carry no positions here: their order is what the text encoders put into them.
-- Positions are a fixed table of sines and cosines larger than any picture; a picture takes the centre of it (`crop_positions`).
+- Positions are a fixed table of sines and cosines larger than any picture; a picture takes the centre of it
+  (`crop_positions`).
   Half of the channels tell the column, the other half the row: column first, whatever one would expect.
-- SD3.5-medium's first 13 blocks have a second attention among image tokens alone, with its own three modulation vectors.
+- SD3.5-medium's first 13 blocks have a second attention among image tokens alone, with its own three
+  modulation vectors.
 
-Dims: B batch, C latent channels, H W latent height and width, P patch, N = (H/P)(W/P) image tokens, M text tokens, D width,
-nh heads, hd head dim. Names and the order (shift, scale, gate) are those of Stability's checkpoints.
-Run `python mmdit.py`: prints the shapes of a forward pass and asserts that it starts as the identity and overfits one batch.
+Dims: B batch, C latent channels, H W latent height and width, P patch, N = (H/P)(W/P) image tokens, M text
+tokens, D width, nh heads, hd head dim. Names and the order (shift, scale, gate) are those of Stability's
+checkpoints.
+Run `python mmdit.py`: prints the shapes of a forward pass and asserts that it starts as the identity and
+overfits one batch.
 """
 import math
 from dataclasses import dataclass, replace
@@ -52,9 +59,9 @@ class MMDiTConfig:
     context_dim: int = 4096                 # width of the text features
     pooled_dim: int = 2048                  # CLIP-L 768 + bigG 1280
     pos_max: int = 192                      # side of the position table, in tokens: the largest picture
-    pos_sample: int = 64                    # tokens along a picture of the training size (64: 1024 pixels) ...
-    pos_base: int = 16                      # ... whose coordinates run over 0 .. pos_base (16: first trained at 256 pixels)
-    qk_norm: bool = True                    # RMSNorm of queries and keys per head; SD3-medium was trained without
+    pos_sample: int = 64                    # tokens along a picture of the training size (64: 1024 pixels)
+    pos_base: int = 16                      # their coordinates run over 0 .. pos_base (16: once 256 pixels)
+    qk_norm: bool = True                    # RMSNorm of queries and keys per head; SD3-medium has none
     dual_blocks: int = 0                    # so many first blocks have the second, image-only attention
 
     @property
@@ -67,26 +74,27 @@ class MMDiTConfig:
 
     @staticmethod
     def preset(name: str, **changes) -> "MMDiTConfig":
-        """The row of numbers that makes this code a published model, or the miniature that trains on a laptop."""
+        """The row of numbers that makes this code a published model, or the miniature for a laptop."""
         presets = {                                                                    # trainable parameters
-            "tiny": MMDiTConfig(3, in_channels=8, context_dim=192, pooled_dim=160, pos_max=32, pos_sample=4, pos_base=4),
+            "tiny": MMDiTConfig(3, in_channels=8, context_dim=192, pooled_dim=160,     # 3,796,256
+                                pos_max=32, pos_sample=4, pos_base=4),
             "sd3-medium": MMDiTConfig(24, qk_norm=False),                              # 2,028,328,000
             "sd3.5-medium": MMDiTConfig(24, pos_max=384, dual_blocks=13),              # 2,243,171,520
             "sd3.5-large": MMDiTConfig(38),                                            # 8,056,627,520
-        } | {f"d{d}": MMDiTConfig(d) for d in (15, 18, 21, 30, 38)}                    # the paper's scaling study
+        } | {f"d{d}": MMDiTConfig(d) for d in (15, 18, 21, 30, 38)}     # the paper's scaling study
         if name not in presets:
             raise ValueError(f"no MMDiT preset {name!r}: choose from {', '.join(presets)}")
         return replace(presets[name], **changes)
 
 
-# -------------------------------------------------------------------------------------------------------------- embeddings
+# ----------------------------------------------------------------------------------------------- embeddings
 
 def position_table(width: int, pos_max: int, pos_sample: int, pos_base: int) -> torch.Tensor:
     """Sine and cosine positions of a pos_max x pos_max grid of tokens -> (1, pos_max^2, width), float32.
 
-    Paper, section 5.3.2 and appendix B: the coordinates of the centre pos_sample cells run over [0, pos_base), so a model that
-    was first trained at pos_base tokens a side finds its positions again, interpolated; cells further out extend them, below
-    zero too. Any aspect ratio is then a crop of the centre.
+    Paper, section 5.3.2 and appendix B: the coordinates of the centre pos_sample cells run over
+    [0, pos_base), so a model that was first trained at pos_base tokens a side finds its positions again,
+    interpolated; cells further out extend them, below zero too. Any aspect ratio is a crop of the centre.
     """
     p = (torch.arange(pos_max, dtype=torch.float64) - (pos_max - pos_sample) / 2) * pos_base / pos_sample
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -101,14 +109,17 @@ def crop_positions(table: torch.Tensor, h: int, w: int) -> torch.Tensor:
     """The centre h x w tokens of a square table (1, pos_max^2, D) -> (1, h*w, D), row by row."""
     side = math.isqrt(table.shape[1])
     if h > side or w > side:
-        raise ValueError(f"{h} x {w} tokens exceed this model's {side} x {side} positions: ask for a smaller picture")
+        raise ValueError(f"{h} x {w} tokens exceed this model's {side} x {side} positions: "
+                         "ask for a smaller picture")
     top, left = (side - h) // 2, (side - w) // 2
     return table.view(side, side, -1)[top:top + h, left:left + w].reshape(1, h * w, -1)
 
 
 def timestep_embedding(t: torch.Tensor, dim: int = 256) -> torch.Tensor:
-    """t (B,) in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 frequencies from 1 to nearly 1/10000. float32."""
-    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    """t (B,) in [0, 1] -> (B, dim) float32: cosines, then sines, of 1000 t at dim/2 frequencies from 1 to
+    nearly 1/10000."""
+    half = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    freqs = torch.exp(-math.log(10000) * half / (dim // 2))
     angle = 1000.0 * t.float()[:, None] * freqs
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -119,7 +130,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(c.in_channels, c.width, c.patch_size, stride=c.patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)                      # (B, N, D), row by row
+        x = self.proj(x).flatten(2).transpose(1, 2)                         # (B, N, D), row by row
+        return x.contiguous()               # the stream keeps this layout: a view slows every LayerNorm
 
 
 class VectorEmbedder(nn.Module):
@@ -133,10 +145,10 @@ class VectorEmbedder(nn.Module):
         return self.mlp(x.to(self.mlp[0].weight.dtype))
 
 
-# -------------------------------------------------------------------------------------------------------------- the block
+# ------------------------------------------------------------------------------------------------ the block
 
 class RMSNormWeight(nn.Module):
-    """Only holds the weight (hd,): the norm itself happens inside `joint_attention`, where a kernel can fuse it."""
+    """Only holds the weight (hd,): the norm happens inside `joint_attention`, where a kernel can fuse it."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -163,7 +175,8 @@ class SelfAttention(nn.Module):
     def project_kv(self, x):
         """The same without queries, for a stream whose outputs nobody reads: a third of the work is saved."""
         B, L, D = x.shape
-        return F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).view(B, L, 2, self.nh, D // self.nh).unbind(2)
+        kv = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:])            # (B, L, 2D)
+        return kv.view(B, L, 2, self.nh, D // self.nh).unbind(2)
 
     @property
     def norms(self):
@@ -180,7 +193,8 @@ class Mlp(nn.Module):
 
 
 class StreamBlock(nn.Module):
-    """One stream's weights in a joint block: attention, optional second attention, MLP, and the modulation of them all."""
+    """One stream's weights in a joint block: attention, optional second attention, MLP, and the modulation of
+    them all."""
 
     def __init__(self, c: MMDiTConfig, last_text: bool = False, dual: bool = False):
         super().__init__()
@@ -193,7 +207,8 @@ class StreamBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, vectors * c.width))
 
     def modulation(self, c):
-        """c (B, D) -> tuple of (B, D): shift, scale, gate of the attention, then of the MLP, then of attn2 if there is one."""
+        """c (B, D) -> tuple of (B, D): shift, scale, gate of the attention, then of the MLP, then of attn2 if
+        there is one."""
         D = c.shape[-1]
         return self.adaLN_modulation(c).split(D, dim=-1)
 
@@ -211,7 +226,7 @@ class JointBlock(nn.Module):
         self.last, self.dual = last, dual
 
     def forward(self, context, x, c):
-        """context (B, M, D), x (B, N, D), c (B, D) -> the two streams; context is None after the last block."""
+        """context (B, M, D), x (B, N, D), c (B, D) -> the two streams; context is None after the last."""
         txt, img = self.context_block, self.x_block
         t_shift, t_scale, *t_rest = txt.modulation(c)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = img.modulation(c)
@@ -223,7 +238,7 @@ class JointBlock(nn.Module):
         norms = txt.attn.norms + img.attn.norms if img.attn.norms else None
         out_txt, out = joint_attention(q_txt, k_txt, v_txt, q, k, v, norm_weights=norms)
 
-        if self.dual:                                                       # SD3.5-medium: reads the same LayerNorm of x
+        if self.dual:                               # SD3.5-medium: reads the same LayerNorm of x
             shift2, scale2, gate2 = second
             q2, k2, v2 = img.attn2.project(modulate(x, shift2, scale2))
             norms2 = (None, None, *img.attn2.norms) if img.attn2.norms else None
@@ -245,7 +260,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, shift, scale))
 
 
-# --------------------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------ the model
 
 class MMDiT(nn.Module):
     def __init__(self, config: MMDiTConfig):
@@ -253,7 +268,7 @@ class MMDiT(nn.Module):
         c = self.config = config
         if not 0 <= c.dual_blocks <= c.depth:
             raise ValueError(f"dual_blocks is {c.dual_blocks}, but there are only {c.depth} blocks")
-        self.gradient_checkpointing = False     # recompute each block in the backward pass instead of keeping its activations
+        self.gradient_checkpointing = False     # True: the backward pass recomputes each block's activations
         self.x_embedder = PatchEmbed(c)
         self.t_embedder = VectorEmbedder(256, c.width)
         self.y_embedder = VectorEmbedder(c.pooled_dim, c.width)
@@ -265,7 +280,8 @@ class MMDiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """DiT's scheme: Xavier for every matrix, the embedders' small normal, and zeros where a block must start as identity."""
+        """DiT's scheme: Xavier for every matrix, a small normal for the embedders, and zeros where a block
+        must start as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -281,9 +297,11 @@ class MMDiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def forward(self, x, t, context, pooled, skip_layers=()):
-        """The velocity at x. skip_layers: indices of joint blocks to leave out in both streams (skip-layer guidance).
+        """The velocity at x.
 
-        x (B, C, H, W) latents with even sides; t (B,) in [0, 1]; context (B, M, ctx); pooled (B, pool) -> v (B, C, H, W).
+        x (B, C, H, W) latents with even sides; t (B,) in [0, 1]; context (B, M, ctx); pooled (B, pool).
+        skip_layers: indices of joint blocks to leave out in both streams (skip-layer guidance).
+        -> v (B, C, H, W). Raises ValueError for any other shape.
         """
         self.check_inputs(x, t, context, pooled)
         B, C, H, W = x.shape
@@ -300,18 +318,21 @@ class MMDiT(nn.Module):
                 context, x = checkpoint(block, context, x, c, use_reentrant=False)
             else:
                 context, x = block(context, x, c)
-        x = self.final_layer(x, c)                                                              # (B, N, P*P*C)
-        x = x.view(B, h, w, P, P, C)                                                            # channel innermost
+        x = self.final_layer(x, c)                                          # (B, N, P*P*C)
+        x = x.view(B, h, w, P, P, C)                                        # channel innermost
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
 
     def check_inputs(self, x, t, context, pooled):
         c, B = self.config, x.shape[0]
-        if x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % c.patch_size or x.shape[3] % c.patch_size:
-            raise ValueError(f"latents must be (B, {c.in_channels}, H, W) with H and W multiples of {c.patch_size}, "
+        P = c.patch_size
+        if x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % P or x.shape[3] % P:
+            raise ValueError(f"latents must be (B, {c.in_channels}, H, W) with H and W multiples of {P}, "
                              f"got {tuple(x.shape)}")
-        if t.shape != (B,) or context.ndim != 3 or context.shape[::2] != (B, c.context_dim) or pooled.shape != (B, c.pooled_dim):
-            raise ValueError(f"for {B} latents expected t ({B},), context ({B}, M, {c.context_dim}) and pooled "
-                             f"({B}, {c.pooled_dim}); got {tuple(t.shape)}, {tuple(context.shape)}, {tuple(pooled.shape)}")
+        if (t.shape != (B,) or context.ndim != 3 or context.shape[::2] != (B, c.context_dim)
+                or pooled.shape != (B, c.pooled_dim)):
+            got = ", ".join(str(tuple(y.shape)) for y in (t, context, pooled))
+            raise ValueError(f"for {B} latents expected t ({B},), context ({B}, M, {c.context_dim}) and "
+                             f"pooled ({B}, {c.pooled_dim}); got {got}")
 
 
 # ------------------------------------------------------------------------------------------------------ demo

@@ -134,8 +134,8 @@ def choose(options, g):
 
 
 def t5_stage(run, parts, pictures, tokenizers) -> Stage:
-    """A picture's captions in one text, for there a hidden "star" can be read in the other caption. In a caption
-    by itself any shape would do, and T5 would learn to see no difference between them."""
+    """Its texts hold all captions of a picture: a hidden "star" can then be read in the other caption. In one
+    caption alone any shape would do, and T5 would learn to see no difference between them."""
     c, tokenizer = run.config, tokenizers["t5"]
     ids = tokenizer(sorted({", ".join(texts) for texts in pictures.captions}), 77)     # (texts, 77)
     ids = ids[:, :int((ids != tokenizer.pad).sum(1).max())]                            # (texts, L)

@@ -362,7 +362,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             measure_vae(run, parts["vae"], pictures)
         for name in PARTS_OF[stage]:
             save_part(folder, name, parts[name])
-        (folder / "state.safetensors").unlink(missing_ok=True)  # a later stage's would belong to other latents
+        (folder / "state.safetensors").unlink(missing_ok=True)      # a later stage's learned from other parts
         plot_losses(folder / "metrics.csv")
     print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. "
           f'Now type\n    python sample.py "{preview_prompts(config, pictures)[6]}"')
@@ -391,7 +391,8 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
     for name, reason in pictures.skipped[:5]:
         print(f"skipped {name}: {reason}")
     print(f"data: {c.data}, {len(pictures.images)} pictures of {c.size} x {c.size}, "
-          f"{len(pictures.skipped)} skipped; text: {c.clip_length} tokens for CLIP, {c.t5_length} for T5")
+          f"{len(pictures.skipped)} skipped, {pictures.excluded} left out by excluded.txt; "
+          f"text: {c.clip_length} tokens for CLIP, {c.t5_length} for T5")
     print("parameters: " + ", ".join(
         f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in parts.items()))
 
