@@ -97,7 +97,7 @@ class TrainConfig:
     t5_steps: int = flag(1000, "steps of T5")
     t5_batch: int = flag(64, "texts a step, each all captions of a picture")
     t5_rate: float = flag(2e-3, "peak learning rate")
-    flow_steps: int = flag(6000, "steps of the transformer")
+    flow_steps: int = flag(8000, "steps of the transformer")
     flow_batch: int = flag(64, "latents a step")
     flow_rate: float = flag(2e-3, "peak learning rate")
     # the text and the flow model
