@@ -192,8 +192,9 @@ def rate_at(step: int, total: int, config: TrainConfig) -> float:
 def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     """Train stage.model in place, from its start or from where the run was interrupted.
 
-    share: how much of the time left until --minutes this stage may take. Its first steps are timed, and if
-    not all of them fit, there will be fewer. FloatingPointError if the loss is no longer finite.
+    share: how much of the time left until --minutes this stage may take. Its first 30 steps are timed, then
+    its first 300, and if not all of them fit, there will be fewer. FloatingPointError if the loss is no
+    longer finite.
     """
     c, model = run.config, stage.model.train()
     total, peak = getattr(c, f"{stage.name}_steps"), getattr(c, f"{stage.name}_rate")
@@ -204,7 +205,7 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=run.device.type != "mps")
     average = {k: p.detach().clone() for k, p in params.items()} if stage.ema else {}
     first, total = load_state(run.folder, stage.name, params, average, optimizer, total)
-    log, step, timed = Log(run, stage.name, first, total), first, None
+    log, step, end = Log(run, stage.name, first, total), first, time.monotonic() + share * run.left()
 
     while step < total:
         for group in optimizer.param_groups:
@@ -221,11 +222,12 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         step += 1
         log.add(step, total, loss, norm, group["lr"], parts)
 
-        if c.minutes and first == 0 and step in (10, 30):           # plan the rest by the speed of 20 steps
+        if c.minutes and first == 0 and step in (10, 30, 300):      # plan the rest by the speed since step 10
             now = time.monotonic()
-            if step == 30:
-                total = min(total, max(60, 30 + int(share * run.left() / ((now - timed) / 20))))
-            timed = now
+            timed = now if step == 10 else timed
+            if step > 10:
+                fitting = int((end - now) / (now - timed) * (step - 10))
+                total = min(total, step + max(30, fitting))
         if stage.preview and c.preview_every and (step % c.preview_every == 0 or step == total):
             with swapped(params, average):
                 model.eval()

@@ -87,7 +87,7 @@ def test_depth_alone_sets_the_size():
     for d in (15, 18, 21, 30, 38):
         c = MMDiTConfig.preset(f"d{d}")
         assert (c.depth, c.num_heads, c.width) == (d, d, 64 * d)
-    assert MMDiTConfig.preset("tiny", depth=2).width == 128
+    assert MMDiTConfig(2).width == 128
 
 
 # -------------------------------------------------------------------------------------------- before training

@@ -468,8 +468,8 @@ def test_bytes_and_time_a_picture_are_told(tmp_path, encoders):
 
 
 def test_the_reader_gives_5000_samples_of_64_pixels_a_second(tmp_path):
-    """On latents and texts of the tiny run's shapes, 12 and 20 tokens, from 24 files of each kind. A second of
-    the processor, all threads together: other programs' load does not count."""
+    """On latents and texts of nearly the tiny run's shapes, from 24 files of each kind. A second of the
+    processor, all threads together: other programs' load does not count."""
     n, about = 256, {"fingerprint": "", "names": [""] * 256, "digests": [""] * 256, "skipped": []}
     text = {"clip": torch.zeros(n, 12, 160), "t5": torch.zeros(n, 20, 192), "pooled": torch.zeros(n, 160)}
     text = {name: value.bfloat16() for name, value in text.items()}
