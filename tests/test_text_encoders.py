@@ -151,7 +151,7 @@ def test_parameter_counts_are_those_of_the_docs():
         assert count(CLIPTextEncoder(CLIPTextConfig.preset("tiny_l"))) == 166_912
         assert count(CLIPTextEncoder(CLIPTextConfig.preset("tiny_g"))) == 445_152
         assert count(CLIPImageEncoder(CLIPImageConfig.preset("clip_l"))) == 303_966_208
-        assert count(CLIPImageEncoder(CLIPImageConfig.preset("tiny"))) == 636_544
+        assert count(CLIPImageEncoder(CLIPImageConfig.preset("tiny"))) == 704_128
         assert count(T5Encoder(T5Config.preset("tiny"))) == 984_128
 
 
