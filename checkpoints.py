@@ -33,7 +33,7 @@ from text_encoders import (EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfi
                            T5Encoder, load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
 from weights import load_clip, load_mmdit, load_t5, load_text_encoders, load_vae, save_mmdit     # noqa: F401
-from weights import CheckpointError, write_atomically
+from weights import CheckpointError, write_atomically, write_json                                # noqa: F401
 
 PARTS = {                                       # file name: (module, its config)
     "mmdit": (MMDiT, MMDiTConfig), "vae": (AutoencoderKL, VAEConfig), "t5": (T5Encoder, T5Config),
@@ -42,11 +42,6 @@ PARTS = {                                       # file name: (module, its config
 }
 
 ADAMW = ("step", "exp_avg", "exp_avg_sq")
-
-
-def write_json(path, value) -> None:
-    write_atomically(
-        path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8"))
 
 
 def read_json(path) -> dict:

@@ -50,7 +50,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 import data
-from metrics import Job
+from metrics import Job, seed_of
 
 SIDE = 64                           # pictures are measured at the size at which the world is drawn
 SMALLEST = 24                       # pixels: a third of the smallest legal object, a star of r 0.12
@@ -250,9 +250,7 @@ def requests(n, tasks=data.TASKS, per_prompt=4, seed=0):
     for task in tasks:
         for i, m in enumerate(data.prompts(task, n, seed)):
             order = data.TASKS.index(task)
-            words = [(seed, order, i, k) for k in range(per_prompt)]
-            jobs += [Job(10_000 * order + i, k, int(np.random.SeedSequence(w).generate_state(1)[0]), m)
-                     for k, w in enumerate(words)]
+            jobs += [Job(10_000 * order + i, k, seed_of(seed, order, i, k), m) for k in range(per_prompt)]
     return jobs
 
 

@@ -295,8 +295,7 @@ def validation_loss(pipe, images, captions, levels=LEVELS, batch=None):
             with torch.autocast(device.type, pipe.dtype or torch.bfloat16, enabled=pipe.dtype is not None):
                 with pipe.places.at_work(pipe.vae):
                     posterior = pipe.vae.encode(x)
-                std = torch.exp(0.5 * posterior.logvar)
-                z = posterior.mean + std * flow.draw_noise(std.shape, own, device)
+                z = posterior.mean + posterior.std * flow.draw_noise(posterior.mean.shape, own, device)
                 x0, text = pipe.vae.to_latent(z).float(), vars(pipe.encode(captions[start:start + batch]))
                 eps = flow.draw_noise(x0.shape, own, device)
                 with pipe.places.at_work(pipe.mmdit):
@@ -352,6 +351,11 @@ class Job(NamedTuple):
     k: int
     seed: int | None                # None: not known, others drew it
     metadata: dict
+
+
+def seed_of(*words):
+    """The seed of a picture, from whole numbers that tell which one it is."""
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 COCO = """person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign
@@ -419,10 +423,8 @@ def picture_path(folder, job):
 def open_picture(path):
     """-> (H, W, 3) uint8. ValueError, naming the reason, for whatever is no picture."""
     try:
-        with Image.open(path) as opened:
-            if opened.width * opened.height > data.MAX_PIXELS:
-                raise ValueError(f"{opened.width} x {opened.height} pixels")
-            return np.array(opened.convert("RGB"))
+        with data.opened(Path(path)) as image:
+            return np.array(image.convert("RGB"))
     except Exception as error:      # decoders fail in many ways: OSError, SyntaxError, zlib.error ...
         raise ValueError((str(error) or type(error).__name__).replace(f" '{path}'", "")[:160]) from None
 

@@ -37,11 +37,10 @@ from torch.utils._pytree import tree_leaves
 
 from kernels.int8 import quantise_mmdit, quantise_t5
 from mmdit import MMDiT, MMDiTConfig
-from text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
+from text_encoders import ENCODERS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
 
 MODES = ("none", "model", "block")
-ENCODERS = ("clip_l", "clip_g", "t5")
 OVERHEAD = 0.8e9                                # bytes: CUDA's context, cuBLAS and cuDNN, fragments
 GB = 1e9
 

@@ -316,7 +316,7 @@ def _encode_pictures(path, mark, survey, part, vae, batch, autocast) -> list:
         x = torch.from_numpy(np.stack(waiting)).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
         with autocast():
             posterior = vae.encode(x)                                               # (B, C, H, W) each
-        mean, std = vae.to_latent(posterior.mean), (0.5 * posterior.logvar).exp() * vae.config.scale
+        mean, std = vae.to_latent(posterior.mean), posterior.std * vae.config.scale
         both = torch.stack([mean, std], dim=1).half().cpu()                         # (B, 2, C, H, W)
         _refuse_nan(both, path, "the autoencoder")
         latents.append(both)

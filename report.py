@@ -42,7 +42,7 @@ from checkpoints import read_json, write_atomically, write_json
 from evaluate import SIDE, find_objects, foreign, illustrate, requests, tally, variants
 from metrics import (COCO, LEVELS, Job, Statistics, bar, clip_score, draw_folder, fid, fingerprint, fit,
                      geneval_prompts, kid, load_towers, nearest, open_picture, picture_path, read_folder,
-                     read_prompts, reference, retrieval, settings_of, validation_loss)
+                     read_prompts, reference, retrieval, seed_of, settings_of, validation_loss)
 from sample import Pipeline, pick_device
 
 # --- What is measured -------------------------------------------------------------------------------------
@@ -417,9 +417,7 @@ def jobs_of(rows, n, per_prompt, seed):
         tag = str(m.get("tag"))
         counts[tag] = counts.get(tag, 0) + 1
         if n is None or counts[tag] <= n:
-            words = [(seed, i, k) for k in range(per_prompt)]
-            seeds = [int(np.random.SeedSequence(w).generate_state(1)[0]) for w in words]
-            jobs += [Job(i, k, s, m) for k, s in enumerate(seeds)]
+            jobs += [Job(i, k, seed_of(seed, i, k), m) for k in range(per_prompt)]
     return jobs
 
 

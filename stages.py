@@ -162,7 +162,7 @@ def cache(run, vae, encoders, pictures):
         for batch in pictures.images.split(128):
             posterior = vae.encode(to_unit(batch, run.device))
             mean.append(vae.to_latent(posterior.mean))
-            std.append(torch.exp(0.5 * posterior.logvar) * vae.config.scale)
+            std.append(posterior.std * vae.config.scale)
         for i in range(0, len(captions), 512):
             text = encoders(captions[i:i + 512], run.config.t5_length)
             context.append(text.context.bfloat16())

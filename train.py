@@ -224,8 +224,9 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
 
         if c.minutes and first == 0 and step in (10, 30, 300):      # plan the rest by the speed since step 10
             now = time.monotonic()
-            timed = now if step == 10 else timed
-            if step > 10:
+            if step == 10:
+                timed = now
+            else:
                 fitting = int((end - now) / (now - timed) * (step - 10))
                 total = min(total, step + max(30, fitting))
         if stage.preview and c.preview_every and (step % c.preview_every == 0 or step == total):

@@ -209,9 +209,13 @@ class Posterior:
     mean: torch.Tensor
     logvar: torch.Tensor
 
+    @property
+    def std(self) -> torch.Tensor:
+        return torch.exp(0.5 * self.logvar)
+
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
         noise = torch.empty_like(self.mean).normal_(generator=generator)
-        return self.mean + torch.exp(0.5 * self.logvar) * noise
+        return self.mean + self.std * noise
 
     def kl(self) -> torch.Tensor:
         """KL divergence to N(0, 1), in nats per latent number: a scalar."""

@@ -73,6 +73,11 @@ def write_atomically(path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path, value) -> None:
+    write_atomically(
+        path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8"))
+
+
 # -------------------------------------------------------------------------------------------------- the files
 
 class Source:
@@ -587,8 +592,7 @@ def save_mmdit(model: MMDiT, path, layout="single_file") -> None:
         return write_safetensors(path, shapes, tensors)
     folder = Path(path, "transformer")
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", shapes, tensors)
-    config = json.dumps(folder_config(model.config), indent=1)
-    write_atomically(folder / "config.json", lambda p: p.write_text(config, encoding="utf-8"))
+    write_json(folder / "config.json", folder_config(model.config))
 
 
 def demo():

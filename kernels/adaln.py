@@ -357,14 +357,19 @@ def triton_refuses(tensors: dict) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------- demo
 
-def demo() -> None:
-    """Error of the kernels and of PyTorch against float64, in each dtype; on a GPU also the bandwidth."""
+def for_demo() -> tuple[bool, bool]:
+    """Is there a GPU, and is there Triton? Without a GPU kernels run in Triton's interpreter, in numpy."""
     import os
     from importlib.util import find_spec
     cuda = torch.cuda.is_available()
     if not cuda:
-        os.environ["TRITON_INTERPRET"] = "1"            # Triton's own interpreter, in numpy
-    kernels = find_spec("triton") is not None
+        os.environ["TRITON_INTERPRET"] = "1"
+    return cuda, find_spec("triton") is not None
+
+
+def demo() -> None:
+    """Error of the kernels and of PyTorch against float64, in each dtype; on a GPU also the bandwidth."""
+    cuda, kernels = for_demo()
     print("modulate: largest error against float64, relative to the largest value")
     for dtype in DTYPES:
         torch.manual_seed(0)

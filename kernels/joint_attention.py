@@ -59,7 +59,7 @@ from torch import Tensor
 if __name__ == "__main__":                              # run as a file: the package is the folder around it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernels.adaln import FUSED, device_of, kernel, load_triton
+from kernels.adaln import FUSED, device_of, for_demo, kernel, load_triton
 
 triton = tl = None                                      # set by load_triton
 
@@ -315,12 +315,15 @@ def row_products(O_TXT, O_IMG, DO_TXT, DO_IMG, DELTA, M_Q, N, nh, D: tl.constexp
 
 
 @kernel
-def through_norm(dn, x, real, w, eps, D: tl.constexpr):
-    """Gradient dn of n = z * w, z = x / rms(x), rows (rows, BLOCK_D) -> dx, and this tile's part of dw."""
-    z, r = over_rms(x, eps, D)
-    z = tl.where(real, z, 0.0)                                      # a row of zeros is 0 / 0 where eps is 0
-    u = dn * w
-    return r * (u - z * (tl.sum(u * z, 1) / D)[:, None]), tl.sum(dn * z, 0)
+def through_norm(dn, x_at, rows, x_row, count, w_at, DW, bh, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Gradient dn of n = z * w, z = x / rms(x), rows (rows, BLOCK_D) -> dx. This tile's part of dw goes to a
+    row of DW that no other program writes."""
+    z, r = over_rms(load_rows(x_at, rows, x_row, count, False, D, BLOCK_D), eps, D)
+    z = tl.where((rows < count)[:, None], z, 0.0)                   # a row of zeros is 0 / 0 where eps is 0
+    part = bh * tl.num_programs(0) + tl.program_id(0)
+    tl.store(DW + part * BLOCK_D + tl.arange(0, BLOCK_D), tl.sum(dn * z, 0))
+    u = dn * load_weight(w_at, D, BLOCK_D)
+    return r * (u - z * (tl.sum(u * z, 1) / D)[:, None])
 
 
 @kernel
@@ -379,10 +382,7 @@ def attend_backward_keys(Q_TXT, K_TXT, V_TXT, Q_IMG, K_IMG, V_IMG, LENGTHS, DO_T
     dk = tl.where(real, dk * scale, 0.0)
     store_rows(dv_at, n, dv_row, count, tl.where(real, dv, 0.0), D, BLOCK_D)
     if NORM:
-        x = load_rows(x_at, n, x_row, count, False, D, BLOCK_D)
-        dk, dw = through_norm(dk, x, (n < count)[:, None], load_weight(w_at, D, BLOCK_D), eps, D)
-        part = bh * tl.num_programs(0) + tl.program_id(0)
-        tl.store(DW + part * BLOCK_D + tl.arange(0, BLOCK_D), dw)
+        dk = through_norm(dk, x_at, n, x_row, count, w_at, DW, bh, eps, D, BLOCK_D)
     store_rows(dk_at, n, dk_row, count, dk, D, BLOCK_D)
 
 
@@ -435,10 +435,7 @@ def attend_backward_queries(Q_TXT, K_TXT, V_TXT, Q_IMG, K_IMG, V_IMG, LENGTHS, D
                    valid_text(LENGTHS, b, M), factor, ALL_TXT, D, BLOCK_D, BLOCK_N, DOT)
     dq *= scale
     if NORM:
-        x = load_rows(x_at, m, x_row, count, False, D, BLOCK_D)
-        dq, dw = through_norm(dq, x, (m < count)[:, None], load_weight(w_at, D, BLOCK_D), eps, D)
-        part = bh * tl.num_programs(0) + tl.program_id(0)
-        tl.store(DW + part * BLOCK_D + tl.arange(0, BLOCK_D), dw)
+        dq = through_norm(dq, x_at, m, x_row, count, w_at, DW, bh, eps, D, BLOCK_D)
     store_rows(dq_at, m, dq_row, count, dq, D, BLOCK_D)
 
 
@@ -713,11 +710,7 @@ def check_joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights
 
 def demo() -> None:
     """Error of the kernels and of PyTorch against float64, in each dtype; on a GPU also the time."""
-    from importlib.util import find_spec
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ["TRITON_INTERPRET"] = "1"                        # Triton's own interpreter, in numpy
-    found = find_spec("triton") is not None
+    cuda, found = for_demo()
     print("joint attention of 13 + 40 tokens: largest error against float64, relative to the largest value")
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
         torch.manual_seed(0)

@@ -5,6 +5,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -14,3 +15,14 @@ torch.set_num_threads(min(2, torch.get_num_threads()))      # small tensors: mor
 settings.register_profile("default", deadline=None, max_examples=15, derandomize=True, database=None)
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile("default")
+
+
+def refuses(call, *words):
+    """The call raises CheckpointError, in one line that holds all the words."""
+    from checkpoints import CheckpointError     # here: found through the path that is set above
+    with pytest.raises(CheckpointError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message

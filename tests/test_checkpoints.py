@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import weights
+from conftest import refuses
 from checkpoints import (PARTS, CheckpointError, has_run, last_run, load_part, load_state, load_strict,
                          load_tensors, read_json, save_part, save_state, save_tensors, write_atomically,
                          write_json)
@@ -43,16 +44,6 @@ def saved(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     save_part(run, "vae", build("vae"))
     return run
-
-
-def refuses(call, *words):
-    """The call raises CheckpointError, in one line that holds all the words."""
-    with pytest.raises(CheckpointError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 # --------------------------------------------------------------------------------------------- there and back

@@ -21,6 +21,7 @@ import metrics
 from checkpoints import CheckpointError
 from metrics import Job, Statistics, fid, kid, nearest, retrieval
 from text_encoders import CLIPTextConfig, CLIPTextEncoder, train_clip_tokenizer
+from vae import Posterior
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"
 few = settings(deadline=None, max_examples=15)
@@ -235,7 +236,7 @@ def pipeline(model):
     """A Pipeline of which only the velocity is interesting: the VAE but halves each side."""
     def encode(x):
         z = torch.nn.functional.avg_pool2d(x, 2)
-        return SimpleNamespace(mean=z, logvar=torch.full_like(z, -60.0))
+        return Posterior(z, torch.full_like(z, -60.0))
 
     vae = SimpleNamespace(encode=encode, to_latent=lambda z: z)
 

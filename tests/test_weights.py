@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import checkpoints
 import make_fake_checkpoint
 import weights
+from conftest import refuses
 from layouts import IGNORED, NAMES, clip_openclip, mmdit_folder, take_apart, vae_folder
 from mmdit import MMDiT, MMDiTConfig
 from sample import Pipeline
@@ -51,16 +52,6 @@ def no_waiting_for_the_disk():
 
 def error(a, b):
     return ((a - b).norm() / b.norm()).item()
-
-
-def refuses(call, *words):
-    """The call raises CheckpointError, in one line that holds all the words."""
-    with pytest.raises(CheckpointError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 def equal(module, again):
