@@ -8,20 +8,32 @@ A run is a folder that `train.py` fills and `sample.py` reads:
     clip_l, clip_g, clip_l_image,    shapes a part stands in its file's metadata, so a part can be loaded
     clip_g_image, t5 .safetensors    without guessing
     mmdit.safetensors              the averaged (EMA) weights: what is sampled from
-    state.safetensors              everything that the unfinished stage needs to go on; gone when training is
-                                   done
+    checkpoints/flow-000500/       everything that the unfinished stage needs to go on from its step 500:
+        state.safetensors          weights, their average, AdamW's moments, the last healthy losses
+        manifest.json              stage, step, each file's size and sha256, settings, versions; written last
     metrics.csv, loss.png, samples/
+    lock                           held by the one process that writes here
 
-Three rules. Nothing is ever unpickled: tensors are safetensors, the rest is JSON. A file is written under a
-temporary name, flushed to disk and renamed, so a crash leaves the old one. Loading is strict: every parameter
-is filled exactly once, with the right shape and finite numbers, or a CheckpointError says in one line what is
-wrong and what to do. Published models, which have other names and layouts, are read by weights.py; its
-functions can be called from here too.
+Four rules. Nothing is ever unpickled: tensors are safetensors, the rest is JSON. A file or a checkpoint's
+folder is written under a temporary name, flushed to disk and renamed, so a crash leaves the old one. Loading
+is strict: every parameter is filled exactly once, with the right shape and finite numbers, or a
+CheckpointError says in one line what is wrong and what to do. The newest two checkpoints are kept, since the
+newest may turn out damaged: no library notices a flipped byte, the checksum here does; training then goes on
+from the older, and says so. What is no damage (another architecture, a newer format) is refused instead.
+
+Published models, which have other names and layouts, are read by weights.py; its functions can be called from
+here too.
 
 Run `python checkpoints.py`: saves a part, loads it back bit by bit, and shows what a damaged file says.
 """
+import hashlib
 import json
-from dataclasses import asdict
+import os
+import re
+import shutil
+import socket
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -33,7 +45,13 @@ from text_encoders import (EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfi
                            T5Encoder, load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
 from weights import load_clip, load_mmdit, load_t5, load_text_encoders, load_vae, save_mmdit     # noqa: F401
-from weights import CheckpointError, write_atomically, write_json                                # noqa: F401
+from weights import CheckpointError, sync_folder, write_atomically, write_json                   # noqa: F401
+
+try:
+    import fcntl
+except ImportError:                             # Windows
+    fcntl = None
+    import msvcrt
 
 PARTS = {                                       # file name: (module, its config)
     "mmdit": (MMDiT, MMDiTConfig), "vae": (AutoencoderKL, VAEConfig), "t5": (T5Encoder, T5Config),
@@ -42,6 +60,8 @@ PARTS = {                                       # file name: (module, its config
 }
 
 ADAMW = ("step", "exp_avg", "exp_avg_sq")
+FORMAT = 1                                      # of manifest.json and of the names in state.safetensors
+KEEP = 2                                        # checkpoints
 
 
 def read_json(path) -> dict:
@@ -58,7 +78,10 @@ def read_json(path) -> dict:
 def save_tensors(path, tensors: dict, about: dict) -> None:
     """Tensors by name and a JSON-able dict into one safetensors file."""
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
-    write_atomically(path, lambda p: save_file(tensors, p, metadata={"about": json.dumps(about)}))
+    try:
+        write_atomically(path, lambda p: save_file(tensors, p, metadata={"about": json.dumps(about)}))
+    except SafetensorError as e:                # its name for a full disk
+        raise OSError(f"{path} could not be written ({e})") from None
 
 
 def load_tensors(path) -> tuple[dict, dict]:
@@ -123,38 +146,230 @@ def load_tokenizers(folder, clip_length: int) -> dict:
             "t5": load_t5_tokenizer(words / "t5")}
 
 
-def save_state(run, stage: str, step: int, total: int, params: dict, average: dict, optimizer) -> None:
-    """Everything that the rest of the stage depends on, in one file: weights, their average, AdamW's moments,
-    the step."""
-    tensors = {f"model.{k}": p for k, p in params.items()} | {f"average.{k}": v for k, v in average.items()}
-    for k, p in params.items():
-        tensors |= {f"adamw.{moment}.{k}": v for moment, v in optimizer.state[p].items()}
-    save_tensors(Path(run, "state.safetensors"), tensors, {"stage": stage, "step": step, "total": total})
+# ------------------------------------------------------------------------------ checkpoints of a stage
+
+@dataclass
+class State:
+    """All that the rest of a stage depends on, together with the seed: what a checkpoint holds."""
+    stage: str
+    total: int                              # steps
+    params: dict                            # name -> parameter
+    average: dict                           # name -> its average; empty where a stage keeps none
+    optimizer: torch.optim.AdamW
+    recent: torch.Tensor                    # losses of the last healthy steps: what a spike is measured by
+    in_a_row: torch.Tensor                  # bad steps since the last healthy one
+    step: int = 0                           # steps done
+    rollbacks: int = 0                      # how often bad steps sent it back; each has halved the rate
 
 
-def load_state(run, stage: str, params: dict, average: dict, optimizer, total: int) -> tuple[int, int]:
-    """(first step, number of steps): where `save_state` left off if it was in this stage, else (0, total)."""
-    path = Path(run, "state.safetensors")
-    if not path.is_file():
-        return 0, total
-    tensors, about = load_tensors(path)
-    if about.get("stage") != stage:
-        return 0, total
-    for prefix, target in (("model.", params), ("average.", average)):
+class Damaged(CheckpointError):
+    """A checkpoint that cannot be used; an older one may do."""
+
+
+def checkpoints_of(run, stage) -> list[Path]:
+    """Folders of whole checkpoints, oldest first; whether their contents are, is seen when they are read."""
+    found = [(re.fullmatch(rf"{stage}-(\d{{6,}})", p.name), p) for p in Path(run, "checkpoints").glob("*")]
+    return [p for _, p in sorted((int(m[1]), p) for m, p in found if m and p.is_dir())]
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Never leaves half a checkpoint under a good name."""
+    doomed = folder.with_name(folder.name + ".old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def clean_checkpoints(run, stages) -> None:
+    """Remove what a killed process left half-written, and checkpoints of stages that are not in `stages`."""
+    for folder in Path(run, "checkpoints").glob("*"):
+        if folder.name.endswith(".tmp") or folder.name.rpartition("-")[0] not in stages:
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+
+
+def sha256(path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def surroundings(state: State) -> dict:
+    """What decides how sums are rounded: equal bits are promised only where all of it is equal."""
+    device = next(iter(state.params.values())).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads()}
+
+
+def save_state(run, state: State, facts: dict) -> Path:
+    """A new checkpoint beside the older ones, of which the newest KEEP stay.
+
+    facts: {"settings": flags that shape the model, "fingerprint": of the data}. The folder takes its name
+    when all of it has reached the disk, so any folder without .tmp is whole. OSError: it could not be
+    written, and nothing has changed."""
+    tensors = {f"model.{k}": p for k, p in state.params.items()}
+    tensors |= {f"average.{k}": v for k, v in state.average.items()} | {"recent": state.recent}
+    for k, p in state.params.items():
+        tensors |= {f"adamw.{moment}.{k}": v for moment, v in state.optimizer.state[p].items()}
+    folder = Path(run, "checkpoints", f"{state.stage}-{state.step:06d}")
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        save_tensors(temporary / "state.safetensors", tensors, {})
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)}
+                 for p in sorted(temporary.glob("*.safetensors"))}          # one; more, once it is sharded
+        write_json(temporary / "manifest.json", {
+            "format": FORMAT, "stage": state.stage, "step": state.step, "total": state.total,
+            "bad_in_a_row": int(state.in_a_row), "rollbacks": state.rollbacks, "files": files,
+            **facts, **surroundings(state)})
+        if folder.exists():                     # damaged, or of steps that were rolled back
+            remove_checkpoint(folder)
+        os.replace(temporary, folder)
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in checkpoints_of(run, state.stage)[:-KEEP]:
+        remove_checkpoint(old)
+    return folder
+
+
+def read_manifest(folder: Path, facts: dict) -> dict:
+    """Damaged if it is not this checkpoint's; CheckpointError if it is, and is meant for others."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except CheckpointError as e:
+        missing = not (folder / "manifest.json").exists()
+        raise Damaged("it has no manifest.json" if missing else str(e)) from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        raise Damaged("its manifest.json has no format number")
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(f"{folder} has format {manifest['format']}, this code knows {FORMAT}: go on "
+                              "with the newer version that wrote it")
+    if folder.name != f"{manifest.get('stage')}-{manifest.get('step'):06d}":
+        raise Damaged(f"its manifest.json is of {manifest.get('stage')} at step {manifest.get('step')}")
+    for name, value in facts.get("settings", {}).items():
+        if (saved := manifest.get("settings", {}).get(name, value)) != value:
+            flag = "--" + name.replace("_", "-")
+            raise CheckpointError(f"{folder} was made with {flag} {saved}, this run has {flag} {value}: "
+                                  "correct config.json, or delete the checkpoint to start the stage again")
+    return manifest
+
+
+def read_checkpoint(folder: Path, facts: dict) -> tuple[dict, dict]:
+    """(manifest, tensors) of a checkpoint of which every byte is as it was written."""
+    tensors = {}
+    try:
+        manifest = read_manifest(folder, facts)
+        for name, about in manifest["files"].items():
+            path = folder / Path(name).name
+            if not path.is_file():
+                raise Damaged(f"{name} is missing")
+            if path.stat().st_size != about["bytes"]:
+                raise Damaged(f"{name} has {path.stat().st_size:,} bytes, not {about['bytes']:,}")
+            if sha256(path) != about["sha256"]:
+                raise Damaged(f"{name} is not what was written: its sha256 is another")
+            try:
+                tensors |= load_tensors(path)[0]
+            except CheckpointError as e:
+                raise Damaged(str(e)) from None
+        manifest["step"], manifest["total"], manifest["bad_in_a_row"], manifest["rollbacks"]
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise Damaged(f"its manifest.json lacks what it should tell ({e})") from None
+    for name, t in tensors.items():
+        if name != "recent" and not t.isfinite().all():         # recent: infinite until there were losses
+            raise Damaged(f"{name} holds NaN or infinity")
+    return manifest, tensors
+
+
+def load_state(run, state: State, facts: dict, healthy: bool = False) -> bool:
+    """Fill `state` from the newest usable checkpoint of its stage; False if there is none.
+
+    healthy: only one that was not saved amid bad steps. CheckpointError if there are checkpoints and all are
+    damaged: to start the stage again without a word would look like a run that was lost."""
+    if Path(run, "state.safetensors").exists():
+        raise CheckpointError(f"{run}/state.safetensors was written by an older version, which alone can go "
+                              "on with it: delete it, and its stage starts again")
+    damaged = []
+    for folder in reversed(checkpoints_of(run, state.stage)):
+        try:
+            manifest, tensors = read_checkpoint(folder, facts)
+        except Damaged as e:
+            damaged.append(f"{folder}: {e}")
+            continue
+        if not (healthy and manifest["bad_in_a_row"]):
+            break
+    else:
+        if damaged:
+            raise CheckpointError(f"no checkpoint of {state.stage} can be used ({'; '.join(damaged)}): "
+                                  "delete them, and the stage starts again")
+        return False
+    fill_state(state, manifest, tensors, folder)
+    for reason in damaged:
+        print(f"went back to step {state.step}, since a newer checkpoint is damaged: {reason}")
+    if manifest.get("fingerprint") != facts.get("fingerprint"):
+        print(f"the data is not what it was when {folder} was saved: the rest is learned from the new")
+    if changed := [f"{k} {manifest.get(k)}, now {v}" for k, v in surroundings(state).items()
+                   if manifest.get(k) != v]:
+        print(f"saved with {'; '.join(changed)}: what follows is as good, but not equal in every bit")
+    return True
+
+
+def fill_state(state: State, manifest: dict, tensors: dict, folder: Path) -> None:
+    targets = ("model.", state.params), ("average.", state.average), ("", {"recent": state.recent})
+    for prefix, target in targets:
         for k, p in target.items():
             if prefix + k not in tensors or tensors[prefix + k].shape != p.shape:
                 raise CheckpointError(
-                    f"{path} does not fit this model at {k}: it belongs to another architecture")
-            p.data.copy_(tensors[prefix + k])
-    for k, p in params.items():
-        moments = [m for m in ADAMW if f"adamw.{m}.{k}" in tensors]
-        if moments and len(moments) < len(ADAMW):
-            raise CheckpointError(f"{path} lacks a part of AdamW's state of {k}: "
+                    f"{folder} does not fit this model at {k}: it belongs to another architecture")
+    for k in state.params:
+        if 0 < sum(f"adamw.{m}.{k}" in tensors for m in ADAMW) < len(ADAMW):
+            raise CheckpointError(f"{folder} lacks a part of AdamW's state of {k}: "
                                   "delete it and start the stage again")
-        if moments:                         # none: the last block's ln_q, which never gets a gradient
-            optimizer.state[p] = {m: tensors[f"adamw.{m}.{k}"].to(p.device) for m in ADAMW}
-    print(f"{stage}: going on at step {about['step']} of {about['total']}")
-    return about["step"], about["total"]
+    for prefix, target in targets:
+        for k, p in target.items():
+            p.data.copy_(tensors[prefix + k])
+    state.optimizer.state.clear()
+    for k, p in state.params.items():
+        if f"adamw.step.{k}" in tensors:    # else: the last block's ln_q, which never gets a gradient
+            state.optimizer.state[p] = {m: tensors[f"adamw.{m}.{k}"].to(p.device) for m in ADAMW}
+    state.in_a_row.fill_(manifest["bad_in_a_row"])
+    state.step, state.total, state.rollbacks = (manifest[k] for k in ("step", "total", "rollbacks"))
+
+
+# ------------------------------------------------------------------------------------------------------ runs
+
+@contextmanager
+def sole_writer(run):
+    """Inside, no other process can be inside for the same run. CheckpointError if one is.
+
+    The system holds the lock for the open file, so it ends with the process, however that ends: a lock file
+    that a killed process left behind stops nobody. What the file says is only for the message."""
+    path = Path(run, "lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as f:
+        try:
+            if fcntl:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:                               # a byte far behind the text, which others may then still read
+                f.seek(1 << 20)
+                msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):
+            who = path.read_text(encoding="utf-8") or "another process"
+            raise CheckpointError(f"{run} is being trained by {who}: wait for its end, "
+                                  "or choose another --out") from None
+        except OSError as e:                    # network file systems without locks
+            print(f"{path} cannot be locked ({e}): see to it that no other process trains in {run}")
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}")
+        f.flush()
+        try:
+            yield
+        finally:
+            f.truncate(0)
 
 
 def has_run(folder) -> bool:

@@ -31,6 +31,7 @@ from text_encoders import (CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CL
                            T5Encoder, clip_loss, drop_encoders, masked_span_loss, sample_drops)
 from vae import (AutoencoderKL, PatchDiscriminator, VAEConfig, discriminator_loss, measure_latents, psnr,
                  vae_loss)
+from watch import loss_by_t
 
 PARTS_OF = {"vae": ("vae",), "clip": ("clip_l", "clip_g", "clip_l_image", "clip_g_image"), "t5": ("t5",),
             "flow": ("mmdit",)}
@@ -188,7 +189,8 @@ def flow_stage(run, parts, pictures, encoders) -> Stage:
         ctx, pool = drop_encoders(
             context[text].float(), pooled[text].float(), sample_drops(len(i), g, c.text_drop),
             encoders.clip_length, encoders.widths[:2])
-        return flow.loss(model, x0, t=t, noise=noise, context=ctx, pooled=pool).mean(), {}
+        losses = flow.loss(model, x0, t=t, noise=noise, context=ctx, pooled=pool)
+        return losses.mean(), {"by_t": loss_by_t(losses, t)}
 
     prompts = preview_prompts(c, pictures)
     pipe = Pipeline(model, vae, encoders, t5_length=c.t5_length, shift=c.shift, kind="clean",

@@ -36,14 +36,18 @@ DIFFERS: dropped text is zeros, and zeros stand for "no prompt" in sampling too;
 released SD3 weights expect an encoded "".
 
 The whole step stands in `fit`.
-Order: rate -> loss -> backward -> clip -> step -> EMA -> log -> preview -> save.
+Order: rate -> loss -> backward -> clip -> judge -> step -> EMA -> log -> preview -> save.
+What may go wrong there, and what happens then, is told in watch.py and checkpoints.py.
 """
 import argparse
-import csv
 import dataclasses
 import difflib
+import hashlib
 import itertools
+import json
 import math
+import shutil
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -52,19 +56,21 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import flow
-from checkpoints import (has_run, last_run, load_part, load_state, load_tokenizers, read_json, save_part,
-                         save_state, write_json)
+from checkpoints import (State, clean_checkpoints, has_run, last_run, load_part, load_state, load_tokenizers,
+                         read_json, save_part, save_state, sole_writer, write_json)
 from data import load_pictures
-from mmdit import MMDiTConfig
+from mmdit import MMDiT, MMDiTConfig
 from sample import pick_device
 from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, flow_stage, measure_vae, preview_prompts,
                     t5_stage, vae_stage)
 from text_encoders import (TextEncoders, load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
                            train_t5_tokenizer)
+from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, clock, judge, largest_logit, lasting_output,
+                   plot_run, roll_back, update)
 
+SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic")   # settings that shape what is trained
 SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.95}      # of what --minutes leaves at a stage's start
 
 
@@ -161,10 +167,11 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 # ----------------------------------------------------------------------------------------------- the one loop
 
 class Run:
-    """What all stages share: folder, device, dtype, clock."""
+    """What all stages share: folder, device, dtype, clock, and whether somebody wants it to stop."""
 
     def __init__(self, config: TrainConfig, folder: Path):
         self.config, self.folder = config, folder
+        self.stop, self.facts, self.warned, self.saved = Stop(), {}, set(), None
         self.device = pick_device(config.device)
         self.dtype, self.why = pick_dtype(config.dtype, self.device)
         self.start = time.monotonic()
@@ -181,6 +188,16 @@ class Run:
         """Seconds until --minutes is over."""
         return 60 * self.config.minutes - (time.monotonic() - self.start) if self.config.minutes else math.inf
 
+    @contextmanager
+    def tolerating(self, what: str):
+        """A full disk inside is told once and costs no training."""
+        try:
+            yield
+        except OSError as e:
+            if what not in self.warned:
+                print(f"{what} could not be written ({e}): training goes on; make room", flush=True)
+            self.warned.add(what)
+
 
 def rate_at(step: int, total: int, config: TrainConfig) -> float:
     """Share of the peak learning rate: up linearly over the warm-up, level,
@@ -189,58 +206,96 @@ def rate_at(step: int, total: int, config: TrainConfig) -> float:
     return min((step + 1) / warmup, 1.0, (total - step) / max(1, round(config.decay * total)))
 
 
+def begin(run: Run, stage: Stage) -> State:
+    """A stage before its first step."""
+    c, params = run.config, dict(stage.model.named_parameters())
+    # matrices decay, biases and norms do not
+    groups = [{"params": [p for p in params.values() if p.ndim > 1], "weight_decay": 0.01},
+              {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
+    # eps is the paper's for bfloat16 training with normalised queries and keys (section 5.3.2). Next to the
+    # usual 1e-8, gradients that are as small as this would hardly move their weights. The moments here are
+    # float32; kept in bfloat16 they still could hold 1e-15 squared, in float16 they could not: 0 / 0.
+    optimizer = torch.optim.AdamW(groups, lr=getattr(c, f"{stage.name}_rate"), betas=(0.9, 0.99), eps=1e-15,
+                                  fused=run.device.type != "mps")
+    average = {k: p.detach().clone() for k, p in params.items()} if stage.ema else {}
+    return State(stage.name, getattr(c, f"{stage.name}_steps"), params, average, optimizer,
+                 torch.full((RECENT,), math.inf, device=run.device), torch.zeros((), device=run.device))
+
+
 def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     """Train stage.model in place, from its start or from where the run was interrupted.
 
     share: how much of the time left until --minutes this stage may take. Its first 30 steps are timed, then
-    its first 300, and if not all of them fit, there will be fewer. FloatingPointError if the loss is no
-    longer finite.
+    its first 300, and if not all of them fit, there will be fewer. Stopped if somebody wants the end, after
+    saving. FloatingPointError if nearly all steps are bad, also after going back once.
     """
-    c, model = run.config, stage.model.train()
-    total, peak = getattr(c, f"{stage.name}_steps"), getattr(c, f"{stage.name}_rate")
-    params = dict(model.named_parameters())
-    # matrices decay, biases and norms do not
-    groups = [{"params": [p for p in params.values() if p.ndim > 1], "weight_decay": 0.01},
-              {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=run.device.type != "mps")
-    average = {k: p.detach().clone() for k, p in params.items()} if stage.ema else {}
-    first, total = load_state(run.folder, stage.name, params, average, optimizer, total)
-    log, step, end = Log(run, stage.name, first, total), first, time.monotonic() + share * run.left()
+    c, model, state = run.config, stage.model.train(), begin(run, stage)
+    params, average, optimizer = state.params, state.average, state.optimizer
+    batch, peak = (getattr(c, f"{stage.name}_{what}") for what in ("batch", "rate"))
+    start = {k: p.detach().to("cpu", copy=True) for k, p in params.items()}     # until there is a checkpoint
+    if load_state(run.folder, state, run.facts):
+        print(f"{stage.name}: going on at step {state.step} of {state.total}")
+        start = None
+    log, planned = Log(run.folder, state, batch), state.step > 0
+    end = time.monotonic() + share * run.left()
 
-    while step < total:
+    while state.step < state.total:
+        step = state.step
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate_at(step, total, c)
+            group["lr"] = peak * rate_at(step, state.total, c) * 0.5**state.rollbacks
         with run.autocast():
             loss, parts = stage.loss(step, run.generator(stage.name, step))
         loss.backward()
         norm = nn.utils.clip_grad_norm_(params.values(), c.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if average:
+        bad = judge(state, loss, norm)
+        update(optimizer, bad)
+        if average:                                 # after a bad step: of the same weights once more
             decay = min(c.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in params.values()], 1 - decay)
-        step += 1
-        log.add(step, total, loss, norm, group["lr"], parts)
+        if step % LOOK_EVERY == 0 and isinstance(model, MMDiT):
+            with run.autocast():
+                parts["max_logit"] = largest_logit(stage.loss, step, run.generator(stage.name, step))
+        state.step = step = step + 1
+        log.add(state, bad, loss, norm, group["lr"], parts)
 
-        if c.minutes and first == 0 and step in (10, 30, 300):      # plan the rest by the speed since step 10
+        if c.minutes and not planned and step in (10, 30, 300):     # plan the rest by the speed since step 10
             now = time.monotonic()
             if step == 10:
                 timed = now
             else:
                 fitting = int((end - now) / (now - timed) * (step - 10))
-                total = min(total, step + max(30, fitting))
-        if stage.preview and c.preview_every and (step % c.preview_every == 0 or step == total):
-            with swapped(params, average):
+                state.total = min(state.total, step + max(30, fitting))
+                planned = step == 300
+        if run.stop.wanted or step % c.save_every == 0 or step == state.total:
+            log.flush(state)                        # what the log tells is never behind the state
+        if log.hopeless:
+            roll_back(run, state, start, log)
+            continue
+        if stage.preview and c.preview_every and (step % c.preview_every == 0 or step == state.total):
+            with swapped(params, average), run.tolerating("a sample grid"):
                 model.eval()
                 stage.preview(step)
+                plot_run(log.path)
             model.train()
-        if step % c.save_every == 0 and step < total:
-            log.flush(step, total)                              # what the log tells is never behind the state
-            save_state(run.folder, stage.name, step, total, params, average, optimizer)
+        if step < state.total and (run.stop.wanted or step % c.save_every == 0 and not state.in_a_row):
+            with run.tolerating(f"a checkpoint of {stage.name}"):
+                save_state(run.folder, state, run.facts)
+                start, run.saved = None, step
+            if run.stop.wanted:
+                leave(run, stage.name, step)
     for name, value in average.items():
         params[name].data.copy_(value)
     log.bar.close()
     model.eval().requires_grad_(False)
+
+
+def leave(run: Run, stage: str, step: int):
+    """Stopped, or OSError where the state could not be saved."""
+    if run.saved != step:
+        raise OSError(f"stopped at step {step} of {stage}, which could not be saved: what was saved before "
+                      f"is still there; make room, then  python train.py --resume --out {run.folder}")
+    print(f"{stage}: saved at step {step}", flush=True)
+    raise Stopped(run.stop.wanted)
 
 
 @contextmanager
@@ -249,87 +304,11 @@ def swapped(params: dict, average: dict):
     kept = {k: params[k].detach().clone() for k in average}
     for k, v in average.items():
         params[k].data.copy_(v)
-    yield
-    for k, v in kept.items():
-        params[k].data.copy_(v)
-
-
-class Log:
-    """metrics.csv, and the progress bar (plain lines where the output is no terminal)."""
-
-    def __init__(self, run: Run, stage: str, first: int, total: int):
-        self.stage, self.path, self.pending, self.smooth = stage, run.folder / "metrics.csv", [], None
-        self.first, self.start, self.said = first, time.monotonic(), time.monotonic()
-        self.bar = tqdm(total=total, initial=first, desc=f"{stage:4s}", disable=not sys.stderr.isatty(),
-                        dynamic_ncols=True)
-        rows = read_metrics(self.path)                  # what an interrupted run wrote after its last save
-        rows = [r for r in rows if r[0] != stage or int(r[1]) <= first]
-        with open(self.path, "w", newline="", encoding="utf-8") as f:
-            csv.writer(f).writerows([METRICS] + rows)
-
-    def add(self, step, total, loss, norm, rate, parts):
-        self.pending.append((step, loss.detach(), norm, rate, parts))
-        self.bar.total = total
-        self.bar.update()
-        if len(self.pending) >= 20 or step == total:    # read rarely: reading a tensor makes a GPU wait
-            self.flush(step, total)
-
-    def flush(self, step, total):
-        if not self.pending:
-            return
-        rows = [(self.stage, s, f"{x.item():.6g}", f"{n.item():.4g}", f"{rate:.4g}",
-                 " ".join(f"{k}={v.item():.4g}" for k, v in parts.items()))
-                for s, x, n, rate, parts in self.pending]
-        values, norm, self.pending = [float(r[2]) for r in rows], rows[-1][3], []
-        if not all(map(math.isfinite, values)):
-            raise FloatingPointError(f"the loss of stage {self.stage} is not finite near step {step}: "
-                                     f"start again with a lower --{self.stage}-rate, or with --dtype float32")
-        with open(self.path, "a", newline="", encoding="utf-8") as f:
-            csv.writer(f).writerows(rows)
-        mean, now = sum(values) / len(values), time.monotonic()
-        self.smooth = mean if self.smooth is None else 0.8 * self.smooth + 0.2 * mean
-        self.bar.set_postfix_str(f"loss {self.smooth:.4f}, grad {norm}")
-        if self.bar.disable and (now - self.said > 15 or step == total):
-            each, self.said = (now - self.start) / (step - self.first), now
-            print(f"{self.stage:4s} {step:6d}/{total}  loss {self.smooth:.4f}  grad {norm}  "
-                  f"{1000 * each:.0f} ms a step  {clock(each * (total - step))} left in this stage",
-                  flush=True)
-
-
-METRICS = ("stage", "step", "loss", "grad_norm", "rate", "parts")
-
-
-def read_metrics(path) -> list[list[str]]:
-    if not Path(path).exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as f:
-        return [row for row in list(csv.reader(f))[1:]
-                if len(row) == len(METRICS)]                                # a torn last line is left out
-
-
-def plot_losses(path) -> None:
-    """loss.png beside metrics.csv: a panel for each stage, every step in grey and a running mean."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, panels = plt.subplots(1, len(STAGES), figsize=(16, 3.4), layout="constrained")
-    rows = read_metrics(path)
-    for stage, panel in zip(STAGES, panels):
-        losses = torch.tensor([float(r[2]) for r in rows if r[0] == stage], dtype=torch.float64)
-        panel.set(title=stage, xlabel="step", yscale="log")
-        if len(losses):
-            window = max(1, len(losses) // 50)
-            mean = losses.unfold(0, window, 1).mean(1)
-            panel.plot(range(1, len(losses) + 1), losses, color="#cccccc", lw=0.7)
-            panel.plot(range(window, len(losses) + 1), mean, color="#2a6fbb", lw=1.6)
-    panels[0].set_ylabel("loss")
-    fig.savefig(path.with_name("loss.png"), dpi=110)
-    plt.close(fig)
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    try:
+        yield
+    finally:
+        for k, v in kept.items():
+            params[k].data.copy_(v)
 
 
 # -------------------------------------------------------------------------------------------------- all of it
@@ -343,11 +322,20 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     folder = Path(config.out) if resume else new_folder(config)
     run = Run(config, folder)
     pictures = load_pictures(config.data, config.size, count=config.pictures, seed=config.seed)
+    with sole_writer(folder), run.stop:
+        return train_stages(run, pictures)
+
+
+def train_stages(run: Run, pictures) -> Path:
+    config, folder = run.config, run.folder
     tokenizers = make_tokenizers(folder, config, [text for texts in pictures.captions for text in texts],
                                  [texts[0] for texts in pictures.captions])
     write_json(folder / "config.json", dataclasses.asdict(config))
     parts = build(config, tokenizers)
     todo = unfinished(folder)
+    clean_checkpoints(folder, todo)
+    run.facts = {"settings": {name: getattr(config, name) for name in SHAPING},
+                 "fingerprint": fingerprint(pictures)}
     done = [name for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]]
     parts |= {name: load_part(folder, name) for name in done}
     for part in parts.values():
@@ -359,17 +347,26 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             "flow": lambda: flow_stage(run, parts, pictures, encoders)}
     stages = {stage: make[stage]() for stage in todo if stage != "flow"}  # it needs what these learn
     introduce(run, parts, pictures, todo, stages)
-    for stage in todo:
-        fit(run, stages[stage] if stage in stages else make[stage](), SHARE[stage])
-        if stage == "vae":
-            measure_vae(run, parts["vae"], pictures)
-        for name in PARTS_OF[stage]:
-            save_part(folder, name, parts[name])
-        (folder / "state.safetensors").unlink(missing_ok=True)      # a later stage's learned from other parts
-        plot_losses(folder / "metrics.csv")
+    for name in todo:
+        stage = stages[name] if name in stages else make[name]()
+        with run.stop.later():                      # a stage that was learned gets saved
+            fit(run, stage, SHARE[name])
+            if name == "vae":
+                measure_vae(run, parts["vae"], pictures)
+            for part in PARTS_OF[name]:
+                save_part(folder, part, parts[part])
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)   # a later stage's learned from others
+    with run.tolerating("loss.png"):
+        plot_run(folder / "metrics.csv")
     print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. "
           f'Now type\n    python sample.py "{preview_prompts(config, pictures)[6]}"')
     return folder
+
+
+def fingerprint(pictures) -> str:
+    """Tells other data from the same: of all captions and of up to 256 pictures."""
+    some = pictures.images[::max(1, len(pictures.images) // 256)].contiguous()
+    return hashlib.sha256(json.dumps(pictures.captions).encode() + some.numpy().tobytes()).hexdigest()
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -503,13 +500,15 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
 
 
 def main(argv=None) -> None:
-    try:
-        train(*parse(argv))
-    except KeyboardInterrupt:
-        sys.exit("stopped; go on with  python train.py --resume")
-    except (ValueError, FloatingPointError, OSError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    with lasting_output():
+        try:
+            train(*parse(argv))
+        except KeyboardInterrupt as e:              # Stopped is one
+            print("stopped; go on with  python train.py --resume", file=sys.stderr)
+            sys.exit(128 + getattr(e, "signum", signal.SIGINT))
+        except (ValueError, FloatingPointError, OSError) as e:
+            print(f"train.py: {e}", file=sys.stderr)
+            sys.exit(2)
 
 
 # Exercises. (1) --text-drop 0: guidance now compares with a state that the model never saw;

@@ -58,8 +58,8 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path, write) -> None:
-    """write(temporary path), then fsync and rename: the file at `path` is the old one or the new one,
-    never half of it."""
+    """write(temporary path), then fsync, rename and fsync of the folder: the file at `path` is the old
+    one or the new one, never half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -69,8 +69,19 @@ def write_atomically(path, write) -> None:
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)              # safetensors makes its files readable by their owner alone
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(path) -> None:
+    """A rename survives a power cut only once its folder has reached the disk too."""
+    if os.name == "posix":                      # elsewhere a folder cannot be opened
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path, value) -> None:

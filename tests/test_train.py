@@ -50,6 +50,12 @@ def tensors_of(folder):
     return {p.name: load_tensors(p)[0] for p in sorted(Path(folder).glob("*.safetensors"))}
 
 
+def told(folder):
+    """metrics.csv without the column that depends on the clock."""
+    rows = csv.DictReader(open(Path(folder, "metrics.csv"), encoding="utf-8"))
+    return [{k: v for k, v in row.items() if k != "samples_per_s"} for row in rows]
+
+
 def assert_same(a, b):
     a, b = tensors_of(a), tensors_of(b)
     assert a.keys() == b.keys()
@@ -92,11 +98,10 @@ def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(**MICRO, out=out))
     monkeypatch.undo()
-    assert Path(out, "state.safetensors").exists() and not Path(out, "mmdit.safetensors").exists()
+    assert Path(out, "checkpoints").exists() and not Path(out, "mmdit.safetensors").exists()
     train(*parse(["--resume", "--out", out]))
     assert_same(finished, out)
-    metrics = [Path(f, "metrics.csv").read_text() for f in (finished, out)]
-    assert metrics[0] == metrics[1]                     # and no step is told twice
+    assert told(finished) == told(out)                  # and no step is told twice
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, capsys):
@@ -223,18 +228,6 @@ def test_resume_refuses_other_settings_by_name(finished, capsys):
     with pytest.raises(SystemExit) as end:
         training.main(["--resume", "--out", str(finished), "--seed", "9"])
     assert end.value.code == 2 and "--seed" in capsys.readouterr().err
-
-
-def test_a_state_of_another_architecture_is_refused_by_name(finished, tmp_path, monkeypatch):
-    import shutil
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    (run / "mmdit.safetensors").unlink()
-    from checkpoints import CheckpointError, save_tensors
-    save_tensors(run / "state.safetensors", {"model.x": torch.zeros(2)},
-                 {"stage": "flow", "step": 2, "total": 6})
-    with pytest.raises(CheckpointError, match="another architecture"):
-        train(*parse(["--resume", "--out", str(run)]))
 
 
 def test_a_transformer_does_not_outlive_what_it_learned_from(finished, tmp_path, capsys, one_thread):
