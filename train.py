@@ -266,8 +266,6 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
                 fitting = int((end - now) / (now - timed) * (step - 10))
                 state.total = min(state.total, step + max(30, fitting))
                 planned = step == 300
-        if run.stop.wanted or step % c.save_every == 0 or step == state.total:
-            log.flush(state)                        # what the log tells is never behind the state
         if log.hopeless:
             roll_back(run, state, start, log)
             continue
@@ -278,6 +276,7 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
                 plot_run(log.path)
             model.train()
         if step < state.total and (run.stop.wanted or step % c.save_every == 0 and not state.in_a_row):
+            log.flush(state)                        # what it tells is never behind what is saved
             with run.tolerating(f"a checkpoint of {stage.name}"):
                 save_state(run.folder, state, run.facts)
                 start, run.saved = None, step
@@ -286,6 +285,9 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     for name, value in average.items():
         params[name].data.copy_(value)
     log.bar.close()
+    if not all(p.isfinite().all() for p in params.values()):
+        raise FloatingPointError(f"weights of stage {stage.name} are not finite at its end: start again with a "
+                                 f"lower --{stage.name}-rate, or with --dtype float32")
     model.eval().requires_grad_(False)
 
 

@@ -196,7 +196,7 @@ class Log:
                 row["max_logit"] = f"{parts.pop('max_logit'):.4g}"
             row |= {f"t{i}": f"{x:.4g}" for i, x in enumerate(rest[len(names):]) if not math.isnan(x)}
             new.append(row | {"parts": " ".join(f"{k}={v:.4g}" for k, v in parts.items())})
-            self.hopeless |= in_a_row >= limit
+            self.hopeless = in_a_row >= limit                   # now: what has recovered is no reason
             if bad:
                 skipped.append(step)
         self.pending, self.last = [], now

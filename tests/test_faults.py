@@ -1,0 +1,520 @@
+"""Claims about training when something goes wrong: a kill, a signal, a full disk, a second process, numbers
+that are not finite. Whatever happens, what was saved stays, and going on ends where the undisturbed run ends.
+
+Most of it happens to `fit` with a miniature of the transformer, in processes forked from one that has
+imported everything: so twenty kills take seconds. `pytest --hypothesis-profile=thorough` kills 20 times, the
+default 6 times. The command line itself gets its signals at the end of the file.
+"""
+import csv
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+import flow
+import mmdit
+import stages
+import train as training
+import watch
+from checkpoints import CheckpointError, checkpoints_of, load_tensors, save_tensors, sole_writer
+from mmdit import MMDiT, MMDiTConfig
+from train import TrainConfig, fit
+
+ROOT = Path(__file__).resolve().parent.parent
+KILLS = 20 if settings.default.max_examples > 100 else 6
+POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
+QUICK = dict(device="cpu", dtype="float32", flow_batch=4, flow_steps=40, save_every=1, preview_every=0,
+             minutes=0)
+
+
+# ----------------------------------------------------------------------------------- a stage in miniature
+
+def miniature(run, spoil=lambda step, loss: loss):
+    """A flow stage of a two-block transformer on noise. spoil: what becomes of a step's loss."""
+    torch.manual_seed(0)
+    model = MMDiT(MMDiTConfig(2, heads=2, head_dim=8, in_channels=4, context_dim=8, pooled_dim=8, pos_max=4,
+                              pos_sample=2, pos_base=2))
+
+    def loss(step, g):
+        x0, noise = torch.randn(4, 4, 4, 4, generator=g), torch.randn(4, 4, 4, 4, generator=g)
+        t = torch.rand(4, generator=g)
+        losses = flow.loss(model, x0, t=t, noise=noise, context=torch.randn(4, 3, 8, generator=g),
+                           pooled=torch.randn(4, 8, generator=g))
+        return spoil(step, losses.mean()), {"by_t": watch.loss_by_t(losses, t)}
+
+    return stages.Stage("flow", model, loss, ema=True)
+
+
+def run_miniature(folder, spoil=lambda step, loss: loss, preview=None, **changes):
+    """What train.main does around `fit`, in the current process; the weights go to weights.pt's place."""
+    torch.set_num_threads(1)
+    run = training.Run(TrainConfig(**QUICK | changes, out=str(folder)), Path(folder))
+    stage = miniature(run, spoil)
+    stage.preview = preview and (lambda step: preview(run, step))
+    with sole_writer(folder), run.stop, run.stop.later():
+        fit(run, stage)
+        save_tensors(Path(folder, "done.safetensors"), stage.model.state_dict(), {})
+
+
+def child(folder, said, changes, limit=None):
+    """The same as a process of its own, which ends as the command line would."""
+    out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    if limit:
+        import resource
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    training.train = lambda: run_miniature(folder, **changes)
+    training.parse = lambda argv: ()
+    training.main([])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ready():
+    """The process from which the others are forked; it has imported all that they need."""
+    if os.name == "posix":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
+            multiprocessing.set_forkserver_preload(["test_faults", "torch._dynamo"])  # AdamW imports it
+            multiprocessing.forkserver.ensure_running()
+
+
+def start(folder, *rest, **changes):
+    said = Path(folder).parent / f"{Path(folder).name}.txt"
+    process = multiprocessing.get_context("forkserver").Process(
+        target=child, args=(str(folder), str(said), changes, *rest))
+    process.start()
+    return process, said
+
+
+def wait(process, seconds=60):
+    process.join(seconds)
+    assert process.exitcode is not None, "it did not end"
+    return process.exitcode
+
+
+def until(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.is_alive() and time.monotonic() < end, "it did not get there"
+        time.sleep(0.002)
+
+
+def steps_of(folder):
+    return [int(p.name[-6:]) for p in checkpoints_of(folder, "flow")]
+
+
+def rows_of(folder):
+    rows = csv.DictReader(open(Path(folder, "metrics.csv"), encoding="utf-8"))
+    return [{k: v for k, v in row.items() if k != "samples_per_s"} for row in rows]
+
+
+def assert_equal(a, b):
+    """Same weights, bit by bit, and the same curve."""
+    one, other = (load_tensors(Path(x, "done.safetensors"))[0] for x in (a, b))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert rows_of(a) == rows_of(b)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of 40 steps that nothing happened to."""
+    before, folder = torch.get_num_threads(), tmp_path_factory.mktemp("runs") / "straight"
+    run_miniature(folder)
+    torch.set_num_threads(before)
+    return folder
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def power_cut(at):
+    def spoil(step, loss):
+        if step == at:
+            raise KeyboardInterrupt
+        return loss
+    return spoil
+
+
+# ------------------------------------------------------------------------------------------------- processes
+
+@POSIX
+def test_kill_9_at_random_moments_loses_no_run_and_changes_no_number(straight, tmp_path):
+    """Saving after every step, so that many kills hit a save."""
+    draw, folder, newest = random.Random(0), tmp_path / "killed", -1
+    done = folder / "done.safetensors"
+    for _ in range(KILLS):
+        process, said = start(folder)
+        until(lambda: max(steps_of(folder), default=-1) > newest or done.exists(), process)
+        time.sleep(draw.random() * 0.03)
+        os.kill(process.pid, signal.SIGKILL)
+        wait(process)
+        if done.exists():
+            break
+        assert max(steps_of(folder)) >= newest                  # never behind what was saved once
+        newest = max(steps_of(folder))
+    process, said = start(folder)
+    assert wait(process) == 0, said.read_text()
+    assert newest > 0 and "damaged" not in said.read_text()
+    assert_equal(straight, folder)
+
+
+@POSIX
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_after_the_step_with_a_checkpoint_and_the_way_on(straight, tmp_path, signum, code):
+    folder = tmp_path / "run"
+    process, said = start(folder, save_every=1000)
+    until(lambda: (folder / "metrics.csv").exists() and len(rows_of(folder)) >= 20, process)
+    os.kill(process.pid, signum)
+    assert wait(process) == code, said.read_text()
+    text = said.read_text()
+    assert f"saved at step {steps_of(folder)[0]}" in text and "train.py --resume" in text
+    assert "Traceback" not in text and len(rows_of(folder)) == steps_of(folder)[0] < 40
+    process, said = start(folder, save_every=1000)
+    assert wait(process) == 0
+    assert_equal(straight, folder)
+
+
+def slow_save(run, step):                       # stands in for a preview: long, and in the middle of a step
+    if step == 5:
+        Path(run.folder, "busy").touch()
+        time.sleep(1.0)
+        Path(run.folder, "over").touch()
+
+
+@POSIX
+def test_a_signal_during_a_preview_waits_for_its_end(straight, tmp_path):
+    folder = tmp_path / "run"
+    process, said = start(folder, preview=slow_save, preview_every=5, save_every=1000)
+    until((folder / "busy").exists, process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert wait(process) == 143 and (folder / "over").exists() and steps_of(folder) == [5], said.read_text()
+    process, _ = start(folder, save_every=1000)
+    assert wait(process) == 0
+    assert_equal(straight, folder)
+
+
+def signals_itself_while_saving(step, loss):
+    """From step 5 on, the rename of a checkpoint is the moment of the signal."""
+    if step == 5:
+        import checkpoints
+        replace = os.replace
+
+        def interrupted(a, b):
+            os.kill(os.getpid(), signal.SIGTERM)
+            replace(a, b)
+
+        checkpoints.os = type("os", (), {**vars(os), "replace": staticmethod(interrupted)})
+    return loss
+
+
+@POSIX
+def test_a_signal_during_a_save_leaves_that_save_whole(straight, tmp_path):
+    folder = tmp_path / "run"
+    process, said = start(folder, spoil=signals_itself_while_saving, save_every=8)
+    assert wait(process) == 143, said.read_text()
+    assert steps_of(folder) and not list((folder / "checkpoints").glob("*.tmp"))
+    process, _ = start(folder, save_every=8)
+    assert wait(process) == 0
+    assert_equal(straight, folder)
+
+
+@POSIX
+def test_the_second_ctrl_c_ends_at_once_and_the_last_checkpoint_stays(straight, tmp_path):
+    folder = tmp_path / "run"
+    process, _ = start(folder, preview=slow_save, preview_every=5, save_every=4)
+    until((folder / "busy").exists, process)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    assert wait(process) == -signal.SIGINT and not (folder / "over").exists()       # 130 in a shell
+    assert steps_of(folder) == [4]
+    process, _ = start(folder)
+    assert wait(process) == 0
+    assert_equal(straight, folder)
+
+
+@POSIX
+def test_two_processes_never_train_in_one_folder(straight, tmp_path):
+    folder = tmp_path / "run"
+    first, _ = start(folder, preview=slow_save, preview_every=5)
+    until((folder / "busy").exists, first)
+    with pytest.raises(CheckpointError, match=f"is being trained by process {first.pid}"):
+        run_miniature(folder)
+    assert wait(first) == 0
+    with sole_writer(folder):                                   # and it left no lock
+        pass
+    assert_equal(straight, folder)
+
+
+@POSIX
+def test_a_full_disk_costs_no_training_and_keeps_the_older_checkpoint(straight, tmp_path):
+    """No file may grow beyond 30 kB: the first checkpoint, of 400 kB, was written before that."""
+    folder = tmp_path / "run"
+    process, said = start(folder, save_every=1000)
+    until(lambda: (folder / "metrics.csv").exists() and len(rows_of(folder)) >= 20, process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert wait(process) == 143
+    before = {p: p.read_bytes() for p in folder.glob("checkpoints/*/*")}
+    said.unlink()
+    process, said = start(folder, 30_000)
+    assert wait(process) == 2                                   # nothing could be saved, not the end either
+    text = said.read_text()
+    assert text.count("training goes on") == 1 and "40/40" in text and "Traceback" not in text, text
+    assert "File too large" in text
+    assert before == {p: p.read_bytes() for p in folder.glob("checkpoints/*/*")}
+    process, _ = start(folder)
+    assert wait(process) == 0                                   # there is room again
+    assert_equal(straight, folder)
+
+
+@POSIX
+def test_a_wish_to_stop_that_cannot_be_saved_is_no_success(tmp_path):
+    folder = tmp_path / "run"
+    process, said = start(folder, 30_000, preview=slow_save, preview_every=5, save_every=1000)
+    until((folder / "busy").exists, process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert wait(process) == 2 and "could not be saved" in said.read_text()
+
+
+# --------------------------------------------------------------------------------------------------- numbers
+
+def bad_at(steps, value):
+    return lambda step, loss: loss * value if step in steps else loss
+
+
+@pytest.mark.parametrize("value, reason", [(float("nan"), "not finite"), (float("inf"), "not finite"),
+                                           (1e4, "spike")])
+def test_a_bad_step_is_skipped_counted_and_leaves_no_trace(tmp_path, capsys, one_thread, value, reason):
+    seen = {}
+
+    def spoil(step, loss):
+        seen[step] = [p.detach().clone() for p in models[-1].parameters()]
+        return bad_at({30}, value)(step, loss)
+
+    models, original = [], MMDiT.__init__
+    MMDiT.__init__ = lambda self, c: (original(self, c), models.append(self))[0]
+    try:
+        run_miniature(tmp_path, spoil, save_every=1000)
+    finally:
+        MMDiT.__init__ = original
+    assert all(torch.equal(a, b) for a, b in zip(seen[30], seen[31]))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[31], seen[32]))
+    assert [r["step"] for r in rows_of(tmp_path) if r["skipped"] == reason] == ["31"]
+    said = capsys.readouterr().out
+    assert f"no update in 1 of the last 20 steps (from step 31 on; {reason}), 1 so far" in said
+    assert all(p.isfinite().all() for p in load_tensors(tmp_path / "done.safetensors")[0].values())
+
+
+def test_moments_and_their_step_count_stay_when_a_step_is_skipped(one_thread):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    for bad in (0, 1, 0):
+        before = [weight.detach().clone()] + [v.clone() for v in optimizer.state[weight].values()]
+        weight.grad = torch.full((3,), torch.nan if bad else 0.5)
+        watch.update(optimizer, torch.tensor(bad))
+        after = [weight.detach()] + list(optimizer.state[weight].values())
+        assert bad == (len(before) == len(after) and all(map(torch.equal, before, after)))
+    assert optimizer.state[weight]["step"] == 2
+
+
+def test_resumed_amid_bad_steps_it_goes_on_as_if_it_had_not_stopped(tmp_path, one_thread):
+    spoil = bad_at({11, 30, 31, 32}, float("nan"))
+    run_miniature(tmp_path / "whole", spoil)
+    run = tmp_path / "cut"
+
+    with pytest.raises(KeyboardInterrupt):
+        run_miniature(run, lambda step, loss: spoil(step, power_cut(33)(step, loss)), save_every=8)
+    run_miniature(run, spoil, save_every=8)
+    assert_equal(tmp_path / "whole", run)
+
+
+def test_ten_bad_steps_in_a_row_go_back_to_the_last_healthy_checkpoint_with_half_the_rate(
+        tmp_path, capsys, one_thread):
+    tried = []
+
+    def spoil(step, loss):                      # a fault that is gone the second time
+        tried.append(step)
+        return loss * float("nan") if step >= 18 and tried.count(18) < 2 else loss
+
+    run_miniature(tmp_path, spoil, save_every=8)
+    assert "going back to step 16" in capsys.readouterr().out
+    rates = {int(r["step"]): float(r["rate"]) for r in rows_of(tmp_path)}
+    assert len(rows_of(tmp_path)) == 40 and not any(r["skipped"] for r in rows_of(tmp_path))
+    assert rates[17] == pytest.approx(rates[16] / 2, rel=0.15)  # warm-up is over, decay is not yet
+
+
+def test_twelve_bad_steps_that_are_over_when_they_are_read_are_only_skipped(tmp_path, capsys, one_thread):
+    run_miniature(tmp_path, bad_at(range(22, 34), float("nan")), save_every=8)
+    assert "going back" not in capsys.readouterr().out
+    assert [int(r["step"]) for r in rows_of(tmp_path) if r["skipped"]] == list(range(23, 35))
+
+
+def test_weights_that_are_not_finite_at_the_end_are_no_result(tmp_path, one_thread):
+    with pytest.raises(FloatingPointError, match="not finite at its end.*--flow-rate"):
+        run_miniature(tmp_path, flow_rate=1e39, flow_steps=1)
+    assert not (tmp_path / "done.safetensors").exists()
+
+
+def test_bad_steps_before_the_first_checkpoint_go_back_to_the_very_start(tmp_path, one_thread):
+    tried = []
+
+    def spoil(step, loss):
+        tried.append(step)
+        return loss * float("nan") if step >= 3 and tried.count(3) < 2 else loss
+
+    run_miniature(tmp_path / "a", spoil, save_every=1000)
+    rate = TrainConfig.flow_rate
+    run_miniature(tmp_path / "b", flow_rate=rate / 2, save_every=1000)
+    assert_equal(tmp_path / "a", tmp_path / "b")
+
+
+def test_what_stays_bad_ends_with_advice_and_the_healthy_checkpoint(tmp_path, capsys, one_thread):
+    with pytest.raises(FloatingPointError, match="half the learning rate.*--flow-rate"):
+        run_miniature(tmp_path, bad_at(range(18, 99), float("nan")), save_every=8)
+    assert steps_of(tmp_path) == [8, 16]
+
+
+def test_a_spike_is_measured_by_the_median_of_healthy_losses(one_thread):
+    state = training.begin(training.Run(TrainConfig(**QUICK), Path(".")), miniature(None))
+    losses = [100.0] * 10 + [1.0] * 30 + [4.9, 5.2, 5.2, 1.0, float("nan"), 4.9]
+    verdicts = [int(watch.judge(state, torch.tensor(x), torch.tensor(1.0))) for x in losses]
+    assert verdicts == [0] * 41 + [2, 2, 0, 1, 0] and int(state.in_a_row) == 0
+    assert int(watch.judge(state, torch.tensor(1.0), torch.tensor(float("inf")))) == watch.NOT_FINITE
+
+
+def test_judging_reads_nothing_from_the_device(one_thread):
+    """On the device `meta` there is nothing to read: any .item() or branch on a value would raise."""
+    state = training.begin(training.Run(TrainConfig(**QUICK), Path(".")), miniature(None))
+    state.recent, state.in_a_row = state.recent.to("meta"), state.in_a_row.to("meta")
+    loss = torch.ones((), device="meta")
+    assert watch.judge(state, loss, loss).device.type == "meta"
+    assert watch.loss_by_t(torch.ones(4, device="meta"), torch.ones(4, device="meta")).shape == (8,)
+
+
+# --------------------------------------------------------------------------------------------------- the log
+
+def test_every_step_tells_its_losses_by_t_and_every_hundredth_its_largest_logit(straight):
+    rows = rows_of(straight)
+    assert [int(r["step"]) for r in rows] == list(range(1, 41))
+    assert [r["step"] for r in rows if r["max_logit"]] == ["1"]
+    for row in rows:
+        told = [float(row[f"t{i}"]) for i in range(8) if row[f"t{i}"]]
+        assert told and min(told) <= float(row["loss"]) * 1.001 and max(told) >= float(row["loss"]) * 0.999
+    assert all(float(r["samples_per_s"]) > 0 for r in watch.read_metrics(straight / "metrics.csv"))
+
+
+def test_losses_by_t_are_means_over_eight_equal_parts():
+    t = torch.tensor([0.0, 0.1, 0.125, 0.99, 1.0])
+    by_t = watch.loss_by_t(torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), t)
+    assert by_t[[0, 1, 7]].tolist() == [2.0, 5.0, 8.0] and by_t[2:7].isnan().all()
+
+
+@pytest.mark.parametrize("qk_norm, dual", [(True, 0), (False, 0), (True, 1)])
+def test_the_largest_logit_is_that_of_the_attention_itself(monkeypatch, one_thread, qk_norm, dual):
+    torch.manual_seed(1)
+    model = MMDiT(MMDiTConfig(2, heads=2, head_dim=8, in_channels=4, context_dim=8, pooled_dim=8, pos_max=4,
+                              pos_sample=2, pos_base=2, qk_norm=qk_norm, dual_blocks=dual))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, t, context, pooled = torch.randn(3, 4, 4, 4), torch.rand(3), torch.randn(3, 5, 8), torch.randn(3, 8)
+
+    def loss(step, g):
+        return model(x, t, context, pooled).mean(), {}
+
+    attend = mmdit.joint_attention
+    measured = watch.largest_logit(loss, 0, None)
+    assert mmdit.joint_attention is attend
+    logits, softmax = [], torch.Tensor.softmax                  # now spelled out, and spied on
+    from kernels import attention as spelled_out
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda q, k, v, attn_mask=None: spelled_out(q, k, v, attn_mask))
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda self, **how: (
+        logits.append(self.abs().max()), softmax(self, **how))[1])
+    loss(0, None)
+    assert len(logits) == 2 + dual and measured.item() == pytest.approx(max(logits).item(), rel=1e-5)
+
+
+def test_looking_at_logits_changes_no_number(straight, tmp_path, monkeypatch, one_thread):
+    monkeypatch.setattr(training, "LOOK_EVERY", 7)
+    run_miniature(tmp_path)
+    assert len([r for r in rows_of(tmp_path) if r["max_logit"]]) == 6
+    one, other = (load_tensors(f / "done.safetensors")[0] for f in (straight, tmp_path))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_the_plot_shows_runs_of_any_length_and_older_ones(straight, tmp_path):
+    (tmp_path / "metrics.csv").write_text((straight / "metrics.csv").read_text())
+    watch.plot_run(tmp_path / "metrics.csv")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    (tmp_path / "metrics.csv").write_text("stage,step,loss,grad_norm,rate,parts\nvae,1,0.5,1,0.1,\nvae,2,0.4")
+    watch.plot_run(tmp_path / "metrics.csv")
+    assert [r["step"] for r in watch.read_metrics(tmp_path / "metrics.csv")] == ["1"]
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+SMALL = ("--pictures 40 --vae-steps 2 --vae-batch 2 --clip-steps 1 --clip-batch 4 --t5-steps 1 --t5-batch 4 "
+         "--flow-batch 2 --preview-every 0 --dtype float32 --device cpu --save-every 3").split()
+
+
+@POSIX
+def test_the_command_line_outlives_its_reader_and_saves_on_ctrl_c(tmp_path):
+    """`train.py | head -1`, then Ctrl-C, then --resume to the end."""
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--flow-steps", "4000", "--out", "run"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    folder = tmp_path / "run"
+    end = time.monotonic() + 240
+    while not steps_of(folder):
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    said = process.stderr.read().decode()
+    assert "Traceback" not in said and "BrokenPipe" not in said and "train.py --resume" in said, said
+    assert all((folder / f"{part}.safetensors").exists() for part in ("vae", "clip_l", "clip_g", "t5"))
+
+
+@pytest.mark.parametrize("out", ["file/run", "file"])
+def test_a_folder_that_cannot_be_written_is_refused_before_training(out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        training.main(["--out", out, "--pictures", "4"])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and "expected:" not in said.out and len(said.err.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_at_the_last_step_but_one_leaves_one_step_to_do(straight, tmp_path, one_thread):
+    with pytest.raises(KeyboardInterrupt):
+        run_miniature(tmp_path, power_cut(39))
+    assert steps_of(tmp_path)[-1] == 39
+    run_miniature(tmp_path)
+    assert_equal(straight, tmp_path)
+
+
+def test_a_checkpoint_without_a_usable_neighbour_is_an_error_and_no_new_start(tmp_path, one_thread):
+    with pytest.raises(KeyboardInterrupt):
+        run_miniature(tmp_path, power_cut(2))
+    for folder in checkpoints_of(tmp_path, "flow"):
+        (folder / "state.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint of flow can be used"):
+        run_miniature(tmp_path)
