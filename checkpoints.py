@@ -81,7 +81,8 @@ def save_tensors(path, tensors: dict, about: dict) -> None:
     try:
         write_atomically(path, lambda p: save_file(tensors, p, metadata={"about": json.dumps(about)}))
     except SafetensorError as e:                # its name for a full disk
-        raise OSError(f"{path} could not be written ({e})") from None
+        raise OSError(f"{path} could not be written ({e}): make room, then "
+                      "go on with  python train.py --resume") from None
 
 
 def load_tensors(path) -> tuple[dict, dict]:

@@ -68,7 +68,7 @@ from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, flow_stage, meas
 from text_encoders import (TextEncoders, load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
                            train_t5_tokenizer)
 from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, clock, judge, largest_logit, lasting_output,
-                   plot_run, roll_back, update)
+                   plot_run, read_metrics, roll_back, update)
 
 SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic")   # settings that shape what is trained
 SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.95}      # of what --minutes leaves at a stage's start
@@ -236,6 +236,8 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     if load_state(run.folder, state, run.facts):
         print(f"{stage.name}: going on at step {state.step} of {state.total}")
         start = None
+    elif any(row["stage"] == stage.name for row in read_metrics(run.folder / "metrics.csv")):
+        print(f"{stage.name}: it was interrupted before its first checkpoint, so it starts again")
     log, planned = Log(run.folder, state, batch), state.step > 0
     end = time.monotonic() + share * run.left()
 
@@ -286,8 +288,8 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         params[name].data.copy_(value)
     log.bar.close()
     if not all(p.isfinite().all() for p in params.values()):
-        raise FloatingPointError(f"weights of stage {stage.name} are not finite at its end: start again with a "
-                                 f"lower --{stage.name}-rate, or with --dtype float32")
+        raise FloatingPointError(f"weights of stage {stage.name} are not finite at its end: start again with "
+                                 f"a lower --{stage.name}-rate, or with --dtype float32")
     model.eval().requires_grad_(False)
 
 
@@ -502,11 +504,14 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
 
 
 def main(argv=None) -> None:
+    arguments = ()
     with lasting_output():
         try:
-            train(*parse(argv))
+            arguments = parse(argv)
+            train(*arguments)
         except KeyboardInterrupt as e:              # Stopped is one
-            print("stopped; go on with  python train.py --resume", file=sys.stderr)
+            where = f" --out {arguments[0].out}" if arguments else ""
+            print(f"stopped; go on with  python train.py --resume{where}", file=sys.stderr)
             sys.exit(128 + getattr(e, "signum", signal.SIGINT))
         except (ValueError, FloatingPointError, OSError) as e:
             print(f"train.py: {e}", file=sys.stderr)

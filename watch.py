@@ -287,7 +287,8 @@ def plot_run(path) -> None:
         for step in skipped:
             panel.axvline(step, color="#c0392b", lw=0.8, alpha=0.5)
         panel.set(title=stage + (f" ({len(skipped)} steps skipped)" if skipped else ""), yscale="log",
-                  xlabel="step", ylabel="loss")
+                  xlabel="step")
+    above[0].set_ylabel("loss")
     for panel in above[len(stages):]:
         panel.set_axis_off()
     for stage in stages:

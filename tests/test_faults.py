@@ -191,7 +191,7 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint_and_the_way_on(straight,
 
 
 def slow_save(run, step):                       # stands in for a preview: long, and in the middle of a step
-    if step == 5:
+    if not Path(run.folder, "busy").exists():
         Path(run.folder, "busy").touch()
         time.sleep(1.0)
         Path(run.folder, "over").touch()
@@ -252,7 +252,7 @@ def test_the_second_ctrl_c_ends_at_once_and_the_last_checkpoint_stays(straight, 
 @POSIX
 def test_two_processes_never_train_in_one_folder(straight, tmp_path):
     folder = tmp_path / "run"
-    first, _ = start(folder, preview=slow_save, preview_every=5)
+    first, _ = start(folder, preview=slow_save, preview_every=36)
     until((folder / "busy").exists, first)
     with pytest.raises(CheckpointError, match=f"is being trained by process {first.pid}"):
         run_miniature(folder)
@@ -508,6 +508,14 @@ def test_a_checkpoint_at_the_last_step_but_one_leaves_one_step_to_do(straight, t
         run_miniature(tmp_path, power_cut(39))
     assert steps_of(tmp_path)[-1] == 39
     run_miniature(tmp_path)
+    assert_equal(straight, tmp_path)
+
+
+def test_without_a_checkpoint_the_stage_starts_again_and_says_so(straight, tmp_path, capsys, one_thread):
+    with pytest.raises(KeyboardInterrupt):
+        run_miniature(tmp_path, power_cut(25), save_every=1000)
+    run_miniature(tmp_path)
+    assert "before its first checkpoint, so it starts again" in capsys.readouterr().out
     assert_equal(straight, tmp_path)
 
 
