@@ -9,7 +9,7 @@ A run is a folder that `train.py` fills and `sample.py` reads:
     clip_g_image, t5 .safetensors    without guessing
     mmdit.safetensors              the averaged (EMA) weights: what is sampled from
     checkpoints/flow-000500/       everything that the unfinished stage needs to go on from its step 500:
-        state.safetensors          weights, their average, AdamW's moments, the last healthy losses
+        state.safetensors          weights, their average, optimizers' moments, the last healthy losses
         manifest.json              stage, step, each file's size and sha256, settings, versions; written last
     metrics.csv, loss.png, samples/
     lock                           held by the one process that writes here
@@ -59,7 +59,7 @@ PARTS = {                                       # file name: (module, its config
     "clip_l_image": (CLIPImageEncoder, CLIPImageConfig), "clip_g_image": (CLIPImageEncoder, CLIPImageConfig),
 }
 
-ADAMW = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum",)}
 FORMAT = 1                                      # of manifest.json and of the names in state.safetensors
 KEEP = 2                                        # checkpoints
 
@@ -156,7 +156,7 @@ class State:
     total: int                              # steps
     params: dict                            # name -> parameter
     average: dict                           # name -> its average; empty where a stage keeps none
-    optimizer: torch.optim.AdamW
+    optimizers: list                        # AdamW; for the transformer Muon too, each with its own parameters
     recent: torch.Tensor                    # losses of the last healthy steps: what a spike is measured by
     in_a_row: torch.Tensor                  # bad steps since the last healthy one
     step: int = 0                           # steps done
@@ -203,6 +203,14 @@ def surroundings(state: State) -> dict:
     return {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads()}
 
 
+def owned(state: State):
+    """(optimizer's class, optimizer, name, parameter) of all."""
+    names = {p: k for k, p in state.params.items()}
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            yield from ((type(optimizer).__name__, optimizer, names[p], p) for p in group["params"])
+
+
 def save_state(run, state: State, facts: dict) -> Path:
     """A new checkpoint beside the older ones, of which the newest KEEP stay.
 
@@ -211,8 +219,8 @@ def save_state(run, state: State, facts: dict) -> Path:
     written, and nothing has changed."""
     tensors = {f"model.{k}": p for k, p in state.params.items()}
     tensors |= {f"average.{k}": v for k, v in state.average.items()} | {"recent": state.recent}
-    for k, p in state.params.items():
-        tensors |= {f"adamw.{moment}.{k}": v for moment, v in state.optimizer.state[p].items()}
+    for kind, optimizer, k, p in owned(state):
+        tensors |= {f"{kind.lower()}.{moment}.{k}": v for moment, v in optimizer.state[p].items()}
     folder = Path(run, "checkpoints", f"{state.stage}-{state.step:06d}")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -326,17 +334,22 @@ def fill_state(state: State, manifest: dict, tensors: dict, folder: Path) -> Non
             if prefix + k not in tensors or tensors[prefix + k].shape != p.shape:
                 raise CheckpointError(
                     f"{folder} does not fit this model at {k}: it belongs to another architecture")
-    for k in state.params:
-        if 0 < sum(f"adamw.{m}.{k}" in tensors for m in ADAMW) < len(ADAMW):
-            raise CheckpointError(f"{folder} lacks a part of AdamW's state of {k}: "
+    moments = {}                            # none: the last block's ln_q, which never gets a gradient
+    for kind, optimizer, k, p in owned(state):
+        found = {m: tensors[f"{kind.lower()}.{m}.{k}"] for m in MOMENTS[kind]
+                 if f"{kind.lower()}.{m}.{k}" in tensors}
+        if 0 < len(found) < len(MOMENTS[kind]):
+            raise CheckpointError(f"{folder} lacks a part of {kind}'s state of {k}: "
                                   "delete it and start the stage again")
+        moments[p] = optimizer, found
     for prefix, target in targets:
         for k, p in target.items():
             p.data.copy_(tensors[prefix + k])
-    state.optimizer.state.clear()
-    for k, p in state.params.items():
-        if f"adamw.step.{k}" in tensors:    # else: the last block's ln_q, which never gets a gradient
-            state.optimizer.state[p] = {m: tensors[f"adamw.{m}.{k}"].to(p.device) for m in ADAMW}
+    for optimizer in state.optimizers:
+        optimizer.state.clear()
+    for p, (optimizer, found) in moments.items():
+        if found:
+            optimizer.state[p] = {m: v.to(p.device) for m, v in found.items()}
     state.in_a_row.fill_(manifest["bad_in_a_row"])
     state.step, state.total, state.rollbacks = (manifest[k] for k in ("step", "total", "rollbacks"))
 

@@ -24,7 +24,7 @@ inferred: "a small red star at the top left and a big blue ring at the right".
 Eight of the 80 (shape, colour) pairs are never drawn in training. `prompts` asks for them all the same,
 marked "unseen": can the model paint a whole of which it has seen only the parts?
 
-Objects stand on nine spots, a quarter of the side apart, so that a place word says exactly where. Sizes vary
+Objects stand in the middles of the four quarters, one alone also in the middle of the picture. Sizes vary
 freely. Centres anywhere would be the harder world: a transformer that sees 16 tokens of 16 pixels has to
 learn every shape again for every shift inside a token, and minutes on a CPU do not suffice (README).
 
@@ -79,7 +79,7 @@ HELD_OUT = frozenset({("circle", "pink"), ("square", "green"), ("triangle", "pur
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 RADIUS = {"single_object": (0.16, 0.30), "colors": (0.16, 0.30), "two_object": (0.13, 0.20),
           "color_attr": (0.13, 0.20), "counting": (0.13, 0.16), "position": (0.12, 0.18)}
-SPOTS = [(x, y) for y in (0.25, 0.5, 0.75) for x in (0.25, 0.5, 0.75)]      # centres; big ones fit the middle
+CENTRE, QUARTERS = (0.5, 0.5), [(x, y) for y in (0.25, 0.75) for x in (0.25, 0.75)]    # where objects stand
 GAP, MARGIN = 0.06, 0.01            # between two objects; between an object and the picture's edge
 LEAN = 1.3                          # position: the offset is this much larger along the axis that is named
 SMALL, BIG = 0.15, 0.18             # r below the first is "small", from the second on "big"
@@ -181,11 +181,12 @@ def describe(things):
 
 
 def _layout(rng, reaches, relation=None):
-    """Random centres [(x, y), ...] out of SPOTS for circles of these radii: inside, apart, and as related."""
+    """Random centres [(x, y), ...] for circles of these radii: inside, apart, and as related."""
+    free = QUARTERS if len(reaches) > 1 else [*QUARTERS, CENTRE]            # a big one fits the middle alone
     while True:
         spots = []
         for r in reaches:
-            for x, y in rng.permutation(SPOTS).tolist():
+            for x, y in rng.permutation(free).tolist():
                 inside = r + MARGIN <= min(x, y, 1 - x, 1 - y)
                 if inside and all(math.hypot(x - a, y - b) >= r + q + GAP
                                   for (a, b), q in zip(spots, reaches)):

@@ -62,6 +62,7 @@ from checkpoints import (State, clean_checkpoints, has_run, last_run, load_part,
                          read_json, save_part, save_state, sole_writer, write_json)
 from data import load_pictures
 from mmdit import MMDiT, MMDiTConfig
+from muon import Muon, split
 from sample import pick_device
 from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, flow_stage, measure_vae, preview_prompts,
                     t5_stage, vae_stage)
@@ -106,6 +107,7 @@ class TrainConfig:
     flow_steps: int = flag(8000, "steps of the transformer")
     flow_batch: int = flag(64, "latents a step")
     flow_rate: float = flag(2e-3, "peak learning rate")
+    muon_rate: float = flag(0.02, "of the transformer's matrices, which Muon trains (muon.py); 0: AdamW does")
     # the text and the flow model
     clip_length: int = flag(0, "tokens of the CLIP towers; 0: as many as the short captions need, up to 77")
     t5_length: int = flag(0, "tokens of T5; 0: as many as all captions need, up to 77")
@@ -209,16 +211,19 @@ def rate_at(step: int, total: int, config: TrainConfig) -> float:
 def begin(run: Run, stage: Stage) -> State:
     """A stage before its first step."""
     c, params = run.config, dict(stage.model.named_parameters())
+    matrices, rest = split(stage.model) if stage.name == "flow" and c.muon_rate else ([], params.values())
     # matrices decay, biases and norms do not
-    groups = [{"params": [p for p in params.values() if p.ndim > 1], "weight_decay": 0.01},
-              {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
     # eps is the paper's for bfloat16 training with normalised queries and keys (section 5.3.2). Next to the
     # usual 1e-8, gradients that are as small as this would hardly move their weights. The moments here are
     # float32; kept in bfloat16 they still could hold 1e-15 squared, in float16 they could not: 0 / 0.
-    optimizer = torch.optim.AdamW(groups, lr=getattr(c, f"{stage.name}_rate"), betas=(0.9, 0.99), eps=1e-15,
-                                  fused=run.device.type != "mps")
+    optimizers = [torch.optim.AdamW(groups, lr=getattr(c, f"{stage.name}_rate"), betas=(0.9, 0.99), eps=1e-15,
+                                    fused=run.device.type != "mps")]
+    if matrices:
+        optimizers.append(Muon(matrices, lr=c.muon_rate))
     average = {k: p.detach().clone() for k, p in params.items()} if stage.ema else {}
-    return State(stage.name, getattr(c, f"{stage.name}_steps"), params, average, optimizer,
+    return State(stage.name, getattr(c, f"{stage.name}_steps"), params, average, optimizers,
                  torch.full((RECENT,), math.inf, device=run.device), torch.zeros((), device=run.device))
 
 
@@ -230,8 +235,8 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     saving. FloatingPointError if nearly all steps are bad, also after going back once.
     """
     c, model, state = run.config, stage.model.train(), begin(run, stage)
-    params, average, optimizer = state.params, state.average, state.optimizer
-    batch, peak = (getattr(c, f"{stage.name}_{what}") for what in ("batch", "rate"))
+    params, average, batch = state.params, state.average, getattr(c, f"{stage.name}_batch")
+    groups = [(group, group["lr"]) for optimizer in state.optimizers for group in optimizer.param_groups]
     start = {k: p.detach().to("cpu", copy=True) for k, p in params.items()}     # until there is a checkpoint
     if load_state(run.folder, state, run.facts):
         print(f"{stage.name}: going on at step {state.step} of {state.total}")
@@ -243,14 +248,15 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
 
     while state.step < state.total:
         step = state.step
-        for group in optimizer.param_groups:
-            group["lr"] = peak * rate_at(step, state.total, c) * 0.5**state.rollbacks
+        share_of_peak = rate_at(step, state.total, c) * 0.5**state.rollbacks
+        for group, peak in groups:
+            group["lr"] = peak * share_of_peak
         with run.autocast():
             loss, parts = stage.loss(step, run.generator(stage.name, step))
         loss.backward()
         norm = nn.utils.clip_grad_norm_(params.values(), c.clip_norm)
         bad = judge(state, loss, norm)
-        update(optimizer, bad)
+        update(state.optimizers, bad)
         if average:                                 # after a bad step: of the same weights once more
             decay = min(c.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in params.values()], 1 - decay)
@@ -258,7 +264,7 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
             with run.autocast():
                 parts["max_logit"] = largest_logit(stage.loss, step, run.generator(stage.name, step))
         state.step = step = step + 1
-        log.add(state, bad, loss, norm, group["lr"], parts)
+        log.add(state, bad, loss, norm, groups[0][0]["lr"], parts)
 
         if c.minutes and not planned and step in (10, 30, 300):     # plan the rest by the speed since step 10
             now = time.monotonic()

@@ -18,6 +18,7 @@ from checkpoints import (PARTS, CheckpointError, State, checkpoints_of, clean_ch
                          load_part, load_state, load_strict, load_tensors, read_json, save_part, save_state,
                          save_tensors, sha256, sole_writer, write_atomically, write_json)
 from mmdit import MMDiT, MMDiTConfig
+from muon import Muon, split
 from text_encoders import CLIPImageConfig, CLIPTextConfig, T5Config
 from vae import AutoencoderKL, VAEConfig
 
@@ -262,23 +263,26 @@ FACTS = {"settings": {"model": "tiny", "size": 64}, "fingerprint": "of the data"
 
 
 class Training:
-    """A small transformer, its average and its optimizer, as `train.fit` keeps them."""
+    """A small transformer, its average and its optimizers, as `train.fit` keeps them."""
 
     def __init__(self):
         self.model = build("mmdit")
         self.params = dict(self.model.named_parameters())
         self.average = {k: p.detach().clone() for k, p in self.params.items()}
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=1e-2)
-        self.state = State("flow", 9, self.params, self.average, self.optimizer,
+        matrices, rest = split(self.model)
+        self.optimizers = [torch.optim.AdamW(rest, lr=1e-2), Muon(matrices)]
+        self.state = State("flow", 9, self.params, self.average, self.optimizers,
                            torch.full((5,), torch.inf), torch.zeros(()))
 
     def step(self, seed):
         g = torch.Generator().manual_seed(seed)
         v = self.model(torch.randn(2, 4, 4, 4, generator=g), torch.rand(2, generator=g),
                        torch.randn(2, 3, 8, generator=g), torch.randn(2, 8, generator=g))
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         (v - 1).square().mean().backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         for k, p in self.params.items():
             self.average[k].lerp_(p.detach(), 0.1)
 

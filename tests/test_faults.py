@@ -327,7 +327,7 @@ def test_moments_and_their_step_count_stay_when_a_step_is_skipped(one_thread):
     for bad in (0, 1, 0):
         before = [weight.detach().clone()] + [v.clone() for v in optimizer.state[weight].values()]
         weight.grad = torch.full((3,), torch.nan if bad else 0.5)
-        watch.update(optimizer, torch.tensor(bad))
+        watch.update([optimizer], torch.tensor(bad))
         after = [weight.detach()] + list(optimizer.state[weight].values())
         assert bad == (len(before) == len(after) and all(map(torch.equal, before, after)))
     assert optimizer.state[weight]["step"] == 2

@@ -1,0 +1,125 @@
+"""Muon: how does a transformer learn in minutes what takes AdamW several times as many steps?
+
+Its own top-level file, since no other question of this project is about an optimizer; train.py uses it for the
+matrices of the transformer's blocks, and AdamW for everything else.
+
+A gradient of a weight matrix is dominated by a few directions, and AdamW, which scales number by number, moves
+along those. Muon replaces the (averaged) gradient by the nearest orthogonal matrix, so that all of its
+directions are learnt at one pace (Jordan and others 2024, kellerjordan.github.io/posts/muon):
+
+    B <- m B + (1 - m) G                                the average of the gradients G
+    U S V^T = (1 - m) G + m B                           Nesterov's look ahead; its singular values S ...
+    W <- W - rate * sqrt(max(1, rows / columns)) U V^T  ... are all replaced by 1
+
+U V^T comes without an SVD: the polynomial a X + b (X X^T) X + c (X X^T)^2 X keeps the singular vectors of X and
+maps each singular value s to a s + b s^3 + c s^5, which a few applications drive towards 1 from anywhere above
+about 0.003. They are matrix products only, and exact enough in bfloat16.
+
+What to know
+- A packed qkv of an attention is three matrices, and each is made orthogonal by itself.
+- Matrices of one shape go through the products as one batch.
+- Only matrices between hidden activations belong here. Embedders, modulations, the final layer, biases and
+  norms are AdamW's.
+- torch.optim.Muon (torch 2.9 and later) is the same rule for unpacked matrices, one at a time.
+
+DIFFERS: the paper trains with AdamW throughout; --muon-rate 0 does so here.
+
+Run `python muon.py`: two layers with inputs of very unequal size, learnt by both.
+"""
+import torch
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # steepest at 0 of those that stay within about [0.7, 1.2]
+
+
+def orthogonalize(x: torch.Tensor, rounds: int = 5) -> torch.Tensor:
+    """x (n, rows, columns), rows <= columns -> about U V^T of each U S V^T, in bfloat16: all singular values lie
+    between 0.7 and 1.2."""
+    a, b, c = COEFFICIENTS
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()          # singular values at most 1
+    for _ in range(rounds):
+        s = x @ x.mT                                                        # (n, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """params: matrices (packed * rows, columns), in groups that may set `packed`, the number of matrices that
+    lie on top of each other in each (3 in a qkv).
+
+    lr: the size of a step in singular values. 0.02 moves the entries of a 192 x 192 matrix by
+    0.02 / sqrt(192) = 1.4e-3, about as AdamW does at that rate.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, packed=1))
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim != 2 or p.shape[0] % group["packed"]:
+                    raise ValueError(f"Muon is for matrices, {group['packed']} in each: not for "
+                                     f"{tuple(p.shape)}")
+
+    @torch.no_grad()
+    def step(self):
+        """As for torch's fused optimizers, a tensor `found_inf` above 0 makes this a step that changes nothing,
+        without asking a GPU for its value."""
+        bad = getattr(self, "found_inf", torch.zeros(())) > 0
+        shapes = {}                                         # (rows, columns) -> what is orthogonalized together
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, m = self.state[p], group["momentum"]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                grad = torch.where(bad, state["momentum"], p.grad)          # then the average stays
+                average = state["momentum"].lerp_(grad, 1 - m)
+                ahead = grad.lerp(average, m).view(group["packed"], -1, p.shape[1])
+                tall = ahead.shape[1] > ahead.shape[2]
+                ahead = ahead.mT if tall else ahead
+                shapes.setdefault(ahead.shape[1:], []).append((p, group, tall, ahead))
+        for entries in shapes.values():
+            together = orthogonalize(torch.cat([ahead for *_, ahead in entries]))
+            pieces = together.split([len(ahead) for *_, ahead in entries])
+            for (p, group, tall, _), piece in zip(entries, pieces):
+                rows, columns = p.shape[0] // group["packed"], p.shape[1]
+                rate = torch.where(bad, 0.0, group["lr"])
+                p.mul_(1 - rate * group["weight_decay"])
+                p.sub_((piece.mT if tall else piece).reshape(p.shape) * (rate * max(1, rows / columns) ** 0.5))
+
+
+def split(model: torch.nn.Module) -> tuple[list[dict], list[torch.nn.Parameter]]:
+    """(Muon's groups, what is left for AdamW): Muon gets the matrices of an MMDiT's attentions and MLPs."""
+    packed, rest = {1: [], 3: []}, []
+    for name, p in model.named_parameters():
+        if p.ndim == 2 and any(layer in name for layer in (".attn", ".mlp.fc")):
+            packed[3 if ".qkv." in name else 1].append(p)
+        else:
+            rest.append(p)
+    return [{"params": params, "packed": n} for n, params in packed.items() if params], rest
+
+
+def demo() -> None:
+    """A matrix learnt from inputs of which some directions are 100 times weaker: what is left to learn of each?"""
+    torch.manual_seed(0)
+    D, steps = 32, 300
+    scale, basis = torch.logspace(0, -2, D), torch.linalg.qr(torch.randn(D, D))[0]
+    wanted, errors = torch.randn(D, D), {}
+    for name, optimizer, rate in (("AdamW", torch.optim.AdamW, 1.0), ("Muon", Muon, 0.2)):      # the best of each
+        weight = torch.nn.Parameter(torch.zeros(D, D))
+        optimizer = optimizer([weight], lr=rate, weight_decay=0)
+        for i in range(steps):
+            optimizer.param_groups[0]["lr"] = rate * (1 - i / steps)
+            x = (torch.randn(256, D) * scale) @ basis.T                     # (256, D)
+            loss = (x @ (weight - wanted).T).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        left = ((weight - wanted) @ basis).norm(dim=0) / (wanted @ basis).norm(dim=0)   # (D,) by direction
+        errors[name] = left.detach()
+        print(f"{name:5s} share left to learn: strongest quarter {left[:8].mean():.3f}, "
+              f"middle {left[8:24].mean():.3f}, weakest quarter {left[-8:].mean():.3f}")
+    assert errors["Muon"].max() < 0.1 < errors["AdamW"].max()
+
+
+if __name__ == "__main__":
+    demo()

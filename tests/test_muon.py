@@ -1,0 +1,105 @@
+"""Claims about Muon: the step is orthogonal, packed matrices are steps of their own, and everything else is
+AdamW's."""
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import muon
+from mmdit import MMDiT, MMDiTConfig
+from muon import Muon, orthogonalize, split
+
+
+@given(st.integers(1, 3), st.integers(2, 40), st.integers(0, 40), st.floats(1e-6, 1e6))
+def test_singular_values_become_about_one_and_the_singular_vectors_stay(n, rows, more, size):
+    torch.manual_seed(rows)
+    u, _ = torch.linalg.qr(torch.randn(n, rows, rows))
+    v, _ = torch.linalg.qr(torch.randn(n, rows + more, rows))
+    s = torch.rand(n, rows) * 0.95 + 0.05
+    x = u * s[:, None] @ v.mT * size                                        # (n, rows, rows + more)
+    found = orthogonalize(x).float()
+    values = u.mT @ found @ v                                               # diagonal if the vectors stayed
+    diagonal = values.diagonal(dim1=1, dim2=2)
+    assert ((diagonal > 0.6) & (diagonal < 1.3)).all()
+    assert (values - torch.diag_embed(diagonal)).abs().max() < 0.1          # bfloat16 and five rounds
+
+
+@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12))
+def test_a_step_moves_each_packed_matrix_as_if_it_stood_alone(packed, rows, columns):
+    torch.manual_seed(rows + columns)
+    whole = torch.nn.Parameter(torch.randn(packed * rows, columns))
+    alone = [torch.nn.Parameter(p.clone()) for p in whole.detach().split(rows)]
+    optimizers = Muon([{"params": [whole], "packed": packed}], lr=0.1), Muon(alone, lr=0.1)
+    for _ in range(3):
+        whole.grad = torch.randn_like(whole)
+        for p, grad in zip(alone, whole.grad.split(rows)):
+            p.grad = grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.allclose(whole, torch.cat(list(alone)), atol=5e-3)         # batched products round otherwise
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare with")
+@pytest.mark.parametrize("shape", [(24, 24), (48, 24), (24, 48)])
+def test_steps_equal_those_of_torchs_own_muon(shape):
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    optimizers = (Muon([ours], lr=0.02, weight_decay=0.01),
+                  torch.optim.Muon([theirs], lr=0.02, weight_decay=0.01, adjust_lr_fn="original"))
+    start = ours.detach().clone()
+    for _ in range(4):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved, other = ours - start, theirs - start
+    assert (moved - other).norm() < 0.02 * other.norm()
+
+
+def test_a_vector_or_a_matrix_that_is_not_packed_so_is_refused():
+    with pytest.raises(ValueError, match=r"not for \(4,\)"):
+        Muon([torch.nn.Parameter(torch.zeros(4))])
+    with pytest.raises(ValueError, match="3 in each"):
+        Muon([{"params": [torch.nn.Parameter(torch.zeros(4, 4))], "packed": 3}])
+
+
+def test_of_an_mmdit_muon_gets_the_matrices_of_attentions_and_mlps_and_adamw_all_else():
+    model = MMDiT(MMDiTConfig.preset("tiny", dual_blocks=1))
+    groups, rest = split(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    ours = {names[id(p)]: group["packed"] for group in groups for p in group["params"]}
+    others = {names[id(p)] for p in rest}
+    assert ours.keys() | others == set(names.values()) and not ours.keys() & others
+    assert {name for name, n in ours.items() if n == 3} == {n for n in names.values() if n.endswith("qkv.weight")}
+    assert all(part in {"qkv", "proj", "fc1", "fc2"} for part in (name.split(".")[-2] for name in ours))
+    assert not any("adaLN" in n or "ln_" in n or "embedder" in n or "final" in n or "bias" in n for n in ours)
+    dead = {n for n in names.values() if n.endswith((".proj.weight", ".fc1.weight", ".fc2.weight"))}
+    assert dead - ours.keys() == {"x_embedder.proj.weight"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])
+def test_a_step_that_was_found_bad_changes_neither_weights_nor_momentum(value):
+    p = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = Muon([p])
+    p.grad = torch.eye(3)
+    optimizer.step()
+    before, momentum = p.detach().clone(), optimizer.state[p]["momentum"].clone()
+    p.grad = torch.full((3, 3), value)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(p, before) and torch.equal(optimizer.state[p]["momentum"], momentum)
+    optimizer.found_inf, p.grad = torch.zeros(()), torch.eye(3)
+    optimizer.step()
+    assert not torch.equal(p, before)
+
+
+def test_parameters_without_a_gradient_are_left_alone():
+    p = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = Muon([p])
+    optimizer.step()
+    assert torch.equal(p, torch.ones(3, 3)) and not optimizer.state[p]
+
+
+def test_directions_that_are_a_hundred_times_weaker_are_learnt_too(capsys):
+    muon.demo()
+    assert "weakest" in capsys.readouterr().out
