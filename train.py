@@ -57,12 +57,12 @@ from tqdm import tqdm
 import flow
 from checkpoints import (has_run, last_run, load_part, load_state, load_tokenizers, read_json, save_part,
                          save_state, write_json)
-from data import load_pictures
+from data import Pictures, list_pictures, load_pictures
 from mmdit import MMDiTConfig
 from sample import pick_device
 from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, flow_stage, measure_vae, preview_prompts,
                     t5_stage, vae_stage)
-from text_encoders import (TextEncoders, load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
+from text_encoders import (load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
                            train_t5_tokenizer)
 
 SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.95}      # of what --minutes leaves at a stage's start
@@ -78,6 +78,9 @@ class TrainConfig:
     data: str = flag("drawn", "drawn | emoji | a folder of captioned pictures")
     size: int = flag(64, "side of the training pictures in pixels, a multiple of 16")
     pictures: int = flag(24000, "how many drawings, or the most that are read from a folder")
+    synthetic: float = flag(0.5, "share of synthetic captions, where a picture has some beside the original")
+    buckets: bool = flag(False, "the transformer learns pictures in their own shapes, one a batch, not squares")
+    cache: str = flag("", "a folder that  train.py cache  made, for the transformer to learn from")
     model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
     # where
     out: str = flag("", "folder of the run; default: a new one under runs/")
@@ -125,8 +128,8 @@ class TrainConfig:
                              f"try {max(16, round(self.size / 16) * 16)}")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"no dtype {self.dtype!r}: choose auto, bfloat16 or float32")
-        if not (0 <= self.text_drop < 1 and 0 <= self.ema < 1 and 0 <= self.decay <= 1):
-            raise ValueError("text_drop and ema must lie in [0, 1), decay in [0, 1]")
+        if not (0 <= self.text_drop < 1 and 0 <= self.ema < 1 and 0 <= self.decay <= 1 >= self.synthetic >= 0):
+            raise ValueError("text_drop and ema must lie in [0, 1), decay and synthetic in [0, 1]")
         MMDiTConfig.preset(self.model)
         flow.t_density(self.density, torch.tensor(0.5))
         flow.shift_t(0.5, self.shift)
@@ -342,25 +345,27 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     """
     folder = Path(config.out) if resume else new_folder(config)
     run = Run(config, folder)
-    pictures = load_pictures(config.data, config.size, count=config.pictures, seed=config.seed)
-    tokenizers = make_tokenizers(folder, config, [text for texts in pictures.captions for text in texts],
-                                 [texts[0] for texts in pictures.captions])
+    listing = list_pictures(config.data, config.size, count=config.pictures, seed=config.seed)
+    captions, todo = [entry.captions for entry in listing.entries[:config.pictures]], unfinished(folder)
+    pictures = words = Pictures(torch.empty(0), captions, listing.skipped, listing.excluded)
+    if "vae" in todo or "clip" in todo:                             # the others need no pixels
+        pictures = load_pictures(config.data, config.size, count=config.pictures, listing=listing)
+    tokenizers = make_tokenizers(folder, config, [text for texts in captions for text in texts],
+                                 [texts[0] for texts in captions])
     write_json(folder / "config.json", dataclasses.asdict(config))
     parts = build(config, tokenizers)
-    todo = unfinished(folder)
     done = [name for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]]
     parts |= {name: load_part(folder, name) for name in done}
-    for part in parts.values():
-        part.to(run.device)
-    encoders = TextEncoders(parts["clip_l"], parts["clip_g"], parts["t5"], list(tokenizers.values()))
+    for name, part in parts.items():
+        part.to("cpu" if name in done else run.device)
     make = {"vae": lambda: vae_stage(run, parts, pictures),
             "clip": lambda: clip_stage(run, parts, pictures, tokenizers),
-            "t5": lambda: t5_stage(run, parts, pictures, tokenizers),
-            "flow": lambda: flow_stage(run, parts, pictures, encoders)}
+            "t5": lambda: t5_stage(run, parts, words, tokenizers),
+            "flow": lambda: flow_stage(run, parts, tokenizers, listing, pictures)}
     stages = {stage: make[stage]() for stage in todo if stage != "flow"}  # it needs what these learn
     introduce(run, parts, pictures, todo, stages)
     for stage in todo:
-        fit(run, stages[stage] if stage in stages else make[stage](), SHARE[stage])
+        fit(run, stages.pop(stage) if stage in stages else make[stage](), SHARE[stage])
         if stage == "vae":
             measure_vae(run, parts["vae"], pictures)
         for name in PARTS_OF[stage]:
@@ -368,7 +373,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         (folder / "state.safetensors").unlink(missing_ok=True)      # a later stage's learned from other parts
         plot_losses(folder / "metrics.csv")
     print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. "
-          f'Now type\n    python sample.py "{preview_prompts(config, pictures)[6]}"')
+          f'Now type\n    python sample.py "{preview_prompts(config, captions)[6]}"')
     return folder
 
 
@@ -393,7 +398,7 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
           f"in {str(run.dtype).removeprefix('torch.')} ({run.why}), all else in float32")
     for name, reason in pictures.skipped[:5]:
         print(f"skipped {name}: {reason}")
-    print(f"data: {c.data}, {len(pictures.images)} pictures of {c.size} x {c.size}, "
+    print(f"data: {c.data}, {len(pictures.captions)} pictures of {c.size} x {c.size}, "
           f"{len(pictures.skipped)} skipped, {pictures.excluded} left out by excluded.txt; "
           f"text: {c.clip_length} tokens for CLIP, {c.t5_length} for T5")
     print("parameters: " + ", ".join(
