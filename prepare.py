@@ -263,7 +263,7 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
     """
     folder = Path(folder)
     latents, text = _plan(survey, vae_print, text_print, t5_length, encoders.clip_length)
-    index = {"format": FORMAT, "data": survey.fingerprint, "vae": vae_print, "text": text_print,
+    index = {"format": FORMAT, "size": survey.shapes[0][0], "data": survey.fingerprint, "vae": vae_print, "text": text_print,
              "t5_length": t5_length, "clip_length": encoders.clip_length, "widths": encoders.widths,
              "latents": [job[:2] for job in latents], "texts": [job[:2] for job in text]}
     if rank == 0:

@@ -18,6 +18,7 @@ leave memory, and come back only to draw a sample grid.
 """
 import dataclasses
 import math
+import shutil
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,8 +27,8 @@ import torch
 from torch import nn
 
 import flow
-from checkpoints import load_part, load_tokenizers, read_json, write_json
-from data import contact_sheet, pick_captions
+from checkpoints import load_part, load_tokenizers, write_atomically
+from data import contact_sheet, list_pictures, pick_captions
 from mmdit import MMDiT, MMDiTConfig
 from prepare import Batches, Cache, Survey, files_fingerprint, write_cache
 from sample import Pipeline
@@ -161,15 +162,13 @@ def pixels(image, size):
     return image.permute(1, 2, 0).numpy()
 
 
-def cached_batches(run, parts, tokenizers, listing, pictures) -> Batches:
+def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
     """The flow model's input: from the cache in the run's folder, where what it lacks is encoded first, or
     from the one that --cache names.
 
     Pictures that are in memory already are not read or drawn again."""
     c, folder, prints = run.config, run.folder, encoder_prints(run.folder)
-    told = not c.cache and (folder / "cache" / "index.json").is_file()      # then write_cache tells
     if not c.cache:
-        survey = Survey(listing.entries[:c.pictures], c.size, bucketed=c.buckets)
         held = {} if c.buckets else dict(zip(pictures.names, pictures.images))
         survey.entries = [e._replace(picture=partial(pixels, held[e.name])) if e.name in held else e
                           for e in survey.entries]
@@ -178,19 +177,52 @@ def cached_batches(run, parts, tokenizers, listing, pictures) -> Batches:
                     text_print=prints[1], t5_length=c.t5_length, autocast=run.autocast, device=run.device)
     cache = Cache(c.cache or folder / "cache")
     cache.compare(*prints)
-    mark = cache.index["data"]
-    known = read_json(folder / "data.json")["fingerprint"] if (folder / "data.json").is_file() else mark
-    if known != mark and not told:
-        print(f"warning: the data has changed since this run was last saved (fingerprint {known[:8]}, now "
-              f"{mark[:8]}): it goes on with what is there now", flush=True)
-    write_json(folder / "data.json", {"source": c.cache or c.data, "fingerprint": mark})
     return Batches(cache, c.flow_batch, c.seed, synthetic=c.synthetic)
 
 
-def flow_stage(run, parts, tokenizers, listing, pictures) -> Stage:
+def encode_all(run, out, rank=0, world=1) -> None:
+    """A cache in `out` of run.config's data, by the encoders that lie in run.folder. Of `world` ranks each does
+    its share; an interrupted one goes on where it was."""
+    c, prints = run.config, encoder_prints(run.folder)
+    count = None if c.data == "drawn" and c.pictures == 10**9 else c.pictures
+    listing = list_pictures(c.data, c.size, count=count, seed=c.seed)
+    survey = Survey(listing.entries[:count], c.size, bucketed=c.buckets)
+    vae, *towers = (load_part(run.folder, name) for name in ("vae", *ENCODERS))
+    encoders = TextEncoders(*towers, list(load_tokenizers(run.folder, c.clip_length).values()))
+    if rank == 0:
+        print(f"cache: {len(survey.entries):,} pictures in {len(set(survey.buckets))} shapes with "
+              f"{len(survey.captions):,} captions, {len(listing.skipped) + len(survey.skipped)} skipped, into {out}",
+              flush=True)
+    lost = write_cache(out, survey, vae, encoders, vae_print=prints[0], text_print=prints[1],
+                       t5_length=c.t5_length, rank=rank, world=world, autocast=run.autocast, device=run.device,
+                       say=print if rank == 0 else lambda line: None)
+    for name, reason in (listing.skipped + survey.skipped)[:5 * (rank == 0)] + lost[:5]:
+        print(f"skipped {name}: {reason}")
+
+
+def take_over(origin, folder) -> None:
+    """Copy all that another run has learned: its encoders as they are, its transformer as a start."""
+    files = [f"{name}.safetensors" for stage, names in PARTS_OF.items() for name in names if stage != "flow"]
+    files += [p.relative_to(origin) for p in (origin / "tokenizers").rglob("*") if p.is_file()]
+    for source, target in [(name, name) for name in files] + [("mmdit.safetensors", "start/mmdit.safetensors")]:
+        if not (origin / source).is_file():
+            raise ValueError(f"--from {origin}: {source} is missing there: only a finished run can be taken over")
+        write_atomically(folder / target, partial(shutil.copyfile, origin / source))
+
+
+def grown(old: MMDiT, tokens: int) -> MMDiT:
+    """The same weights for pictures of tokens x tokens. The coordinates of its first pictures are stretched over
+    these (interpolated), and go on beyond them (extended), paper section 5.3.2."""
+    c = dataclasses.replace(old.config, pos_sample=tokens, pos_max=max(old.config.pos_max, 4 * tokens))
+    new = MMDiT(c)
+    new.load_state_dict(old.state_dict() | {"pos_embed": new.pos_embed})
+    return new
+
+
+def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
     c, model = run.config, parts["mmdit"]
     model.gradient_checkpointing = c.checkpointing
-    batches = cached_batches(run, parts, tokenizers, listing, pictures)
+    batches = cached_batches(run, parts, tokenizers, survey, pictures)
     widths = [parts[name].config.width for name in ENCODERS[:2]]
     for name in ("vae", *ENCODERS, "clip_l_image", "clip_g_image"):         # to be read again for a preview
         del parts[name]
@@ -223,7 +255,7 @@ def flow_stage(run, parts, tokenizers, listing, pictures) -> Stage:
 
 def preview_prompts(c, captions) -> list[str]:
     """captions: a tuple for each picture."""
-    if c.data != "drawn":
+    if c.data != "drawn" or c.cache:
         return [captions[k * len(captions) // 8][0] for k in range(8)]
     return ["a star", "a red circle", "three hearts", "a ring and a cross", "a square left of a ring",
             "a star above a heart", "a red star left of a blue ring",

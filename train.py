@@ -7,6 +7,9 @@
                                                (see data.py)
     python train.py --tiny --flow-steps 30000  longer: what a GPU can afford
     python train.py --resume                   go on with the last run, exactly where it was
+    python train.py --from RUN --size 128      go on from a finished run, with larger pictures
+    python train.py cache --run RUN --data DIR     encode pictures and captions once, ahead of --from RUN --cache
+    python train.py --dry-run --model d38 --gpus 64    what it would take (budget.py)
     python sample.py "a red star left of a blue ring"    then draw something
 
     stage   learns                                               from                    loss
@@ -44,6 +47,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -59,9 +63,10 @@ from checkpoints import (has_run, last_run, load_part, load_state, load_tokenize
                          save_state, write_json)
 from data import Pictures, list_pictures, load_pictures
 from mmdit import MMDiTConfig
+from prepare import Cache, Survey
 from sample import pick_device
-from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, flow_stage, measure_vae, preview_prompts,
-                    t5_stage, vae_stage)
+from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, flow_stage, grown, measure_vae,
+                    preview_prompts, t5_stage, take_over, vae_stage)
 from text_encoders import (load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
                            train_t5_tokenizer)
 
@@ -83,6 +88,7 @@ class TrainConfig:
     cache: str = flag("", "a folder that  train.py cache  made, for the transformer to learn from")
     model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
     # where
+    origin: str = flag("", "a finished run to go on from: its parts are kept, its transformer learns on")
     out: str = flag("", "folder of the run; default: a new one under runs/")
     device: str = flag("auto", "auto | cuda | mps | cpu")
     dtype: str = flag("auto", "auto | bfloat16 | float32, of matrix products")
@@ -130,6 +136,8 @@ class TrainConfig:
             raise ValueError(f"no dtype {self.dtype!r}: choose auto, bfloat16 or float32")
         if not (0 <= self.text_drop < 1 and 0 <= self.ema < 1 and 0 <= self.decay <= 1 >= self.synthetic >= 0):
             raise ValueError("text_drop and ema must lie in [0, 1), decay and synthetic in [0, 1]")
+        if self.cache and not self.origin:
+            raise ValueError("--cache needs --from RUN, the run whose encoders made it: others would be trained")
         MMDiTConfig.preset(self.model)
         flow.t_density(self.density, torch.tensor(0.5))
         flow.shift_t(0.5, self.shift)
@@ -345,9 +353,19 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     """
     folder = Path(config.out) if resume else new_folder(config)
     run = Run(config, folder)
-    listing = list_pictures(config.data, config.size, count=config.pictures, seed=config.seed)
-    captions, todo = [entry.captions for entry in listing.entries[:config.pictures]], unfinished(folder)
-    pictures = words = Pictures(torch.empty(0), captions, listing.skipped, listing.excluded)
+    if config.origin and not resume:
+        take_over(Path(config.origin), folder)
+    if config.cache:                                                # the pictures may be anywhere by now
+        survey, cache = None, Cache(config.cache)
+        captions = [tuple(cache.texts(k * len(cache) // 8)) for k in range(8)]
+        pictures = words = Pictures(torch.empty(0), captions, cache.skipped)
+    else:
+        listing = list_pictures(config.data, config.size, count=config.pictures, seed=config.seed)
+        survey = Survey(listing.entries[:config.pictures], config.size, bucketed=config.buckets)
+        captions = [entry.captions for entry in survey.entries]
+        pictures = words = Pictures(torch.empty(0), captions, listing.skipped + survey.skipped, listing.excluded)
+    remember_data(folder, cache.index["data"] if config.cache else survey.fingerprint)
+    todo = unfinished(folder)
     if "vae" in todo or "clip" in todo:                             # the others need no pixels
         pictures = load_pictures(config.data, config.size, count=config.pictures, listing=listing)
     tokenizers = make_tokenizers(folder, config, [text for texts in captions for text in texts],
@@ -356,12 +374,14 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     parts = build(config, tokenizers)
     done = [name for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]]
     parts |= {name: load_part(folder, name) for name in done}
+    if config.origin and "flow" in todo:
+        parts["mmdit"] = grown(load_part(folder / "start", "mmdit"), config.size // (2 * parts["vae"].config.factor))
     for name, part in parts.items():
         part.to("cpu" if name in done else run.device)
     make = {"vae": lambda: vae_stage(run, parts, pictures),
             "clip": lambda: clip_stage(run, parts, pictures, tokenizers),
             "t5": lambda: t5_stage(run, parts, words, tokenizers),
-            "flow": lambda: flow_stage(run, parts, tokenizers, listing, pictures)}
+            "flow": lambda: flow_stage(run, parts, tokenizers, survey, pictures)}
     stages = {stage: make[stage]() for stage in todo if stage != "flow"}  # it needs what these learn
     introduce(run, parts, pictures, todo, stages)
     for stage in todo:
@@ -375,6 +395,16 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. "
           f'Now type\n    python sample.py "{preview_prompts(config, captions)[6]}"')
     return folder
+
+
+def remember_data(folder: Path, mark: str) -> None:
+    """Keep the fingerprint of the data in the run; one line if it was another when the run was last started."""
+    path = folder / "data.json"
+    known = read_json(path)["fingerprint"] if path.is_file() else mark
+    if known != mark and not (folder / "cache" / "index.json").is_file():      # else the cache will tell
+        print(f"warning: the data has changed since this run was started (fingerprint {known[:8]}, now {mark[:8]}): "
+              "it goes on with what is there now", flush=True)
+    write_json(path, {"fingerprint": mark})
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -435,10 +465,15 @@ def new_folder(c: TrainConfig) -> Path:
         raise ValueError(f"{c.out} holds a run already: go on with it by  --resume --out {c.out}  "
                          "or choose another --out")
     if not c.out:
-        name = c.data if c.data in ("drawn", "emoji") else Path(c.data).resolve().name
+        name = named(c.data) + (f"-{c.size}" if c.origin else "")
         numbered = (Path("runs", name + (f"-{i}" if i > 1 else "")) for i in itertools.count(1))
         c.out = str(next(folder for folder in numbered if not folder.exists()))
     return Path(c.out)
+
+
+def named(source: str) -> str:
+    """What a source is called in the name of a folder."""
+    return source if source in ("drawn", "emoji") else Path(source).resolve().name
 
 
 def make_tokenizers(folder: Path, c: TrainConfig, captions: list[str], short: list[str]) -> dict:
@@ -468,9 +503,13 @@ def refuse(message: str):
     raise ValueError(f"{message}: see python train.py --help")
 
 
+def flag_of(field: str) -> str:
+    return "--from" if field == "origin" else "--" + field.replace("_", "-")        # `from` is Python's word
+
+
 def parse(argv=None) -> tuple[TrainConfig, bool]:
     """Flags are the fields of TrainConfig. With --resume the run's own settings count,
-    and only --minutes may change."""
+    and only --minutes may change; with --from the other run's, where no flag says otherwise."""
     parser = argparse.ArgumentParser(description="train every part of Stable Diffusion 3", allow_abbrev=False,
                                      epilog="example: python train.py --tiny --data emoji --minutes 60")
     parser.error = refuse
@@ -479,10 +518,9 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, or with the last one")
     for f in dataclasses.fields(TrainConfig):
-        name, how = "--" + f.name.replace("_", "-"), {
-            "help": f"{f.metadata['help']} (default: {f.default})", "default": None}
+        how = {"help": f"{f.metadata['help']} (default: {f.default})", "default": None, "dest": f.name}
         parser.add_argument(
-            name, **how, **({"action": "store_true"} if f.type is bool else {"type": type(f.default)}))
+            flag_of(f.name), **how, **({"action": "store_true"} if f.type is bool else {"type": type(f.default)}))
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(
@@ -492,12 +530,12 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)
              if getattr(args, f.name) is not None}
     if not args.resume:
-        return TrainConfig(**given), False
+        return TrainConfig(**(second_phase(given) if given.get("origin") else given)), False
     folder = Path(given.pop("out", "") or last_run())
     saved = read_json(folder / "config.json")
     for name, value in given.items():
         if name != "minutes" and saved.get(name) != value:
-            raise ValueError(f"--{name.replace('_', '-')} {value} contradicts {folder}/config.json "
+            raise ValueError(f"{flag_of(name)} {value} contradicts {folder}/config.json "
                              f"({saved.get(name)}): a run keeps its settings; "
                              "leave the flag out or start a new run")
     try:
@@ -507,9 +545,72 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
                          "start a new run") from None
 
 
+def second_phase(given: dict) -> dict:
+    """Settings of a run that goes on from another: the other's, where no flag says otherwise.
+
+    With m pixels in place of n the times move towards noise by sqrt(m / n), paper section 5.3.2."""
+    run = Path(given["origin"])
+    if not (has_run(run) and (run / "mmdit.safetensors").is_file()):
+        raise ValueError(f"--from {run}: no finished run there (it would have config.json and mmdit.safetensors): "
+                         "finish it with  python train.py --resume --out, or name another")
+    saved = read_json(run / "config.json")
+    for name in ("model", "clip_length", "t5_length"):
+        if given.get(name, saved[name]) != saved[name]:
+            raise ValueError(f"{flag_of(name)} {given[name]} contradicts {run}/config.json ({saved[name]}): what is "
+                             "taken over keeps its shape; leave the flag out")
+    made_for = Cache(given["cache"]).index["size"] if given.get("cache") else None
+    size = given.get("size", made_for or saved["size"])
+    if made_for not in (None, size):
+        raise ValueError(f"--size {size}, but {given['cache']} holds pictures of size {made_for}: leave --size out "
+                         "or make another cache")
+    known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "origin", "cache", "minutes"}
+    kept = {k: v for k, v in saved.items() if k in known}
+    return {**kept, "shift": saved["shift"] * size / saved["size"], **given, "size": size}
+
+
+def cache_command(argv) -> None:
+    """python train.py cache: encode once what a run's transformer will learn from."""
+    parser = argparse.ArgumentParser(prog="train.py cache", allow_abbrev=False, description="encode pictures and "
+                                     "captions with a run's encoders; under torchrun each rank does its share")
+    parser.error = lambda message: refuse(message.replace("--help", "cache --help"))
+    parser.add_argument("--run", required=True, help="folder of the run whose encoders to use")
+    parser.add_argument("--data", required=True, help="drawn | emoji | a folder of captioned pictures")
+    parser.add_argument("--out", help="folder of the cache (default: runs/cache-DATA-SIZE)")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the run's)")
+    parser.add_argument("--pictures", type=int, help="the most that are taken, or how many drawings "
+                        "(default: all; 24000 drawings)")
+    parser.add_argument("--seed", type=int, default=0, help="of drawings, or which are taken (default: 0)")
+    parser.add_argument("--buckets", action="store_true", help="in their own shapes, not as squares")
+    parser.add_argument("--device", default="auto", help="auto | cuda | mps | cpu (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto | bfloat16 | float32, of matrix products")
+    args = parser.parse_args(argv)
+    if args.size is not None and args.size < 16:
+        refuse(f"--size {args.size}: at least 16")
+    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if args.device == "auto" and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    saved = read_json(Path(args.run, "config.json"))
+    size = args.size or saved["size"]
+    out = args.out or f"runs/cache-{named(args.data)}-{size}"
+    run = Run(TrainConfig(**{k: saved[k] for k in ("clip_length", "t5_length")}, data=args.data, size=size,
+                          pictures=args.pictures or 10**9, seed=args.seed, buckets=args.buckets,
+                          device=args.device, dtype=args.dtype), Path(args.run))
+    encode_all(run, Path(out), rank, world)
+    if rank == 0:
+        print(f"done{f' with the share of rank 0 of {world}' if world > 1 else ''}: {out}. Now type\n"
+              f"    python train.py --from {args.run} --cache {out}")
+
+
 def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        train(*parse(argv))
+        if argv[:1] == ["cache"]:
+            cache_command(argv[1:])
+        elif "--dry-run" in argv:
+            import budget                       # it is about models that training never meets
+            budget.main([flag for flag in argv if flag not in ("--dry-run", "--tiny")])
+        else:
+            train(*parse(argv))
     except KeyboardInterrupt:
         sys.exit("stopped; go on with  python train.py --resume")
     except (ValueError, FloatingPointError, OSError) as e:
