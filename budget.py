@@ -3,8 +3,8 @@
     parameters   counted on PyTorch's meta device, where tensors have shapes but no numbers
     FLOPs        of a picture, by formula: a product of (n, k) by (k, m) is 2 n k m; the backward pass has two
                  for each, one for the weights and one for the input, where anything before it learns
-    memory       weights, gradients, AdamW's two moments, average: 4 bytes each, 20 a parameter (float32); what
-                 the forward pass keeps for the backward one; a copy of the weights in bfloat16
+    memory       weights, gradients, AdamW's two moments, average: 4 bytes each, 20 a parameter (float32);
+                 what the forward pass keeps for the backward one; a copy of the weights in bfloat16
     time         FLOPs / (peak x MFU): MFU, the share of the card's peak that is reached, is assumed
 
     a block keeps, in numbers a token and unit of width D                    with autocast
@@ -67,10 +67,10 @@ def forward_flops(c: MMDiTConfig, N: int, M: int) -> dict[str, int]:
     all joint blocks, "rest" whatever else."""
     D, patch = c.width, c.patch_size ** 2 * c.in_channels
     inputs = 2 * N * D * patch + 2 * M * D * c.context_dim + 2 * D * (256 + c.pooled_dim)
-    rest = 2 * 2 * D * D + 2 * D * 2 * D + 2 * N * D * patch            # second layers of two MLPs; final layer
+    rest = 2 * 2 * D * D + 2 * D * 2 * D + 2 * N * D * patch        # second layers of two MLPs; final layer
     stream = 24                                     # a token: qkv 6, proj 2, MLP 16, times D * D
     full = stream * (N + M) * D * D + 4 * (N + M) ** 2 * D + 2 * D * 12 * D
-    last = (stream * N + 4 * M) * D * D + 4 * N * (N + M) * D + 2 * D * 8 * D       # the text: keys and values
+    last = (stream * N + 4 * M) * D * D + 4 * N * (N + M) * D + 2 * D * 8 * D   # the text: keys and values
     dual = 8 * N * D * D + 4 * N ** 2 * D + 2 * D * 3 * D
     return {"inputs": inputs, "rest": rest,
             "blocks": (c.depth - 1) * full + last + c.dual_blocks * dual}
@@ -85,7 +85,7 @@ def training_flops(c: MMDiTConfig, N: int, M: int) -> int:
 # ----------------------------------------------------------------------------------------------------- memory
 
 def kept(c: MMDiTConfig, N: int, M: int, half: bool = True, checkpointing: bool = False) -> int:
-    """Bytes that the forward pass of one picture leaves for the backward pass. half: under bfloat16 autocast."""
+    """Bytes that the forward pass of one picture leaves for the backward pass. half: under autocast."""
     D, small = c.width, 2 if half else 4
     norms = 3 * small + 2 * 4 if c.qk_norm else 0                       # q, k, v; q and k over their RMS
     token = (3 + 8 + 2 + 4) * small + 4 * 4 + norms                     # of D numbers, see the table above
@@ -128,13 +128,14 @@ def plan(c: MMDiTConfig, gpus: int, batch: int, N: int, M: int, card="h100", mfu
     return best
 
 
-# ---------------------------------------------------------------------------------------------- what it prints
+# --------------------------------------------------------------------------------------------- what it prints
 
 def table(card="h100", mfu=MFU, counts=(8, 64, 1024)) -> list[str]:
     """The paper's scaling study on so many cards."""
-    lines = [f"the paper's study: {PAPER['size']} x {PAPER['size']}, batch {PAPER['batch']:,}, {PAPER['steps']:,} "
-             f"steps, on {card}. Predictions: {100 * mfu:.0f} % MFU is assumed",
-             f"{'':6}{'parameters':>14}{'FLOPs in all':>14}" + "".join(f"{f'{n:,} cards':>28}" for n in counts),
+    heads = "".join(f"{f'{n:,} cards':>28}" for n in counts)
+    lines = [f"the paper's study: {PAPER['size']} x {PAPER['size']}, batch {PAPER['batch']:,}, "
+             f"{PAPER['steps']:,} steps, on {card}. Predictions: {100 * mfu:.0f} % MFU is assumed",
+             f"{'':6}{'parameters':>14}{'FLOPs in all':>14}" + heads,
              f"{'':34}" + f"{'GB at once  s/step   days':>28}" * len(counts)]
     for name in STUDY:
         c = MMDiTConfig.preset(name)
@@ -155,24 +156,26 @@ def describe(name, size, batch, steps, gpus, card, mfu, checkpointing) -> list[s
     c = MMDiTConfig.preset(name)
     N, M = tokens_of(c, size, size), 28 if name == "tiny" else 154
     count, flops = parameters(c), training_flops(c, N, M)
-    lines = [f"{name}: {count['total']:,} parameters, {count['block']:,} in a block; {size} x {size} pictures are "
-             f"{N} tokens, with {M} of text",
+    lines = [f"{name}: {count['total']:,} parameters, {count['block']:,} in a block; {size} x {size} "
+             f"pictures are {N} tokens, with {M} of text",
              f"FLOPs: {flops:.3e} a picture, forward and backward; {flops * batch:.3e} a step of {batch:,}; "
              f"{flops * batch * steps:.3e} in {steps:,} steps"]
     p = plan(c, gpus, batch, N, M, card, mfu, checkpointing)
     if p is None:
         need = sum(memory(c, gpus, 1, N, M, True).values())
-        return lines + [f"does not fit {gpus} x {card}: one picture at a time takes {need / GB:.0f} GB on each; "
-                        f"more --gpus, or --checkpointing"]
+        return lines + [f"does not fit {gpus} x {card}: one picture at a time, with checkpointing, takes "
+                        f"{need / GB:.0f} GB on each; try more --gpus"]
     shares = memory(c, gpus, p["each"], N, M, p["checkpointing"])
     lines += [f"memory on each of {gpus} {card}{' under FSDP' * (gpus > 1)}, {p['each']} pictures at once"
               f"{', checkpointing' * p['checkpointing']} (predicted):"]
     lines += [f"  {what:14} {b / GB:7.1f} GB" for what, b in shares.items()]
-    lines += [f"  {'in all':14} {sum(shares.values()) / GB:7.1f} of {CARDS[card][1] / GB:.0f} GB; without "
-              f"checkpointing a picture keeps {kept(c, N, M) / GB:.2f} GB, with it {kept(c, N, M, True, True) / GB:.2f}",
+    less = kept(c, N, M, True, True) / GB
+    lines += [f"  {'in all':14} {sum(shares.values()) / GB:7.1f} of {CARDS[card][1] / GB:.0f} GB; a picture "
+              f"keeps {kept(c, N, M) / GB:.2f} GB, with checkpointing {less:.2f}",
               f"time (predicted at {100 * mfu:.0f} % MFU of {CARDS[card][0] / 1e12:.0f} TFLOP/s): "
               f"{p['seconds']:.2f} s a step of {p['accumulate']} x {p['each']} on each card; "
-              f"{p['seconds'] * steps / 86400:.1f} days, {p['seconds'] * steps / 3600 * gpus:,.0f} card-hours"]
+              f"{p['seconds'] * steps / 86400:.1f} days, "
+              f"{p['seconds'] * steps / 3600 * gpus:,.0f} card-hours"]
     return lines
 
 
@@ -217,14 +220,14 @@ def demo() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*inputs).square().mean().backward()
     mine = B * training_flops(c, (side // 2) ** 2, M)
-    print(f"a small model, forward and backward: {mine:,} FLOPs by formula, {counter.get_total_flops():,} counted")
+    print(f"a small model: {mine:,} FLOPs by formula, {counter.get_total_flops():,} counted by PyTorch")
     assert mine == counter.get_total_flops()
     print("\n".join(describe("d38", 256, 4096, 500_000, 64, "h100", MFU, None) + [""] + table()))
 
 
-# Exercises. (1) At which size do the L x L products of attention cost as much as the rest of a block? (2) What
-# does d38 need at 1024 x 1024 on 64 cards, and which term grew most? (3) Halve AdamW's moments to bfloat16 in
-# STATES: from how many cards on does it hardly matter?
+# Exercises. (1) At which size do the L x L products of attention cost as much as the rest of a block?
+# (2) What does d38 need at 1024 x 1024 on 64 cards, and which term grew most? (3) Halve AdamW's moments to
+# bfloat16 in STATES: from how many cards on does it hardly matter?
 
 if __name__ == "__main__":
     demo()

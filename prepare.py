@@ -32,6 +32,7 @@ DIFFERS: the paper searches duplicates with SSCD, a network made to detect copie
 
 Run: python prepare.py              a folder with faults, from check to batches, in seconds
      python data.py check DIR       a report on your own pictures before training; --help shows its bounds
+     python train.py cache --run RUN --data DIR     the cache by itself, ahead of training
 """
 import argparse
 import hashlib
@@ -255,15 +256,17 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
                 say=print) -> list:
     """Encode what `folder` does not hold yet: latents of `survey`'s pictures, features of its captions.
 
-    device: where to encode; the autoencoder and the text encoders visit it in turn, and only if they are
-    needed (None: they stay where they are). vae_print, text_print: files_fingerprint of the encoders' files. Each of `world` ranks calls this and
-    makes every world-th file; no rank waits for another. Interrupted, it goes on at the unfinished file.
+    vae_print, text_print: files_fingerprint of the encoders' files. device: where to encode; the autoencoder
+    and the text encoders visit it in turn, and only if they are needed (None: they stay where they are). Each
+    of `world` ranks calls this and makes every world-th file; no rank waits for another. Interrupted, it goes
+    on at the unfinished file.
     -> [(picture, reason)]: what this call could not decode (Cache.skipped: all calls). ValueError for NaN and
     for a hundred unreadable pictures in a row.
     """
     folder = Path(folder)
     latents, text = _plan(survey, vae_print, text_print, t5_length, encoders.clip_length)
-    index = {"format": FORMAT, "size": survey.shapes[0][0], "data": survey.fingerprint, "vae": vae_print, "text": text_print,
+    index = {"format": FORMAT, "size": survey.shapes[0][0],
+             "data": survey.fingerprint, "vae": vae_print, "text": text_print,
              "t5_length": t5_length, "clip_length": encoders.clip_length, "widths": encoders.widths,
              "latents": [job[:2] for job in latents], "texts": [job[:2] for job in text]}
     if rank == 0:
@@ -434,10 +437,11 @@ class Cache:
         """"" if this cache is of these encoders and data, else a warning that says what changed in the data.
 
         ValueError if the encoders have changed: their latents and features mean nothing to other ones."""
-        for what, now, who in (("vae", vae_print, "autoencoder"), ("text", text_print, "text encoders")):
+        for what, now, who in (("vae", vae_print, "another autoencoder"),
+                               ("text", text_print, "other text encoders")):
             if self.index[what] != now:
-                raise ValueError(f"{self.folder} was made by other {who} (fingerprint {self.index[what][:8]}) "
-                                 f"than this run's ({now[:8]}): make it again with  python train.py cache  "
+                raise ValueError(f"{self.folder} was made by {who} (fingerprint {self.index[what][:8]})"
+                                 f" than this run's ({now[:8]}): make it again with  python train.py cache  "
                                  "or leave out --cache")
         if survey is None or survey.fingerprint == self.index["data"]:
             return ""

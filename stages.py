@@ -13,8 +13,8 @@ one page.
 Each function returns a Stage: the modules to train and loss(step, generator). All randomness comes from that
 generator, which depends on (seed, stage, step) alone. Each stage uses what earlier ones have learnt, frozen.
 
-The flow reads it from a cache on disk (prepare.py). Once that is written the autoencoder and the text encoders
-leave memory, and come back only to draw a sample grid.
+The flow reads it from a cache on disk (prepare.py). Once that is written the autoencoder and the text
+encoders leave memory, and come back only to draw a sample grid.
 """
 import dataclasses
 import math
@@ -28,7 +28,7 @@ from torch import nn
 
 import flow
 from checkpoints import load_part, load_tokenizers, write_atomically
-from data import contact_sheet, list_pictures, pick_captions
+from data import contact_sheet, list_pictures, pick_captions, refuse_if_mostly_bad
 from mmdit import MMDiT, MMDiTConfig
 from prepare import Batches, Cache, Survey, files_fingerprint, write_cache
 from sample import Pipeline
@@ -181,22 +181,24 @@ def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
 
 
 def encode_all(run, out, rank=0, world=1) -> None:
-    """A cache in `out` of run.config's data, by the encoders that lie in run.folder. Of `world` ranks each does
-    its share; an interrupted one goes on where it was."""
+    """A cache in `out` of run.config's data, by the encoders that lie in run.folder. Of `world` ranks each
+    does its share; an interrupted one goes on where it was."""
     c, prints = run.config, encoder_prints(run.folder)
     count = None if c.data == "drawn" and c.pictures == 10**9 else c.pictures
     listing = list_pictures(c.data, c.size, count=count, seed=c.seed)
     survey = Survey(listing.entries[:count], c.size, bucketed=c.buckets)
     vae, *towers = (load_part(run.folder, name) for name in ("vae", *ENCODERS))
     encoders = TextEncoders(*towers, list(load_tokenizers(run.folder, c.clip_length).values()))
+    skipped = listing.skipped + survey.skipped
+    if not survey.entries:
+        refuse_if_mostly_bad(c.data, 0, skipped)
     if rank == 0:
         print(f"cache: {len(survey.entries):,} pictures in {len(set(survey.buckets))} shapes with "
-              f"{len(survey.captions):,} captions, {len(listing.skipped) + len(survey.skipped)} skipped, into {out}",
-              flush=True)
+              f"{len(survey.captions):,} captions, {len(skipped)} skipped, into {out}", flush=True)
     lost = write_cache(out, survey, vae, encoders, vae_print=prints[0], text_print=prints[1],
-                       t5_length=c.t5_length, rank=rank, world=world, autocast=run.autocast, device=run.device,
-                       say=print if rank == 0 else lambda line: None)
-    for name, reason in (listing.skipped + survey.skipped)[:5 * (rank == 0)] + lost[:5]:
+                       t5_length=c.t5_length, rank=rank, world=world, autocast=run.autocast,
+                       device=run.device, say=print if rank == 0 else lambda line: None)
+    for name, reason in skipped[:5 * (rank == 0)] + lost[:5]:
         print(f"skipped {name}: {reason}")
 
 
@@ -204,15 +206,17 @@ def take_over(origin, folder) -> None:
     """Copy all that another run has learned: its encoders as they are, its transformer as a start."""
     files = [f"{name}.safetensors" for stage, names in PARTS_OF.items() for name in names if stage != "flow"]
     files += [p.relative_to(origin) for p in (origin / "tokenizers").rglob("*") if p.is_file()]
-    for source, target in [(name, name) for name in files] + [("mmdit.safetensors", "start/mmdit.safetensors")]:
+    copies = [(name, name) for name in files] + [("mmdit.safetensors", "start/mmdit.safetensors")]
+    for source, target in copies:
         if not (origin / source).is_file():
-            raise ValueError(f"--from {origin}: {source} is missing there: only a finished run can be taken over")
+            raise ValueError(f"--from {origin}: {source} is missing there: only a finished run can be taken "
+                             "over")
         write_atomically(folder / target, partial(shutil.copyfile, origin / source))
 
 
 def grown(old: MMDiT, tokens: int) -> MMDiT:
-    """The same weights for pictures of tokens x tokens. The coordinates of its first pictures are stretched over
-    these (interpolated), and go on beyond them (extended), paper section 5.3.2."""
+    """The same weights for pictures of tokens x tokens. The coordinates of its first pictures are stretched
+    over these (interpolated), and go on beyond them (extended), paper section 5.3.2."""
     c = dataclasses.replace(old.config, pos_sample=tokens, pos_max=max(old.config.pos_max, 4 * tokens))
     new = MMDiT(c)
     new.load_state_dict(old.state_dict() | {"pos_embed": new.pos_embed})

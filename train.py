@@ -8,8 +8,8 @@
     python train.py --tiny --flow-steps 30000  longer: what a GPU can afford
     python train.py --resume                   go on with the last run, exactly where it was
     python train.py --from RUN --size 128      go on from a finished run, with larger pictures
-    python train.py cache --run RUN --data DIR     encode pictures and captions once, ahead of --from RUN --cache
-    python train.py --dry-run --model d38 --gpus 64    what it would take (budget.py)
+    python train.py cache --run RUN --data DIR encode pictures and captions ahead, for --from RUN --cache
+    python train.py --dry-run --model d38 --gpus 64      what it would take (budget.py)
     python sample.py "a red star left of a blue ring"    then draw something
 
     stage   learns                                               from                    loss
@@ -52,6 +52,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ class TrainConfig:
     size: int = flag(64, "side of the training pictures in pixels, a multiple of 16")
     pictures: int = flag(24000, "how many drawings, or the most that are read from a folder")
     synthetic: float = flag(0.5, "share of synthetic captions, where a picture has some beside the original")
-    buckets: bool = flag(False, "the transformer learns pictures in their own shapes, one a batch, not squares")
+    buckets: bool = flag(False, "the transformer learns pictures in their own shapes, not as squares")
     cache: str = flag("", "a folder that  train.py cache  made, for the transformer to learn from")
     model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
     # where
@@ -134,10 +135,11 @@ class TrainConfig:
                              f"try {max(16, round(self.size / 16) * 16)}")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"no dtype {self.dtype!r}: choose auto, bfloat16 or float32")
-        if not (0 <= self.text_drop < 1 and 0 <= self.ema < 1 and 0 <= self.decay <= 1 >= self.synthetic >= 0):
+        if not (0 <= self.text_drop < 1 and 0 <= self.ema < 1 and 0 <= self.decay <= 1
+                and 0 <= self.synthetic <= 1):
             raise ValueError("text_drop and ema must lie in [0, 1), decay and synthetic in [0, 1]")
         if self.cache and not self.origin:
-            raise ValueError("--cache needs --from RUN, the run whose encoders made it: others would be trained")
+            raise ValueError("--cache needs --from RUN, the run whose encoders made it")
         MMDiTConfig.preset(self.model)
         flow.t_density(self.density, torch.tensor(0.5))
         flow.shift_t(0.5, self.shift)
@@ -363,7 +365,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         listing = list_pictures(config.data, config.size, count=config.pictures, seed=config.seed)
         survey = Survey(listing.entries[:config.pictures], config.size, bucketed=config.buckets)
         captions = [entry.captions for entry in survey.entries]
-        pictures = words = Pictures(torch.empty(0), captions, listing.skipped + survey.skipped, listing.excluded)
+        skipped = listing.skipped + survey.skipped
+        pictures = words = Pictures(torch.empty(0), captions, skipped, listing.excluded)
     remember_data(folder, cache.index["data"] if config.cache else survey.fingerprint)
     todo = unfinished(folder)
     if "vae" in todo or "clip" in todo:                             # the others need no pixels
@@ -375,7 +378,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     done = [name for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]]
     parts |= {name: load_part(folder, name) for name in done}
     if config.origin and "flow" in todo:
-        parts["mmdit"] = grown(load_part(folder / "start", "mmdit"), config.size // (2 * parts["vae"].config.factor))
+        tokens = config.size // (2 * parts["vae"].config.factor)
+        parts["mmdit"] = grown(load_part(folder / "start", "mmdit"), tokens)
     for name, part in parts.items():
         part.to("cpu" if name in done else run.device)
     make = {"vae": lambda: vae_stage(run, parts, pictures),
@@ -398,12 +402,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
 
 def remember_data(folder: Path, mark: str) -> None:
-    """Keep the fingerprint of the data in the run; one line if it was another when the run was last started."""
+    """Keep the fingerprint of the data in the run; one line if it was another at the last start."""
     path = folder / "data.json"
     known = read_json(path)["fingerprint"] if path.is_file() else mark
     if known != mark and not (folder / "cache" / "index.json").is_file():      # else the cache will tell
-        print(f"warning: the data has changed since this run was started (fingerprint {known[:8]}, now {mark[:8]}): "
-              "it goes on with what is there now", flush=True)
+        print(f"warning: the data has changed since this run was started (fingerprint {known[:8]}, now "
+              f"{mark[:8]}): it goes on with what is there now", flush=True)
     write_json(path, {"fingerprint": mark})
 
 
@@ -499,8 +503,8 @@ def make_tokenizers(folder: Path, c: TrainConfig, captions: list[str], short: li
 
 # ----------------------------------------------------------------------------------------------- command line
 
-def refuse(message: str):
-    raise ValueError(f"{message}: see python train.py --help")
+def refuse(message: str, command: str = ""):
+    raise ValueError(f"{message}: see python train.py {command}--help")
 
 
 def flag_of(field: str) -> str:
@@ -519,8 +523,8 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
                         help="go on with the run in --out, or with the last one")
     for f in dataclasses.fields(TrainConfig):
         how = {"help": f"{f.metadata['help']} (default: {f.default})", "default": None, "dest": f.name}
-        parser.add_argument(
-            flag_of(f.name), **how, **({"action": "store_true"} if f.type is bool else {"type": type(f.default)}))
+        how |= {"action": "store_true"} if f.type is bool else {"type": type(f.default)}
+        parser.add_argument(flag_of(f.name), **how)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(
@@ -551,18 +555,18 @@ def second_phase(given: dict) -> dict:
     With m pixels in place of n the times move towards noise by sqrt(m / n), paper section 5.3.2."""
     run = Path(given["origin"])
     if not (has_run(run) and (run / "mmdit.safetensors").is_file()):
-        raise ValueError(f"--from {run}: no finished run there (it would have config.json and mmdit.safetensors): "
-                         "finish it with  python train.py --resume --out, or name another")
+        raise ValueError(f"--from {run}: no finished run there, it would have config.json and "
+                         "mmdit.safetensors: finish it with  python train.py --resume --out, or name another")
     saved = read_json(run / "config.json")
     for name in ("model", "clip_length", "t5_length"):
         if given.get(name, saved[name]) != saved[name]:
-            raise ValueError(f"{flag_of(name)} {given[name]} contradicts {run}/config.json ({saved[name]}): what is "
-                             "taken over keeps its shape; leave the flag out")
+            raise ValueError(f"{flag_of(name)} {given[name]} contradicts {run}/config.json ({saved[name]}): "
+                             "what is taken over keeps its shape; leave the flag out")
     made_for = Cache(given["cache"]).index["size"] if given.get("cache") else None
     size = given.get("size", made_for or saved["size"])
     if made_for not in (None, size):
-        raise ValueError(f"--size {size}, but {given['cache']} holds pictures of size {made_for}: leave --size out "
-                         "or make another cache")
+        raise ValueError(f"--size {size}, but {given['cache']} holds pictures of size {made_for}: leave "
+                         "--size out or make another cache")
     known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "origin", "cache", "minutes"}
     kept = {k: v for k, v in saved.items() if k in known}
     return {**kept, "shift": saved["shift"] * size / saved["size"], **given, "size": size}
@@ -570,9 +574,10 @@ def second_phase(given: dict) -> dict:
 
 def cache_command(argv) -> None:
     """python train.py cache: encode once what a run's transformer will learn from."""
-    parser = argparse.ArgumentParser(prog="train.py cache", allow_abbrev=False, description="encode pictures and "
-                                     "captions with a run's encoders; under torchrun each rank does its share")
-    parser.error = lambda message: refuse(message.replace("--help", "cache --help"))
+    parser = argparse.ArgumentParser(
+        prog="train.py cache", allow_abbrev=False, description="encode pictures and captions with a run's "
+        "encoders; under torchrun each rank does its share")
+    parser.error = partial(refuse, command="cache ")
     parser.add_argument("--run", required=True, help="folder of the run whose encoders to use")
     parser.add_argument("--data", required=True, help="drawn | emoji | a folder of captioned pictures")
     parser.add_argument("--out", help="folder of the cache (default: runs/cache-DATA-SIZE)")
@@ -585,7 +590,7 @@ def cache_command(argv) -> None:
     parser.add_argument("--dtype", default="auto", help="auto | bfloat16 | float32, of matrix products")
     args = parser.parse_args(argv)
     if args.size is not None and args.size < 16:
-        refuse(f"--size {args.size}: at least 16")
+        parser.error(f"--size {args.size}: at least 16")
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     if args.device == "auto" and torch.cuda.is_available():
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
