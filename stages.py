@@ -16,6 +16,7 @@ generator, which depends on (seed, stage, step) alone. Each stage uses what earl
 The flow reads it from a cache on disk (prepare.py). Once that is written the autoencoder and the text
 encoders leave memory, and come back only to draw a sample grid.
 """
+import copy
 import dataclasses
 import math
 import shutil
@@ -170,6 +171,7 @@ def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
     c, folder, prints = run.config, run.folder, encoder_prints(run.folder)
     if not c.cache:
         held = {} if c.buckets else dict(zip(pictures.names, pictures.images))
+        survey = copy.copy(survey)                          # the given one must not keep pixels in memory
         survey.entries = [e._replace(picture=partial(pixels, held[e.name])) if e.name in held else e
                           for e in survey.entries]
         encoders = TextEncoders(*(parts[name] for name in ENCODERS), list(tokenizers.values()))

@@ -603,7 +603,7 @@ def cache_command(argv) -> None:
     encode_all(run, Path(out), rank, world)
     if rank == 0:
         print(f"done{f' with the share of rank 0 of {world}' if world > 1 else ''}: {out}. Now type\n"
-              f"    python train.py --from {args.run} --cache {out}")
+              f"    python train.py --from {args.run} --cache {out} --data {args.data}")
 
 
 def main(argv=None) -> None:
