@@ -62,12 +62,12 @@ from tqdm import tqdm
 import flow
 from checkpoints import (has_run, last_run, load_part, load_state, load_tokenizers, read_json, save_part,
                          save_state, write_json)
-from data import Pictures, list_pictures, load_pictures
+from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiTConfig
 from prepare import Cache, Survey
 from sample import pick_device
-from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, flow_stage, grown, measure_vae,
-                    preview_prompts, t5_stage, take_over, vae_stage)
+from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, encoder_prints, flow_stage, grown,
+                    measure_vae, preview_prompts, t5_stage, take_over, vae_stage)
 from text_encoders import (load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
                            train_t5_tokenizer)
 
@@ -355,8 +355,6 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     """
     folder = Path(config.out) if resume else new_folder(config)
     run = Run(config, folder)
-    if config.origin and not resume:
-        take_over(Path(config.origin), folder)
     if config.cache:                                                # the pictures may be anywhere by now
         survey, cache = None, Cache(config.cache)
         captions = [tuple(cache.texts(k * len(cache) // 8)) for k in range(8)]
@@ -366,13 +364,16 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         survey = Survey(listing.entries[:config.pictures], config.size, bucketed=config.buckets)
         captions = [entry.captions for entry in survey.entries]
         skipped = listing.skipped + survey.skipped
+        refuse_if_mostly_bad(config.data, captions and len(listing.entries) - len(survey.skipped), skipped)
         pictures = words = Pictures(torch.empty(0), captions, skipped, listing.excluded)
-    remember_data(folder, cache.index["data"] if config.cache else survey.fingerprint)
+    if config.origin and not resume:
+        take_over(Path(config.origin), folder)
     todo = unfinished(folder)
     if "vae" in todo or "clip" in todo:                             # the others need no pixels
         pictures = load_pictures(config.data, config.size, count=config.pictures, listing=listing)
     tokenizers = make_tokenizers(folder, config, [text for texts in captions for text in texts],
                                  [texts[0] for texts in captions])
+    remember_data(folder, cache.index["data"] if config.cache else survey.fingerprint)
     write_json(folder / "config.json", dataclasses.asdict(config))
     parts = build(config, tokenizers)
     done = [name for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]]
@@ -562,7 +563,11 @@ def second_phase(given: dict) -> dict:
         if given.get(name, saved[name]) != saved[name]:
             raise ValueError(f"{flag_of(name)} {given[name]} contradicts {run}/config.json ({saved[name]}): "
                              "what is taken over keeps its shape; leave the flag out")
-    made_for = Cache(given["cache"]).index["size"] if given.get("cache") else None
+    made_for = None
+    if given.get("cache"):
+        cache = Cache(given["cache"])
+        cache.compare(*encoder_prints(run))
+        made_for = cache.index["size"]
     size = given.get("size", made_for or saved["size"])
     if made_for not in (None, size):
         raise ValueError(f"--size {size}, but {given['cache']} holds pictures of size {made_for}: leave "

@@ -278,9 +278,10 @@ def test_bad_input_of_a_cache_or_a_second_phase_is_one_line_that_names_the_remed
     assert "try 112" in refused(["--from", finished, "--size", "113"], capsys)
     assert "no finished run" in refused(["--from", "no-run"], capsys)
     assert "contradicts" in refused(["--from", finished, "--model", "d15"], capsys)
+    assert "no such folder" in refused(["--from", finished, "--data", "gone"], capsys)
     assert "--from RUN" in refused(["--cache", "somewhere"], capsys)
     assert "index.json" in refused(["--from", finished, "--cache", "somewhere"], capsys)
-    assert not list(tmp_path.glob("runs/*/config.json"))
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_a_cache_of_other_encoders_is_refused_by_both_names(finished, first_phase, tmp_path, capsys):
@@ -291,6 +292,7 @@ def test_a_cache_of_other_encoders_is_refused_by_both_names(finished, first_phas
     said = refused(["--from", finished, *flags_of(cache=out, flow_steps=2, out=tmp_path / "run")], capsys)
     marks = stages.encoder_prints(first_phase)[0][:8], stages.encoder_prints(finished)[0][:8]
     assert all(mark in said for mark in marks) and "train.py cache" in said
+    assert not (tmp_path / "run").exists()
 
 
 # --- A folder in which much is bad ---
