@@ -6,6 +6,7 @@ Three sources, one result: `Pictures`, square RGB pictures in a uint8 tensor, ea
     "emoji"     1,026 Twemoji, kept in assets/ as one sheet, so that the first real pictures need no download
     a folder    yours: name.png beside name.txt (each line is a caption), or a captions.jsonl of lines such as
                 {"file": "cats/1.jpg", "captions": ["a cat", "a grey cat asleep on a red sofa"]}
+                The first caption is the original, those after it are synthetic
     tar shards  the same files in .tar (the WebDataset layout), one or a folder full; name.json may take the
                 place of name.txt: {"captions": [...], "aesthetic": 5.1}
 
@@ -57,7 +58,7 @@ import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -305,16 +306,19 @@ class Pictures:
     captions: list[tuple[str, ...]]     # n entries: the original first, then the synthetic where there is one
     skipped: list[tuple[str, str]]      # (file, or captions.jsonl:line, and the reason)
     excluded: int = 0
+    names: list[str] = field(default_factory=list)      # of the n entries
 
 
-def load_pictures(source, size=64, *, count=None, seed=0, progress=None):
+def load_pictures(source, size=64, *, count=None, seed=0, progress=None, listing=None):
     """Captioned pictures, size x size, from any source (see `list_pictures`), in memory.
 
     Pictures are resized until their shorter side is `size`; the centre is kept. progress(done, total) is
-    called after each picture. -> Pictures; what could not be used stands in `skipped`.
+    called after each picture. listing: of the same arguments, where there is one already.
+    -> Pictures; what could not be used stands in `skipped`.
     Raises ValueError: what `list_pictures` and `each` raise, more than half unusable, a bad size."""
-    entries, skipped, excluded = list_pictures(source, size, count=count, seed=seed)
-    wanted, untried, captions = min(count or len(entries), len(entries)), len(entries), []
+    entries, skipped, excluded = listing or list_pictures(source, size, count=count, seed=seed)
+    skipped = list(skipped)
+    wanted, untried, captions, names = min(count or len(entries), len(entries)), len(entries), [], []
     images = torch.empty((wanted, 3, size, size), dtype=torch.uint8)
     for entry, picture, reason in each(partial(read_picture, size=size), entries):
         untried -= 1
@@ -323,13 +327,14 @@ def load_pictures(source, size=64, *, count=None, seed=0, progress=None):
         else:
             images[len(captions)] = torch.from_numpy(picture).permute(2, 0, 1)
             captions.append(entry.captions)
+            names.append(entry.name)
         if progress:
             progress(len(captions), wanted)
         if len(captions) == wanted:
             break
     # beyond `count` pictures nothing is opened: presumed good
     refuse_if_mostly_bad(source, len(captions) and len(captions) + untried, skipped)
-    return Pictures(images[:len(captions)], captions, skipped, excluded)
+    return Pictures(images[:len(captions)], captions, skipped, excluded, names)
 
 
 def list_pictures(source, size=64, *, count=None, seed=0):

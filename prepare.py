@@ -32,6 +32,7 @@ DIFFERS: the paper searches duplicates with SSCD, a network made to detect copie
 
 Run: python prepare.py              a folder with faults, from check to batches, in seconds
      python data.py check DIR       a report on your own pictures before training; --help shows its bounds
+     python train.py cache --run RUN --data DIR     the cache by itself, ahead of training
 """
 import argparse
 import hashlib
@@ -251,17 +252,21 @@ def _about(path) -> dict | None:
 
 @torch.no_grad()
 def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_print: str, t5_length: int,
-                rank: int = 0, world: int = 1, batch: int = 32, autocast=nullcontext, say=print) -> list:
+                rank: int = 0, world: int = 1, batch: int = 32, autocast=nullcontext, device=None,
+                say=print) -> list:
     """Encode what `folder` does not hold yet: latents of `survey`'s pictures, features of its captions.
 
-    vae_print, text_print: files_fingerprint of the encoders' files. Each of `world` ranks calls this and
-    makes every world-th file; no rank waits for another. Interrupted, it goes on at the unfinished file.
+    vae_print, text_print: files_fingerprint of the encoders' files. device: where to encode; the autoencoder
+    and the text encoders visit it in turn, and only if they are needed (None: they stay where they are). Each
+    of `world` ranks calls this and makes every world-th file; no rank waits for another. Interrupted, it goes
+    on at the unfinished file.
     -> [(picture, reason)]: what this call could not decode (Cache.skipped: all calls). ValueError for NaN and
     for a hundred unreadable pictures in a row.
     """
     folder = Path(folder)
     latents, text = _plan(survey, vae_print, text_print, t5_length, encoders.clip_length)
-    index = {"format": FORMAT, "data": survey.fingerprint, "vae": vae_print, "text": text_print,
+    index = {"format": FORMAT, "size": survey.shapes[0][0],
+             "data": survey.fingerprint, "vae": vae_print, "text": text_print,
              "t5_length": t5_length, "clip_length": encoders.clip_length, "widths": encoders.widths,
              "latents": [job[:2] for job in latents], "texts": [job[:2] for job in text]}
     if rank == 0:
@@ -272,6 +277,9 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
     skipped, said, seconds, done = [], time.monotonic(), Counter(), Counter()
     for kind, (name, mark, part) in jobs:
         start = time.monotonic()
+        if device is not None and not done[kind]:
+            vae.to(device if kind == "picture" else "cpu")
+            encoders.to(device if kind == "caption" else "cpu")
         if kind == "picture":
             skipped += _encode_pictures(folder / name, mark, survey, part, vae, batch, autocast)
         else:
@@ -429,9 +437,12 @@ class Cache:
         """"" if this cache is of these encoders and data, else a warning that says what changed in the data.
 
         ValueError if the encoders have changed: their latents and features mean nothing to other ones."""
-        for what, now, who in (("vae", vae_print, "autoencoder"), ("text", text_print, "text encoders")):
+        for what, now, who in (("vae", vae_print, "another autoencoder"),
+                               ("text", text_print, "other text encoders")):
             if self.index[what] != now:
-                raise ValueError(f"{self.folder} was not made by this run's {who}: make the cache again")
+                raise ValueError(f"{self.folder} was made by {who} (fingerprint {self.index[what][:8]})"
+                                 f" than this run's ({now[:8]}): make it again with  python train.py cache  "
+                                 "or leave out --cache")
         if survey is None or survey.fingerprint == self.index["data"]:
             return ""
         lost = {name for name, _ in self.skipped}

@@ -11,24 +11,31 @@ one page.
                                   noise, times
 
 Each function returns a Stage: the modules to train and loss(step, generator). All randomness comes from that
-generator, which depends on (seed, stage, step) alone. Each stage uses what earlier ones have learnt, frozen;
-the flow reads it from `cache`.
+generator, which depends on (seed, stage, step) alone. Each stage uses what earlier ones have learnt, frozen.
+
+The flow reads it from a cache on disk (prepare.py). Once that is written the autoencoder and the text
+encoders leave memory, and come back only to draw a sample grid.
 """
+import copy
 import dataclasses
 import math
-import time
+import shutil
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 import flow
-from data import contact_sheet
+from checkpoints import load_part, load_tokenizers, write_atomically
+from data import contact_sheet, list_pictures, pick_captions, refuse_if_mostly_bad
 from mmdit import MMDiT, MMDiTConfig
+from prepare import Batches, Cache, Survey, files_fingerprint, write_cache
 from sample import Pipeline
-from text_encoders import (CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder, T5Config,
-                           T5Encoder, clip_loss, drop_encoders, masked_span_loss, sample_drops)
+from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
+                           T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders, masked_span_loss,
+                           sample_drops)
 from vae import (AutoencoderKL, PatchDiscriminator, VAEConfig, discriminator_loss, measure_latents, psnr,
                  vae_loss)
 from watch import loss_by_t
@@ -115,7 +122,8 @@ def clip_stage(run, parts, pictures, tokenizers) -> Stage:
 
     def loss(step, g):
         i = torch.randint(len(pictures.images), (c.clip_batch,), generator=g)
-        captions = [choose(pictures.captions[k], g) for k in i.tolist()]
+        which = pick_captions([len(pictures.captions[k]) for k in i.tolist()], g, c.synthetic)
+        captions = [pictures.captions[k][n] for k, n in zip(i.tolist(), which.tolist())]
         images = pictures.images[i].to(run.device).float() / 255
         if images.shape[-1] != side:
             images = nn.functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
@@ -128,10 +136,6 @@ def clip_stage(run, parts, pictures, tokenizers) -> Stage:
 
     towers = {k: parts[k] for k in PARTS_OF["clip"]}
     return Stage("clip", nn.ModuleDict(towers | {"scales": scales}), loss)
-
-
-def choose(options, g):
-    return options[torch.randint(len(options), (), generator=g)]
 
 
 def t5_stage(run, parts, pictures, tokenizers) -> Stage:
@@ -148,56 +152,107 @@ def t5_stage(run, parts, pictures, tokenizers) -> Stage:
     return Stage("t5", parts["t5"], loss)
 
 
-@torch.no_grad()
-def cache(run, vae, encoders, pictures):
-    """Everything that the flow model will be fed, computed once and kept on the device.
-
-    Returns latent mean and standard deviation (n, C, H, W), so that each step still samples the posterior;
-    context (captions, M, ctx) and pooled (captions, pool) in bfloat16; and for each picture the row numbers
-    of its captions.
-    """
-    start, mean, std, context, pooled = time.monotonic(), [], [], [], []
-    captions = sorted({text for texts in pictures.captions for text in texts})
-    index = {text: i for i, text in enumerate(captions)}
-    with run.autocast():
-        for batch in pictures.images.split(128):
-            posterior = vae.encode(to_unit(batch, run.device))
-            mean.append(vae.to_latent(posterior.mean))
-            std.append(posterior.std * vae.config.scale)
-        for i in range(0, len(captions), 512):
-            text = encoders(captions[i:i + 512], run.config.t5_length)
-            context.append(text.context.bfloat16())
-            pooled.append(text.pooled.bfloat16())
-    print(f"flow: {len(pictures.images)} latents and {len(captions)} captions encoded "
-          f"in {time.monotonic() - start:.0f} s", flush=True)
-    rows = [[index[text] for text in texts] for texts in pictures.captions]
-    return torch.cat(mean), torch.cat(std), torch.cat(context), torch.cat(pooled), rows
+def encoder_prints(folder) -> tuple[str, str]:
+    """Fingerprints of a run's autoencoder and of its text encoders, as a cache keeps them."""
+    words = [p for p in (folder / "tokenizers").rglob("*") if p.is_file()]
+    return (files_fingerprint([folder / "vae.safetensors"]),
+            files_fingerprint([*(folder / f"{name}.safetensors" for name in ENCODERS), *words]))
 
 
-def flow_stage(run, parts, pictures, encoders) -> Stage:
-    c, vae, model = run.config, parts["vae"], parts["mmdit"]
+def pixels(image, size):
+    """A picture in memory (3, S, S), as read_picture gives one from a file."""
+    return image.permute(1, 2, 0).numpy()
+
+
+def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
+    """The flow model's input: from the cache in the run's folder, where what it lacks is encoded first, or
+    from the one that --cache names.
+
+    Pictures that are in memory already are not read or drawn again."""
+    c, folder, prints = run.config, run.folder, encoder_prints(run.folder)
+    if not c.cache:
+        held = {} if c.buckets else dict(zip(pictures.names, pictures.images))
+        survey = copy.copy(survey)                          # the given one must not keep pixels in memory
+        survey.entries = [e._replace(picture=partial(pixels, held[e.name])) if e.name in held else e
+                          for e in survey.entries]
+        encoders = TextEncoders(*(parts[name] for name in ENCODERS), list(tokenizers.values()))
+        write_cache(folder / "cache", survey, parts["vae"], encoders, vae_print=prints[0],
+                    text_print=prints[1], t5_length=c.t5_length, autocast=run.autocast, device=run.device)
+    cache = Cache(c.cache or folder / "cache")
+    cache.compare(*prints)
+    return Batches(cache, c.flow_batch, c.seed, synthetic=c.synthetic)
+
+
+def encode_all(run, out, rank=0, world=1) -> None:
+    """A cache in `out` of run.config's data, by the encoders that lie in run.folder. Of `world` ranks each
+    does its share; an interrupted one goes on where it was."""
+    c, prints = run.config, encoder_prints(run.folder)
+    count = None if c.data == "drawn" and c.pictures == 10**9 else c.pictures
+    listing = list_pictures(c.data, c.size, count=count, seed=c.seed)
+    survey = Survey(listing.entries[:count], c.size, bucketed=c.buckets)
+    vae, *towers = (load_part(run.folder, name) for name in ("vae", *ENCODERS))
+    encoders = TextEncoders(*towers, list(load_tokenizers(run.folder, c.clip_length).values()))
+    skipped = listing.skipped + survey.skipped
+    if not survey.entries:
+        refuse_if_mostly_bad(c.data, 0, skipped)
+    if rank == 0:
+        print(f"cache: {len(survey.entries):,} pictures in {len(set(survey.buckets))} shapes with "
+              f"{len(survey.captions):,} captions, {len(skipped)} skipped, into {out}", flush=True)
+    lost = write_cache(out, survey, vae, encoders, vae_print=prints[0], text_print=prints[1],
+                       t5_length=c.t5_length, rank=rank, world=world, autocast=run.autocast,
+                       device=run.device, say=print if rank == 0 else lambda line: None)
+    for name, reason in skipped[:5 * (rank == 0)] + lost[:5]:
+        print(f"skipped {name}: {reason}")
+
+
+def take_over(origin, folder) -> None:
+    """Copy all that another run has learned: its encoders as they are, its transformer as a start."""
+    files = [f"{name}.safetensors" for stage, names in PARTS_OF.items() for name in names if stage != "flow"]
+    files += [p.relative_to(origin) for p in (origin / "tokenizers").rglob("*") if p.is_file()]
+    copies = [(name, name) for name in files] + [("mmdit.safetensors", "start/mmdit.safetensors")]
+    for source, target in copies:
+        if not (origin / source).is_file():
+            raise ValueError(f"--from {origin}: {source} is missing there: only a finished run can be taken "
+                             "over")
+        write_atomically(folder / target, partial(shutil.copyfile, origin / source))
+
+
+def grown(old: MMDiT, tokens: int) -> MMDiT:
+    """The same weights for pictures of tokens x tokens. The coordinates of its first pictures are stretched
+    over these (interpolated), and go on beyond them (extended), paper section 5.3.2."""
+    c = dataclasses.replace(old.config, pos_sample=tokens, pos_max=max(old.config.pos_max, 4 * tokens))
+    new = MMDiT(c)
+    new.load_state_dict(old.state_dict() | {"pos_embed": new.pos_embed})
+    return new
+
+
+def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
+    c, model = run.config, parts["mmdit"]
     model.gradient_checkpointing = c.checkpointing
-    mean, std, context, pooled, rows = cache(run, vae, encoders, pictures)
+    batches = cached_batches(run, parts, tokenizers, survey, pictures)
+    widths = [parts[name].config.width for name in ENCODERS[:2]]
+    for name in ("vae", *ENCODERS, "clip_l_image", "clip_g_image"):         # to be read again for a preview
+        del parts[name]
+    pictures.images = pictures.images.new_empty(0)
 
     def loss(step, g):
-        i = torch.randint(len(mean), (c.flow_batch,), generator=g)
-        text = torch.tensor([choose(rows[k], g) for k in i.tolist()], device=run.device)
-        i = i.to(run.device)
-        x0 = mean[i] + std[i] * flow.draw_noise(mean[i].shape, g, run.device)       # (B, C, H, W)
-        t = flow.shift_t(flow.sample_t(c.density, len(i), generator=g, device=run.device), c.shift)
+        mean, std, context, pooled = batches.at(step, run.device)
+        x0 = mean + std * flow.draw_noise(mean.shape, g, run.device)                # (B, C, H, W)
+        t = flow.shift_t(flow.sample_t(c.density, len(x0), generator=g, device=run.device), c.shift)
         noise = flow.draw_noise(x0.shape, g, run.device)
         ctx, pool = drop_encoders(
-            context[text].float(), pooled[text].float(), sample_drops(len(i), g, c.text_drop),
-            encoders.clip_length, encoders.widths[:2])
+            context, pooled, sample_drops(len(x0), g, c.text_drop), c.clip_length, widths)
         losses = flow.loss(model, x0, t=t, noise=noise, context=ctx, pooled=pool)
         return losses.mean(), {"by_t": loss_by_t(losses, t)}
 
-    prompts = preview_prompts(c, pictures)
-    pipe = Pipeline(model, vae, encoders, t5_length=c.t5_length, shift=c.shift, kind="clean",
-                    size=(c.size, c.size), zero_empty=True,
-                    dtype=None if run.dtype == torch.float32 else run.dtype)
+    prompts = preview_prompts(c, pictures.captions)
 
     def preview(step):
+        vae, *encoders = (load_part(run.folder, name).to(run.device) for name in ("vae", *ENCODERS))
+        words = load_tokenizers(run.folder, c.clip_length)
+        pipe = Pipeline(model, vae, TextEncoders(*encoders, list(words.values())), t5_length=c.t5_length,
+                        shift=c.shift, kind="clean", size=(c.size, c.size), zero_empty=True,
+                        dtype=None if run.dtype == torch.float32 else run.dtype)
         images = pipe(prompts, guidance=3.0, steps=20)                      # the same eight seeds every time
         row = [(np.asarray(image), [prompt]) for image, prompt in zip(images, prompts)]
         (run.folder / "samples").mkdir(exist_ok=True)
@@ -206,9 +261,10 @@ def flow_stage(run, parts, pictures, encoders) -> Stage:
     return Stage("flow", model, loss, preview, ema=True)
 
 
-def preview_prompts(c, pictures) -> list[str]:
-    if c.data != "drawn":
-        return [pictures.captions[k * len(pictures.captions) // 8][0] for k in range(8)]
+def preview_prompts(c, captions) -> list[str]:
+    """captions: a tuple for each picture."""
+    if c.data != "drawn" or c.cache:
+        return [captions[k * len(captions) // 8][0] for k in range(8)]
     return ["a star", "a red circle", "three hearts", "a ring and a cross", "a square left of a ring",
             "a star above a heart", "a red star left of a blue ring",
             "a small green square at the top left and a big white ring at the right"]

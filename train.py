@@ -7,6 +7,9 @@
                                                (see data.py)
     python train.py --tiny --flow-steps 30000  longer: what a GPU can afford
     python train.py --resume                   go on with the last run, exactly where it was
+    python train.py --from RUN --size 128      go on from a finished run, with larger pictures
+    python train.py cache --run RUN --data DIR encode pictures and captions ahead, for --from RUN --cache
+    python train.py --dry-run --model d38 --gpus 64      what it would take (budget.py)
     python sample.py "a red star left of a blue ring"    then draw something
 
     stage   learns                                               from                    loss
@@ -42,16 +45,16 @@ What may go wrong there, and what happens then, is told in watch.py and checkpoi
 import argparse
 import dataclasses
 import difflib
-import hashlib
 import itertools
-import json
 import math
+import os
 import shutil
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,18 +63,19 @@ from torch import nn
 import flow
 from checkpoints import (State, clean_checkpoints, has_run, last_run, load_part, load_state, load_tokenizers,
                          read_json, save_part, save_state, sole_writer, write_json)
-from data import load_pictures
+from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiT, MMDiTConfig
 from muon import Muon, split
+from prepare import Cache, Survey
 from sample import pick_device
-from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, flow_stage, measure_vae, preview_prompts,
-                    t5_stage, vae_stage)
-from text_encoders import (TextEncoders, load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
+from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, encoder_prints, flow_stage, grown,
+                    measure_vae, preview_prompts, t5_stage, take_over, vae_stage)
+from text_encoders import (load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
                            train_t5_tokenizer)
 from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, clock, judge, largest_logit, lasting_output,
                    plot_run, read_metrics, roll_back, update)
 
-SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic")   # settings that shape what is trained
+SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate")   # settings that shape what is trained
 SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.95}      # of what --minutes leaves at a stage's start
 
 
@@ -85,8 +89,12 @@ class TrainConfig:
     data: str = flag("drawn", "drawn | emoji | a folder of captioned pictures")
     size: int = flag(64, "side of the training pictures in pixels, a multiple of 16")
     pictures: int = flag(24000, "how many drawings, or the most that are read from a folder")
+    synthetic: float = flag(0.5, "share of synthetic captions, where a picture has some beside the original")
+    buckets: bool = flag(False, "the transformer learns pictures in their own shapes, not as squares")
+    cache: str = flag("", "a folder that  train.py cache  made, for the transformer to learn from")
     model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
     # where
+    origin: str = flag("", "a finished run to go on from: its parts are kept, its transformer learns on")
     out: str = flag("", "folder of the run; default: a new one under runs/")
     device: str = flag("auto", "auto | cuda | mps | cpu")
     dtype: str = flag("auto", "auto | bfloat16 | float32, of matrix products")
@@ -133,8 +141,11 @@ class TrainConfig:
                              f"try {max(16, round(self.size / 16) * 16)}")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"no dtype {self.dtype!r}: choose auto, bfloat16 or float32")
-        if not (0 <= self.text_drop < 1 and 0 <= self.ema < 1 and 0 <= self.decay <= 1):
-            raise ValueError("text_drop and ema must lie in [0, 1), decay in [0, 1]")
+        if not (0 <= self.text_drop < 1 and 0 <= self.ema < 1 and 0 <= self.decay <= 1
+                and 0 <= self.synthetic <= 1):
+            raise ValueError("text_drop and ema must lie in [0, 1), decay and synthetic in [0, 1]")
+        if self.cache and not self.origin:
+            raise ValueError("--cache needs --from RUN, the run whose encoders made it")
         MMDiTConfig.preset(self.model)
         flow.t_density(self.density, torch.tensor(0.5))
         flow.shift_t(0.5, self.shift)
@@ -331,34 +342,54 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     """
     folder = Path(config.out) if resume else new_folder(config)
     run = Run(config, folder)
-    pictures = load_pictures(config.data, config.size, count=config.pictures, seed=config.seed)
+    data = list_data(config)                        # before the folder exists: what cannot be read ends here
     with sole_writer(folder), run.stop:
-        return train_stages(run, pictures)
+        return train_stages(run, *data, resume)
 
 
-def train_stages(run: Run, pictures) -> Path:
-    config, folder = run.config, run.folder
-    tokenizers = make_tokenizers(folder, config, [text for texts in pictures.captions for text in texts],
-                                 [texts[0] for texts in pictures.captions])
-    write_json(folder / "config.json", dataclasses.asdict(config))
-    parts = build(config, tokenizers)
+def list_data(c: TrainConfig):
+    """(Survey, or None with --cache; Pictures without pixels; the data's fingerprint; what load_pictures reads
+    on from, or None)."""
+    if c.cache:                                                     # the pictures may be anywhere by now
+        cache = Cache(c.cache)
+        captions = [tuple(cache.texts(k * len(cache) // 8)) for k in range(8)]
+        return None, Pictures(torch.empty(0), captions, cache.skipped), cache.index["data"], None
+    listing = list_pictures(c.data, c.size, count=c.pictures, seed=c.seed)
+    survey = Survey(listing.entries[:c.pictures], c.size, bucketed=c.buckets)
+    captions = [entry.captions for entry in survey.entries]
+    skipped = listing.skipped + survey.skipped
+    refuse_if_mostly_bad(c.data, captions and len(listing.entries) - len(survey.skipped), skipped)
+    return survey, Pictures(torch.empty(0), captions, skipped, listing.excluded), survey.fingerprint, listing
+
+
+def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: bool) -> Path:
+    config, folder, pictures, captions = run.config, run.folder, words, words.captions
+    if config.origin and not resume:
+        take_over(Path(config.origin), folder)
     todo = unfinished(folder)
+    if "vae" in todo or "clip" in todo:                             # the others need no pixels
+        pictures = load_pictures(config.data, config.size, count=config.pictures, listing=listing)
+    tokenizers = make_tokenizers(folder, config, [text for texts in captions for text in texts],
+                                 [texts[0] for texts in captions])
+    write_json(folder / "config.json", dataclasses.asdict(config))
     clean_checkpoints(folder, todo)
-    run.facts = {"settings": {name: getattr(config, name) for name in SHAPING},
-                 "fingerprint": fingerprint(pictures)}
+    run.facts = {"settings": {name: getattr(config, name) for name in SHAPING}, "fingerprint": mark}
+    parts = build(config, tokenizers)
     done = [name for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]]
     parts |= {name: load_part(folder, name) for name in done}
-    for part in parts.values():
-        part.to(run.device)
-    encoders = TextEncoders(parts["clip_l"], parts["clip_g"], parts["t5"], list(tokenizers.values()))
+    if config.origin and "flow" in todo:
+        tokens = config.size // (2 * parts["vae"].config.factor)
+        parts["mmdit"] = grown(load_part(folder / "start", "mmdit"), tokens)
+    for name, part in parts.items():
+        part.to("cpu" if name in done else run.device)
     make = {"vae": lambda: vae_stage(run, parts, pictures),
             "clip": lambda: clip_stage(run, parts, pictures, tokenizers),
-            "t5": lambda: t5_stage(run, parts, pictures, tokenizers),
-            "flow": lambda: flow_stage(run, parts, pictures, encoders)}
+            "t5": lambda: t5_stage(run, parts, words, tokenizers),
+            "flow": lambda: flow_stage(run, parts, tokenizers, survey, pictures)}
     stages = {stage: make[stage]() for stage in todo if stage != "flow"}  # it needs what these learn
     introduce(run, parts, pictures, todo, stages)
     for name in todo:
-        stage = stages[name] if name in stages else make[name]()
+        stage = stages.pop(name) if name in stages else make[name]()
         with run.stop.later():                      # a stage that was learned gets saved
             fit(run, stage, SHARE[name])
             if name == "vae":
@@ -366,17 +397,12 @@ def train_stages(run: Run, pictures) -> Path:
             for part in PARTS_OF[name]:
                 save_part(folder, part, parts[part])
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)   # a later stage's learned from others
+        del stage                                   # and what it held leaves the memory
     with run.tolerating("loss.png"):
         plot_run(folder / "metrics.csv")
     print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. "
-          f'Now type\n    python sample.py "{preview_prompts(config, pictures)[6]}"')
+          f'Now type\n    python sample.py "{preview_prompts(config, captions)[6]}"')
     return folder
-
-
-def fingerprint(pictures) -> str:
-    """Tells other data from the same: of all captions and of up to 256 pictures."""
-    some = pictures.images[::max(1, len(pictures.images) // 256)].contiguous()
-    return hashlib.sha256(json.dumps(pictures.captions).encode() + some.numpy().tobytes()).hexdigest()
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -400,7 +426,7 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
           f"in {str(run.dtype).removeprefix('torch.')} ({run.why}), all else in float32")
     for name, reason in pictures.skipped[:5]:
         print(f"skipped {name}: {reason}")
-    print(f"data: {c.data}, {len(pictures.images)} pictures of {c.size} x {c.size}, "
+    print(f"data: {c.data}, {len(pictures.captions)} pictures of {c.size} x {c.size}, "
           f"{len(pictures.skipped)} skipped, {pictures.excluded} left out by excluded.txt; "
           f"text: {c.clip_length} tokens for CLIP, {c.t5_length} for T5")
     print("parameters: " + ", ".join(
@@ -437,10 +463,15 @@ def new_folder(c: TrainConfig) -> Path:
         raise ValueError(f"{c.out} holds a run already: go on with it by  --resume --out {c.out}  "
                          "or choose another --out")
     if not c.out:
-        name = c.data if c.data in ("drawn", "emoji") else Path(c.data).resolve().name
+        name = named(c.data) + (f"-{c.size}" if c.origin else "")
         numbered = (Path("runs", name + (f"-{i}" if i > 1 else "")) for i in itertools.count(1))
         c.out = str(next(folder for folder in numbered if not folder.exists()))
     return Path(c.out)
+
+
+def named(source: str) -> str:
+    """What a source is called in the name of a folder."""
+    return source if source in ("drawn", "emoji") else Path(source).resolve().name
 
 
 def make_tokenizers(folder: Path, c: TrainConfig, captions: list[str], short: list[str]) -> dict:
@@ -466,13 +497,17 @@ def make_tokenizers(folder: Path, c: TrainConfig, captions: list[str], short: li
 
 # ----------------------------------------------------------------------------------------------- command line
 
-def refuse(message: str):
-    raise ValueError(f"{message}: see python train.py --help")
+def refuse(message: str, command: str = ""):
+    raise ValueError(f"{message}: see python train.py {command}--help")
+
+
+def flag_of(field: str) -> str:
+    return "--from" if field == "origin" else "--" + field.replace("_", "-")        # `from` is Python's word
 
 
 def parse(argv=None) -> tuple[TrainConfig, bool]:
     """Flags are the fields of TrainConfig. With --resume the run's own settings count,
-    and only --minutes may change."""
+    and only --minutes may change; with --from the other run's, where no flag says otherwise."""
     parser = argparse.ArgumentParser(description="train every part of Stable Diffusion 3", allow_abbrev=False,
                                      epilog="example: python train.py --tiny --data emoji --minutes 60")
     parser.error = refuse
@@ -481,10 +516,9 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, or with the last one")
     for f in dataclasses.fields(TrainConfig):
-        name, how = "--" + f.name.replace("_", "-"), {
-            "help": f"{f.metadata['help']} (default: {f.default})", "default": None}
-        parser.add_argument(
-            name, **how, **({"action": "store_true"} if f.type is bool else {"type": type(f.default)}))
+        how = {"help": f"{f.metadata['help']} (default: {f.default})", "default": None, "dest": f.name}
+        how |= {"action": "store_true"} if f.type is bool else {"type": type(f.default)}
+        parser.add_argument(flag_of(f.name), **how)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(
@@ -494,12 +528,12 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)
              if getattr(args, f.name) is not None}
     if not args.resume:
-        return TrainConfig(**given), False
+        return TrainConfig(**(second_phase(given) if given.get("origin") else given)), False
     folder = Path(given.pop("out", "") or last_run())
     saved = read_json(folder / "config.json")
     for name, value in given.items():
         if name != "minutes" and saved.get(name) != value:
-            raise ValueError(f"--{name.replace('_', '-')} {value} contradicts {folder}/config.json "
+            raise ValueError(f"{flag_of(name)} {value} contradicts {folder}/config.json "
                              f"({saved.get(name)}): a run keeps its settings; "
                              "leave the flag out or start a new run")
     try:
@@ -509,15 +543,83 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
                          "start a new run") from None
 
 
+def second_phase(given: dict) -> dict:
+    """Settings of a run that goes on from another: the other's, where no flag says otherwise.
+
+    With m pixels in place of n the times move towards noise by sqrt(m / n), paper section 5.3.2."""
+    run = Path(given["origin"])
+    if not (has_run(run) and (run / "mmdit.safetensors").is_file()):
+        raise ValueError(f"--from {run}: no finished run there, it would have config.json and "
+                         "mmdit.safetensors: finish it with  python train.py --resume --out, or name another")
+    saved = read_json(run / "config.json")
+    for name in ("model", "clip_length", "t5_length"):
+        if given.get(name, saved[name]) != saved[name]:
+            raise ValueError(f"{flag_of(name)} {given[name]} contradicts {run}/config.json ({saved[name]}): "
+                             "what is taken over keeps its shape; leave the flag out")
+    made_for = None
+    if given.get("cache"):
+        cache = Cache(given["cache"])
+        cache.compare(*encoder_prints(run))
+        made_for = cache.index["size"]
+    size = given.get("size", made_for or saved["size"])
+    if made_for not in (None, size):
+        raise ValueError(f"--size {size}, but {given['cache']} holds pictures of size {made_for}: leave "
+                         "--size out or make another cache")
+    known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "origin", "cache", "minutes"}
+    kept = {k: v for k, v in saved.items() if k in known}
+    return {**kept, "shift": saved["shift"] * size / saved["size"], **given, "size": size}
+
+
+def cache_command(argv) -> None:
+    """python train.py cache: encode once what a run's transformer will learn from."""
+    parser = argparse.ArgumentParser(
+        prog="train.py cache", allow_abbrev=False, description="encode pictures and captions with a run's "
+        "encoders; under torchrun each rank does its share")
+    parser.error = partial(refuse, command="cache ")
+    parser.add_argument("--run", required=True, help="folder of the run whose encoders to use")
+    parser.add_argument("--data", required=True, help="drawn | emoji | a folder of captioned pictures")
+    parser.add_argument("--out", help="folder of the cache (default: runs/cache-DATA-SIZE)")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the run's)")
+    parser.add_argument("--pictures", type=int, help="the most that are taken, or how many drawings "
+                        "(default: all; 24000 drawings)")
+    parser.add_argument("--seed", type=int, default=0, help="of drawings, or which are taken (default: 0)")
+    parser.add_argument("--buckets", action="store_true", help="in their own shapes, not as squares")
+    parser.add_argument("--device", default="auto", help="auto | cuda | mps | cpu (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto | bfloat16 | float32, of matrix products")
+    args = parser.parse_args(argv)
+    if args.size is not None and args.size < 16:
+        parser.error(f"--size {args.size}: at least 16")
+    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if args.device == "auto" and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    saved = read_json(Path(args.run, "config.json"))
+    size = args.size or saved["size"]
+    out = args.out or f"runs/cache-{named(args.data)}-{size}"
+    run = Run(TrainConfig(**{k: saved[k] for k in ("clip_length", "t5_length")}, data=args.data, size=size,
+                          pictures=args.pictures or 10**9, seed=args.seed, buckets=args.buckets,
+                          device=args.device, dtype=args.dtype), Path(args.run))
+    encode_all(run, Path(out), rank, world)
+    if rank == 0:
+        print(f"done{f' with the share of rank 0 of {world}' if world > 1 else ''}: {out}. Now type\n"
+              f"    python train.py --from {args.run} --cache {out} --data {args.data}")
+
+
 def main(argv=None) -> None:
-    arguments = ()
+    arguments, argv = (), sys.argv[1:] if argv is None else argv
     with lasting_output():
         try:
-            arguments = parse(argv)
-            train(*arguments)
+            if argv[:1] == ["cache"]:
+                cache_command(argv[1:])
+            elif "--dry-run" in argv:
+                import budget                       # it is about models that training never meets
+                budget.main([flag for flag in argv if flag not in ("--dry-run", "--tiny")])
+            else:
+                arguments = parse(argv)
+                train(*arguments)
         except KeyboardInterrupt as e:              # Stopped is one
             where = f" --out {arguments[0].out}" if arguments else ""
-            print(f"stopped; go on with  python train.py --resume{where}", file=sys.stderr)
+            what = "the same command" if argv[:1] == ["cache"] else f"python train.py --resume{where}"
+            print(f"stopped; go on with  {what}", file=sys.stderr)
             sys.exit(128 + getattr(e, "signum", signal.SIGINT))
         except (ValueError, FloatingPointError, OSError) as e:
             print(f"train.py: {e}", file=sys.stderr)

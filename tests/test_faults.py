@@ -379,8 +379,8 @@ def test_bad_steps_before_the_first_checkpoint_go_back_to_the_very_start(tmp_pat
         return loss * float("nan") if step >= 3 and tried.count(3) < 2 else loss
 
     run_miniature(tmp_path / "a", spoil, save_every=1000)
-    rate = TrainConfig.flow_rate
-    run_miniature(tmp_path / "b", flow_rate=rate / 2, save_every=1000)
+    half = dict(flow_rate=TrainConfig.flow_rate / 2, muon_rate=TrainConfig.muon_rate / 2)
+    run_miniature(tmp_path / "b", **half, save_every=1000)
     assert_equal(tmp_path / "a", tmp_path / "b")
 
 

@@ -388,9 +388,9 @@ def test_the_fingerprint_knows_files_tars_emoji_and_drawings(tmp_path):
 def test_other_encoders_are_refused_and_make_their_own_files_again(tmp_path, encoders, small_shards):
     survey, said = surveyed(fill(tmp_path / "a")), []
     encoders.write(tmp_path / "cache", survey)
-    with pytest.raises(ValueError, match="not made by this run's autoencoder"):
+    with pytest.raises(ValueError, match="made by another autoencoder"):
         Cache(tmp_path / "cache").compare("other", "t")
-    with pytest.raises(ValueError, match="not made by this run's text encoders"):
+    with pytest.raises(ValueError, match="made by other text encoders"):
         Cache(tmp_path / "cache").compare("v", "other")
     encoders.calls = 0
     encoders.write(tmp_path / "cache", survey, text_print="other", say=said.append)

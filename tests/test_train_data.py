@@ -1,0 +1,347 @@
+"""Claims about what training is fed -> evidence.
+
+The transformer learns from a cache on disk that is made once, ahead or on the spot, and holds neither the
+autoencoder nor T5 meanwhile; changed data are noticed; pictures keep their shapes; captions are mixed; a
+finished run goes on with larger pictures; what is bad ends in a count or in one line.
+"""
+import dataclasses
+import gc
+import io
+import json
+import math
+import random
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import stages
+import train as training
+from checkpoints import load_part, load_tensors, load_tokenizers
+from data import Pictures
+from mmdit import MMDiT
+from prepare import Cache
+from train import TrainConfig, parse, train
+
+MICRO = dict(pictures=48, vae_steps=3, vae_batch=4, clip_steps=2, clip_batch=8, t5_steps=2, t5_batch=8,
+             flow_steps=6, flow_batch=8, preview_every=0, save_every=2, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A run, all drawings that were drawn for it, and what was in memory when the flow began: the kinds of
+    module, and "pixels"."""
+    drawn, alive, draw, fit = [], set(), data.draw, training.fit
+
+    def watching(run, stage, *rest):
+        if stage.name == "flow":
+            gc.collect()
+            alive.update(type(x).__name__ for x in gc.get_objects() if issubclass(type(x), torch.nn.Module))
+            alive.update("pixels" for x in gc.get_objects() if type(x) is torch.Tensor
+                         and x.dtype == torch.uint8 and x.untyped_storage().nbytes() >= 48 * 3 * 64 * 64)
+        return fit(run, stage, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "draw", lambda *args: drawn.append(args) or draw(*args))
+        patch.setattr(training, "fit", watching)
+        folder = train(TrainConfig(**MICRO, out=str(tmp_path_factory.mktemp("runs") / "first")))
+    return folder, drawn, alive
+
+
+@pytest.fixture
+def finished(watched):
+    return watched[0]
+
+
+def fill(folder, n, shape=lambda i: (90, 70), mode="RGB"):
+    folder.mkdir()
+    for i in range(n):
+        Image.new(mode, shape(i), (20 * i % 255, 100, (200 - 10 * i) % 255)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a plain picture number {i}\nan even colour, {i}", encoding="utf-8")
+    return folder
+
+
+def refused(flags, capsys):
+    """What the command says before it exits with code 2: one line."""
+    with pytest.raises(SystemExit) as end:
+        training.main([str(flag) for flag in flags])
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and len(said.splitlines()) == 1, said
+    return said
+
+
+def flags_of(**settings):
+    return [x for k, v in settings.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+
+
+# --- The cache ---
+
+def test_the_transformer_learns_while_neither_encoders_nor_pixels_are_in_memory(watched):
+    alive = watched[2]
+    assert "MMDiT" in alive
+    assert not {"pixels", "AutoencoderKL", "T5Encoder", "CLIPTextEncoder", "CLIPImageEncoder"} & alive
+
+
+def test_each_drawing_is_drawn_once(watched):
+    assert len(watched[1]) == MICRO["pictures"]
+
+
+def test_a_resumed_run_warns_in_one_line_if_the_data_changed_and_in_none_if_not(finished, tmp_path, capsys):
+    pictures = fill(tmp_path / "mine", 10)
+    run = train(*parse(["--from", str(finished), "--out", str(tmp_path / "run"), "--data", str(pictures),
+                        *flags_of(flow_steps=1, flow_batch=2)]))
+    told = []
+    changes = (lambda: None, lambda: (pictures / "3.txt").write_text("another caption"), lambda: None)
+    for change in changes:
+        change()
+        (run / "mmdit.safetensors").unlink()
+        capsys.readouterr()
+        train(*parse(["--resume", "--out", str(run)]))
+        told.append([line for line in capsys.readouterr().out.splitlines() if "made of other pictures" in line
+                     or "the data has changed" in line])
+    assert [len(lines) for lines in told] == [0, 1, 0]
+
+
+def test_a_cache_that_was_made_ahead_is_what_the_run_would_have_made(finished, tmp_path, capsys):
+    out = tmp_path / "ahead"
+    training.main(["cache", "--run", str(finished), "--data", "drawn", "--pictures", "48", "--out", str(out),
+                   "--dtype", "float32", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "kB a picture" in said and "ms and" in said and f"--cache {out}" in said
+    own, ahead = Cache(finished / "cache"), Cache(out)
+    assert own.index == ahead.index
+    for name, _ in own.index["latents"] + own.index["texts"]:
+        a, b = load_tensors(own.folder / name)[0], load_tensors(out / name)[0]
+        assert all(torch.allclose(a[k].float(), b[k].float(), rtol=0.01, atol=1e-3) for k in a)
+
+
+def test_ranks_share_the_work_and_a_second_command_finds_nothing_to_do(finished, tmp_path, monkeypatch):
+    pictures, out = fill(tmp_path / "mine", 12), tmp_path / "cache"
+    monkeypatch.setattr("prepare.SHARD", 4)
+    command = ["cache", *flags_of(run=finished, data=pictures, out=out, dtype="float32", device="cpu")]
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        if rank:
+            with pytest.raises(ValueError, match="not finished"):
+                Cache(out)
+        training.main(command)
+    assert len(Cache(out)) == 12
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
+    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    training.main(command)
+    assert before == {p: p.stat().st_mtime_ns for p in out.glob("*.safetensors")} and len(before) > 3
+
+
+# --- Shapes and captions ---
+
+def test_with_buckets_every_batch_is_of_one_shape_and_a_bucket_smaller_than_a_batch_works(
+        finished, tmp_path, monkeypatch):
+    shapes = [(128, 64), (64, 128), (90, 90)]
+    pictures = fill(tmp_path / "mine", 15, lambda i: shapes[i % 3])
+    seen, original = [], stages.flow.loss
+    monkeypatch.setattr(stages.flow, "loss", lambda model, x, **kw: seen.append(tuple(x.shape)) or
+                        original(model, x, **kw))
+    run = train(*parse(["--from", str(finished), "--out", str(tmp_path / "run"), "--data", str(pictures),
+                        "--buckets", *flags_of(flow_steps=12)]))
+    learned = seen[-12:]
+    assert {s[2:] for s in learned} == {(6, 12), (12, 6), (8, 8)}
+    assert all(s[0] == 8 for s in learned)
+    assert (run / "mmdit.safetensors").is_file()
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
+def test_one_flag_sets_how_often_synthetic_captions_are_taken_in_clip_and_flow(
+        finished, monkeypatch, share, expected):
+    c = TrainConfig(**MICRO, synthetic=share)
+    run = training.Run(c, finished)
+    told = []
+    pictures = Pictures(torch.zeros(40, 3, 64, 64, dtype=torch.uint8), [("found", "made", "made")] * 40, [])
+
+    def tokenizer(captions):
+        told.extend(captions)
+        return torch.zeros(len(captions), 4, dtype=torch.long)
+
+    class Tower(torch.nn.Module):
+        class config:
+            image_size = 64
+
+        def forward(self, x):
+            pooled = torch.ones(len(x), 8)
+            return (pooled, pooled) if x.dtype == torch.long else pooled
+
+    parts = {name: Tower() for name in stages.PARTS_OF["clip"]}
+    stage = stages.clip_stage(run, parts, pictures, {"clip_l": tokenizer, "clip_g": tokenizer})
+    for step in range(30):
+        stage.loss(step, run.generator("clip", step))
+    assert abs(told.count("made") / len(told) - expected) < 0.1
+
+
+# --- A second phase at another size ---
+
+@pytest.fixture(scope="module")
+def first_phase(tmp_path_factory):
+    """A transformer that knows four drawings: enough to tell it from an untrained one."""
+    settings = MICRO | dict(pictures=4, flow_steps=60, ema=0.9)
+    return train(TrainConfig(**settings, out=str(tmp_path_factory.mktemp("runs") / "small")))
+
+
+def losses(folder):
+    rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+    return [float(row[2]) for row in rows if row[0] == "flow"]
+
+
+def test_a_second_phase_takes_over_all_parts_moves_positions_and_times_and_starts_from_what_was_learned(
+        first_phase, tmp_path):
+    out = tmp_path / "large"
+    config, resume = parse(["--from", str(first_phase), "--out", str(out), *flags_of(size=128, flow_steps=3)])
+    assert not resume and config.shift == pytest.approx(3.0 * 2)        # sqrt(128^2 / 64^2)
+    train(config)
+    for name in ("vae", "clip_l", "clip_g", "clip_l_image", "clip_g_image", "t5"):
+        a, b = ((folder / f"{name}.safetensors").read_bytes() for folder in (out, first_phase))
+        assert a == b
+    small, large = load_part(first_phase, "mmdit"), load_part(out, "mmdit")
+    assert (small.config.pos_sample, large.config.pos_sample, large.config.pos_base) == (4, 8, 4)
+    table = [m.pos_embed.view(m.config.pos_max, m.config.pos_max, -1) for m in (small, large)]
+    first, second = (m.config.pos_max // 2 - m.config.pos_sample // 2 for m in (small, large))
+    for k in range(4):                                          # every second place is one of the first phase
+        assert torch.allclose(table[0][first + k, first], table[1][second + 2 * k, second], atol=1e-6)
+    assert Cache(out / "cache").shapes == ["128x128"]
+    assert json.loads((out / "config.json").read_text())["shift"] == 6.0
+
+    c = dataclasses.replace(config, cache=str(out / "cache"))           # the same first batch, untrained
+    run = training.Run(c, out)
+    parts = {name: load_part(out, name) for names in stages.PARTS_OF.values() for name in names}
+    parts["mmdit"] = MMDiT(large.config)
+    tokenizers = load_tokenizers(out, c.clip_length)
+    stage = stages.flow_stage(run, parts, tokenizers, None, Pictures(torch.empty(0), [("a star",)] * 8, []))
+    untrained = stage.loss(0, run.generator("flow", 0))[0].item()
+    assert losses(out)[0] < 0.75 * untrained, (losses(out)[0], untrained)
+
+
+def test_a_second_phase_that_was_interrupted_equals_one_that_was_not(finished, tmp_path, monkeypatch):
+    flags = ["--from", str(finished), *flags_of(size=96, flow_steps=4)]
+    straight = train(*parse([*flags, "--out", str(tmp_path / "straight")]))
+    original = training.Run.generator
+
+    def power_cut(self, name, step):
+        if step == 3 and (self.folder / "metrics.csv").exists():
+            raise KeyboardInterrupt
+        return original(self, name, step)
+
+    monkeypatch.setattr(training.Run, "generator", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(*parse([*flags, "--out", str(tmp_path / "cut")]))
+    monkeypatch.undo()
+    again = train(*parse(["--resume", "--out", str(tmp_path / "cut")]))
+    a, b = (load_tensors(folder / "mmdit.safetensors")[0] for folder in (straight, again))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_second_phase_learns_from_a_cache_without_the_pictures(finished, tmp_path):
+    pictures = fill(tmp_path / "mine", 20, lambda i: (160, 96) if i % 2 else (100, 100))
+    out = tmp_path / "cache"
+    training.main(["cache", *flags_of(run=finished, data=pictures, out=out, size=96, dtype="float32",
+                                      device="cpu"), "--buckets"])
+    pictures.rename(tmp_path / "elsewhere")
+    config, _ = parse(["--from", str(finished), *flags_of(cache=out, flow_steps=4, preview_every=4,
+                                                         out=tmp_path / "run")])
+    assert config.size == 96 and config.shift == 3.0 * 96 / 64
+    run = train(config)
+    assert (run / "samples" / "000004.png").is_file() and not (run / "cache").exists()
+
+
+# --- Bad input ---
+
+def test_bad_input_of_a_cache_or_a_second_phase_is_one_line_that_names_the_remedy(
+        finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.doc").write_text("nothing to see")
+    cache = ["cache", "--run", finished]
+    assert "no-run" in refused(["cache", "--run", "no-run", "--data", "drawn"], capsys)
+    assert "name.txt beside" in refused([*cache, "--data", "empty"], capsys)
+    assert "no such folder" in refused([*cache, "--data", "gone"], capsys)
+    assert "try 96" in refused([*cache, "--data", "drawn", "--size", "100"], capsys)
+    assert "cache --help" in refused(["cache", "--data", "drawn"], capsys)
+    assert "try 112" in refused(["--from", finished, "--size", "113"], capsys)
+    assert "no finished run" in refused(["--from", "no-run"], capsys)
+    assert "contradicts" in refused(["--from", finished, "--model", "d15"], capsys)
+    assert "no such folder" in refused(["--from", finished, "--data", "gone"], capsys)
+    assert "--from RUN" in refused(["--cache", "somewhere"], capsys)
+    assert "index.json" in refused(["--from", finished, "--cache", "somewhere"], capsys)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_cache_of_other_encoders_is_refused_by_both_names(finished, first_phase, tmp_path, capsys):
+    out = tmp_path / "cache"
+    training.main(["cache", *flags_of(run=first_phase, data="drawn", pictures=8, out=out, dtype="float32",
+                                      device="cpu")])
+    capsys.readouterr()
+    said = refused(["--from", finished, *flags_of(cache=out, flow_steps=2, out=tmp_path / "run")], capsys)
+    marks = stages.encoder_prints(first_phase)[0][:8], stages.encoder_prints(finished)[0][:8]
+    assert all(mark in said for mark in marks) and "train.py cache" in said
+    assert not (tmp_path / "run").exists()
+
+
+# --- A folder in which much is bad ---
+
+def spoil(folder, n, rng):
+    """n pictures with captions, of which 5 % are bad in each of nine ways -> how many are good."""
+    good = 0
+    for i in range(n):
+        name, way = folder / f"{i:04}.png", i % 20
+        buffer = io.BytesIO()
+        size = (20 + rng.randrange(120), 20 + rng.randrange(120))
+        Image.effect_noise(size, 60).convert("RGB").save(buffer, "PNG")
+        content = buffer.getvalue()
+        caption = f"noise {i}\na grey field of noise, number {i}".encode()
+        if way == 0:
+            content = b""
+        elif way == 1:
+            content = b"<html><body>404</body></html>"
+        elif way == 2:
+            content = content[:len(content) // 2]
+        elif way == 3:
+            content = content[:60] + bytes(20) + content[80:]
+        elif way == 4:
+            caption = b"\xff\xfe\x00broken"
+        elif way == 5:
+            caption = b"\n \n"
+        elif way == 6:
+            caption = b"x" * 5000
+        elif way == 7:
+            name = name.with_suffix(".jpg")
+            content = content[:30]
+        elif way == 8:
+            caption = None
+        else:
+            good += 1
+        name.write_bytes(content)
+        if caption is not None:
+            name.with_suffix(".txt").write_bytes(caption)
+    return good
+
+
+def test_a_folder_with_every_kind_of_bad_file_trains_to_the_end_with_a_report(tmp_path, capsys, request):
+    thorough = request.config.getoption("--hypothesis-profile", default=None) == "thorough"
+    n, folder = (1000 if thorough else 40), tmp_path / "mine"
+    folder.mkdir()
+    good = spoil(folder, n, random.Random(0))
+    run = train(TrainConfig(**MICRO | dict(pictures=n, flow_steps=2), data=str(folder),
+                            out=str(tmp_path / "run")))
+    said = capsys.readouterr().out
+    cache = Cache(run / "cache")
+    assert len(cache) == good == n - 9 * n // 20
+    assert "skipped" in said and f"{n - good} skipped" in said
+    assert (run / "mmdit.safetensors").is_file() and all(map(math.isfinite, losses(run)))
