@@ -19,8 +19,10 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernels canno
 
 import kernels  # noqa: E402
 from kernels import adaln, gate_residual_modulate, joint_attention, modulate  # noqa: E402
-from kernels.joint_attention import (joint_attention_backward_op,  # noqa: E402
-                                     joint_attention_op, attend_simply)
+from kernels.joint_attention import (attend_simply, join, joint_attention_backward_op,  # noqa: E402
+                                     joint_attention_op, joint_attention_reference, joint_attention_triton)
+from kernels.norm_layout import (joint_attention_sdpa, norm_layout_backward_op,  # noqa: E402
+                                 norm_layout_op, norm_layout_simply)
 from mmdit import MMDiT, MMDiTConfig  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -210,16 +212,15 @@ def exact_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, *weights, lengths=
     return (None if q_txt is None else out[:, :M]), out[:, M:]
 
 
-def compare(x, w, lengths=None, eps=1e-6):
-    """The three ways through joint attention, values and gradients, by the rule."""
+def compare(x, w, lengths=None, eps=1e-6, kernel=joint_attention_triton):
+    """A kernel, PyTorch and the formula in float64: joint attention's values and gradients, by the rule."""
     dtype, w = x[3].dtype, w or []
     pulls = [torch.randn(o.shape, generator=seeded(2)).to(o) for o in (x[0], x[3]) if o is not None]
 
-    def by(backend):
-        return lambda *a: joint_attention(*a[:6], norm_weights=a[6:] or None, text_lengths=lengths, eps=eps,
-                                          backend=backend)
+    def by(way):
+        return lambda *a: way(*a[:6], a[6:] or None, lengths, eps)
 
-    run = [gradients(by("triton"), x + w, pulls), gradients(by("torch"), x + w, pulls),
+    run = [gradients(by(kernel), x + w, pulls), gradients(by(joint_attention_reference), x + w, pulls),
            gradients(lambda *a: exact_attention(*a, lengths=lengths, eps=eps),
                      [doubled(t) for t in x + w], pulls)]
     names = ["out_txt", "out_img"][2 - len(pulls):]
@@ -319,6 +320,68 @@ def test_two_runs_of_attention_give_the_same_bits():
 
     first, second = (gradients(run, x + w, pulls) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+# -------------------------------------------------------------------------------------------- norm and layout
+
+@given(cases | cases.map(lambda c: c | {"hd": 96, "nh": 3}), st.booleans(), st.data())
+def test_attention_behind_norm_and_layout_is_as_exact_as_pytorch_forward_and_backward(case, with_norm, data):
+    one = st.integers(0, case["M"])
+    lengths = data.draw(st.none() | st.lists(one, min_size=case["B"], max_size=case["B"]))
+    compare(streams(**case), norm_weights(case["hd"], case["text"]) if with_norm else None,
+            None if lengths is None else torch.tensor(lengths, device=DEVICE), kernel=joint_attention_sdpa)
+
+
+@given(st.integers(0, 9), st.integers(1, 70), st.integers(1, 5), st.sampled_from([16, 20, 64, 80, 96, 256]),
+       st.sampled_from(DTYPES), st.sampled_from(["all", "dead", "none"]), st.booleans())
+def test_norm_and_layout_rounds_like_the_norms_and_concatenates_the_rest_bit_by_bit(M, N, nh, hd, dtype, text,
+                                                                                   packed):
+    x, w = streams(2, M, N, nh, hd, dtype, text, packed), norm_weights(hd, text)
+    got, expected = norm_layout_op(*x, *w, 1e-6), join(*x, w)
+    for a, b in zip(got[:2], expected):
+        torch.testing.assert_close(a.float(), b.float(), atol=FLOOR[dtype], rtol=FLOOR[dtype])
+    assert torch.equal(got[2], expected[2] if x[1] is not None else x[5][:, :0])
+    for a, b in zip(norm_layout_op(*x, *[None] * 4, 1e-6), join(*x)[:2]):
+        assert torch.equal(a, b)
+
+
+def test_the_simple_kernel_of_norm_and_layout_gives_the_bits_of_the_one_that_is_used():
+    x, w = streams(2, 13, 35, nh=3, hd=80, dtype=torch.float16), norm_weights(80)
+    for a, b in zip(norm_layout_simply(*x, w), norm_layout_op(*x, *w, 1e-6)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")      # numpy's, of the rows beyond the end
+@pytest.mark.parametrize("eps, size", [(0.0, 1.0), (1e-6, 300.0)], ids=["no eps", "squares overflow float16"])
+def test_norm_and_layout_survives_what_would_overflow_and_leaves_no_trace_beyond_the_end(eps, size):
+    x = [y * size if i not in (2, 5) else y for i, y in enumerate(streams(1, 5, 33, dtype=torch.float16))]
+    compare(x, norm_weights(32), eps=eps, kernel=joint_attention_sdpa)
+
+
+def test_the_joined_output_is_cut_into_text_and_image_without_a_copy():
+    txt, img = joint_attention_sdpa(*streams(2, 5, 6, nh=2), norm_weights(32), None, 1e-6)
+    assert txt.untyped_storage().data_ptr() == img.untyped_storage().data_ptr()
+    assert txt.flatten(2).data_ptr() == txt.data_ptr() and img.flatten(2).data_ptr() == img.data_ptr()
+
+
+def test_values_without_text_are_not_moved():
+    x, w = streams(2, 0, 6, nh=2, text="none"), norm_weights(32, "none")
+    assert norm_layout_op(*x, *w, 1e-6)[2].numel() == 0
+    compare(x, w, kernel=joint_attention_sdpa)
+
+
+@pytest.mark.parametrize("fastest", ["torch", "triton", "triton+sdpa"])
+def test_joint_attention_runs_the_one_that_was_measured_to_be_fastest(fastest, monkeypatch):
+    order = (fastest, *({"torch", "triton", "triton+sdpa"} - {fastest}))
+    ran = []
+    for way in (joint_attention_reference, joint_attention_triton, joint_attention_sdpa):
+        monkeypatch.setattr(kernels, way.__name__, lambda *a, way=way: ran.append(way.__name__) or way(*a))
+    monkeypatch.setattr(kernels, "ranking", lambda *a: (order, "measured"))
+    x, w = streams(1, 5, 6, nh=2), norm_weights(32)
+    got = joint_attention(*x, norm_weights=w, backend="triton")
+    torch.testing.assert_close(got, joint_attention_reference(*x, w))
+    first = [name for name in order if name != "torch"][0]
+    assert ran == [{"triton": "joint_attention_triton", "triton+sdpa": "joint_attention_sdpa"}[first]]
 
 
 # ------------------------------------------------------------------------------------------- known to PyTorch
