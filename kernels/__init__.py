@@ -20,8 +20,8 @@ The environment variable SD3_KERNELS takes the place of "auto". Measured means: 
 `python kernels/bench.py` writes, has rows of this very GPU, operation, dtype and head dim in which the kernel
 won at the nearest size. So a GPU on which nobody ran the bench gets the formulas, and is told so in one line.
 There are two kernels for attention, one that attends ("triton") and one that normalises and joins in front
-of PyTorch's attention ("triton+sdpa"): "auto" chooses among three, and backend="triton" between the two; where
-nobody measured, it takes the one that attends.
+of PyTorch's attention ("triton+sdpa"): "auto" chooses among three, and backend="triton" between the two, or
+the one that attends where nobody measured.
 A CPU and a Mac always run the formulas; Triton need not be installed, and only the first kernel imports it.
 
 Dims: B batch, L tokens, M text tokens, N image tokens, D width, nh heads, hd head dim.

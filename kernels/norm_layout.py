@@ -4,10 +4,10 @@ PyTorch's attention on Hopper is cuDNN's, written for that card by its maker, an
 beat it. But it wants one q, one k and one v, so the chain of calls around it moves more than it does. Here
 everything in front of it is one kernel, and behind it there is nothing:
 
-    q_txt k_txt v_txt                            q = [n(q_txt), n(q_img)]                    out_txt = out[:, :M]
-    q_img k_img v_img  - `norm_layout_tile` ->   k = [n(k_txt), n(k_img)]   - attention ->   out_img = out[:, M:]
-    where a Linear                               v = [v_txt,    v_img]
-    left them                                    (B, L, nh, hd)
+    q_txt k_txt v_txt                           q = [n(q_txt), n(q_img)]                  out_txt = out[:, :M]
+    q_img k_img v_img  - `norm_layout_tile` ->  k = [n(k_txt), n(k_img)]  - attention ->  out_img = out[:, M:]
+    where a Linear                              v = [v_txt,    v_img]
+    left them                                   (B, L, nh, hd)
 
     n(x) = x / sqrt(mean(x^2) + eps) * w         RMSNorm of a head, w (hd,) differs between text and image
 
@@ -44,7 +44,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -247,7 +247,7 @@ def norm_layout_backward_op(
         dq: Tensor, dk: Tensor, q_txt: Optional[Tensor], k_txt: Optional[Tensor], q_img: Tensor,
         k_img: Tensor, w_q_txt: Optional[Tensor], w_k_txt: Optional[Tensor], w_q_img: Tensor,
         w_k_img: Tensor, eps: float
-) -> list[Tensor]:
+) -> List[Tensor]:
     """-> gradients of the four tensors and four weights; of those that are None, nothing"""
     tensors, weights = (q_txt, k_txt, q_img, k_img), (w_q_txt, w_k_txt, w_q_img, w_k_img)
     with device_of(q_img):
@@ -290,12 +290,16 @@ CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBacken
                SDPBackend.MATH]
 
 
+def cudnn_first(device) -> bool:
+    """On Hopper and later, where others measured it to be faster than FlashAttention 2, PyTorch's choice."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
+
+
 def attend_joined(q, k, v, mask):
-    """PyTorch's attention over (B, L, nh, hd) -> the same. On Hopper and later cuDNN's is asked first;
-    PyTorch by itself asks FlashAttention 2."""
+    """PyTorch's attention over (B, L, nh, hd) -> the same. What cannot run a case is passed over."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "cuda" and torch.cuda.get_device_properties(q.device).major >= 9:
-        with sdpa_kernel(CUDNN_FIRST, True):
+    if cudnn_first(q.device):
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True):           # torch.compile of 2.6 ignores the order
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

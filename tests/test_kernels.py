@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils import flop_counter
 
 import kernels
-from kernels import adaln, attention, gate_residual_modulate, joint_attention, modulate, rms_norm
+from kernels import adaln, attention, bench, gate_residual_modulate, joint_attention, modulate, rms_norm
 
 HD = 8
 NAMES = ("q_txt", "k_txt", "v_txt", "q_img", "k_img", "v_img")
@@ -419,7 +420,6 @@ def test_tensors_that_no_kernel_takes_are_refused_with_the_reason(bad, reason):
 
 
 def test_a_smoke_run_of_the_bench_is_kept_out_of_the_results(capsys):
-    from kernels import bench
     with pytest.raises(SystemExit) as stop:
         bench.main(["--smoke"])
     assert stop.value.code == 2 and "--smoke measures nothing" in capsys.readouterr().err
@@ -430,10 +430,41 @@ def test_a_smoke_run_of_the_bench_is_kept_out_of_the_results(capsys):
 
 
 def test_the_bench_covers_the_three_models_at_both_sizes():
-    from kernels import bench
     found = bench.cases()
     assert {(c["model"], c["pixels"], c["B"]) for c in found} == {
         (model, pixels, B) for model in ("sd3-medium", "sd3.5-medium", "sd3.5-large")
         for pixels in (512, 1024) for B in (1, 2, 4, 8)}
-    assert {c["operation"] for c in found} == {"joint_attention", "joint_attention with norms", "modulate",
-                                               "gate_residual_modulate"}
+    assert {c["operation"] for c in found} == {
+        "joint_attention", "joint_attention with norms", "joint_attention with norms, no text", "modulate",
+        "gate_residual_modulate", "model"}
+    assert len({bench.label(c | {"pass": "forward"}) for c in found}) == len(found)     # so none is skipped
+
+
+@pytest.mark.parametrize("case", [c for c in bench.cases(batches=(2,)) if "modul" not in c["operation"]],
+                         ids=lambda c: f"{c['operation']}, {c['model']}, {c['pixels']}")
+def test_the_bench_counts_the_operations_that_pytorch_counts(case):
+    B, L, nh, hd = case["B"], case["M"] + case["N"], case["nh"], case["hd"]
+    if case["operation"] == "model":
+        with torch.device("meta"), flop_counter.FlopCounterMode(display=False) as counter:
+            bench.MMDiT(bench.model_config(case))(*bench.inputs(case | {"dtype": "float32"}, "meta"))
+        assert bench.work(case, 0)[0] == counter.get_total_flops()
+    else:
+        q = (B, nh, L, hd)
+        forward = flop_counter.sdpa_flop_count(q, q, q)
+        assert bench.work(case, 0)[0] == forward
+        assert bench.work(case, 1)[0] == forward + flop_counter.sdpa_backward_flop_count(q, q, q, q)
+
+
+@pytest.mark.parametrize("name", ["modulate", "gate_residual_modulate", "joint_attention with norms"])
+def test_the_bench_counts_each_activation_that_goes_in_or_out_once(name):
+    case = next(c for c in bench.cases((512,), (2,)) if c["operation"] == name)
+    args = bench.inputs(case, "meta")
+    out = bench.tensors(bench.rivals(case, "cpu")["torch"](*args))
+    activations = [a for a in args if a.dim() > 2]
+    size = 2 * sum(a.numel() for a in activations + out)
+    assert bench.work(case, 0)[1] == size
+    # backward: inputs, outputs' gradients and (attention, gated sum) outputs again, and inputs' gradients
+    gated = name == "gate_residual_modulate"                        # reads h again, not x
+    again = out if "attention" in name else out[:gated]
+    size += 2 * sum(a.numel() for a in activations[gated:] + again + out + activations)
+    assert bench.work(case, 1)[1] == size
