@@ -464,7 +464,11 @@ def main(argv=None) -> None:
             if time.monotonic() - start > 60 * a.minutes:
                 print(f"stopped after {a.minutes:g} minutes; the same command does the {len(left) - i} left")
                 break
-            rows = measure(case, backward, a.device, peak, skipped)
+            try:
+                rows = measure(case, backward, a.device, peak, skipped)
+            except torch.OutOfMemoryError:
+                print(f"left out, not enough memory: {', '.join(label(case | {'pass': name}))}")
+                continue
             table(case, name, rows)
             common = {"gpu": gpu, "date": today, "torch": versions[0], "triton": versions[1], **case,
                       "pass": name, "head_dim": case["hd"] if "attention" in case["operation"] else 0,
