@@ -535,7 +535,7 @@ def test_the_bench_writes_what_the_dispatch_reads_and_repeats_nothing(tmp_path, 
         rows = list(csv.DictReader(f))
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert {*"gpu date torch triton operation model pixels B M N nh hd dtype pass provider ms ms_20 ms_80 "
-            "tflops gbps share error intensity peak_tflops peak_gbps elements head_dim".split()} <= set(rows[0])
+            "tflops gbps share error intensity peak_tflops peak_gbps elements head_dim".split()} <= {*rows[0]}
     assert {r["provider"] for r in rows} >= {"torch", "torch compiled", "triton", "triton+sdpa", "simple",
                                              "triton compiled"}
     assert all(float(r["ms"]) > 0 and float(r["error"]) < 1e-5 for r in rows if r["provider"][:4] != "diff")
