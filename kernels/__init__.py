@@ -3,13 +3,14 @@ and why is that faster?
 
     joint_attention          text and image attended as one sequence, queries and keys normalised per head
                              on the way                                            kernels/joint_attention.py
+                                                    or in front of PyTorch's own    kernels/norm_layout.py
     modulate                 LayerNorm(x) * (1 + scale) + shift: how the timestep and the prompt reach a block
     gate_residual_modulate   h = x + gate * y, and the next modulation of h               kernels/adaln.py
 
 Around its matrix products a block reads and writes whole activations while computing little, so the cost
 there is memory traffic: written as a chain of PyTorch calls, `modulate` moves an activation about five times,
-of which a fused kernel needs two. Each of the two files holds the formulas in plain PyTorch, which run on any
-device and are what every kernel is tested against, and the Triton kernels. Here stands only who gets which:
+of which a fused kernel needs two. The files hold the formulas in plain PyTorch, which run on any device and
+are what every kernel is tested against, and the Triton kernels. Here stands only who gets which:
 
     backend="torch"     the formulas (and scaled_dot_product_attention)
     backend="triton"    the kernels; ValueError where they cannot run
@@ -18,6 +19,9 @@ device and are what every kernel is tested against, and the Triton kernels. Here
 The environment variable SD3_KERNELS takes the place of "auto". Measured means: kernels/results/*.csv, which
 `python kernels/bench.py` writes, has rows of this very GPU, operation, dtype and head dim in which the kernel
 won at the nearest size. So a GPU on which nobody ran the bench gets the formulas, and is told so in one line.
+There are two kernels for attention, one that attends ("triton") and one that normalises and joins in front
+of PyTorch's attention ("triton+sdpa"): "auto" chooses among three, and backend="triton" between the two, or
+the one that attends where nobody measured.
 A CPU and a Mac always run the formulas; Triton need not be installed, and only the first kernel imports it.
 
 Dims: B batch, L tokens, M text tokens, N image tokens, D width, nh heads, hd head dim.
@@ -37,6 +41,7 @@ if __name__ == "__main__":                              # run as a file: the pac
 from kernels import adaln
 from kernels.joint_attention import (attention, check_joint_attention, joint_attention_reference,
                                      joint_attention_triton, rms_norm)
+from kernels.norm_layout import joint_attention_sdpa
 
 __all__ = ["attention", "gate_residual_modulate", "joint_attention", "modulate", "rms_norm"]
 BACKENDS = ("auto", "torch", "triton")
@@ -66,16 +71,18 @@ def joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, *, norm_weights=No
     if norm_weights is not None:
         operation = "joint_attention with norms"
         named |= zip(("w_q_txt", "w_k_txt", "w_q_img", "w_k_img"), norm_weights)
-    if use_triton(backend, operation, q_img.shape[-1], **named):
-        return joint_attention_triton(*tensors, norm_weights, text_lengths, eps)
-    return joint_attention_reference(*tensors, norm_weights, text_lengths, eps)
+    if k_txt is None:
+        operation += ", no text"
+    way = {"torch": joint_attention_reference, "triton": joint_attention_triton,
+           "triton+sdpa": joint_attention_sdpa}[choose(backend, operation, q_img.shape[-1], **named)]
+    return way(*tensors, norm_weights, text_lengths, eps)
 
 
 def modulate(x, shift, scale, *, eps=1e-6, backend="auto"):
     """LayerNorm(x) * (1 + scale) + shift, where the LayerNorm learns nothing.
     x (B, L, D); shift, scale (B, D) -> (B, L, D)."""
     adaln.check_modulate(x, shift, scale, eps)
-    if use_triton(backend, "modulate", x=x, shift=shift, scale=scale):
+    if choose(backend, "modulate", x=x, shift=shift, scale=scale) == "triton":
         return adaln.modulate_op(x, shift, scale, eps)
     return adaln.modulate_reference(x, shift, scale, eps)
 
@@ -84,7 +91,8 @@ def gate_residual_modulate(x, y, gate, shift, scale, *, eps=1e-6, backend="auto"
     """h = x + gate * y, then modulate(h). x, y (B, L, D); gate, shift, scale (B, D).
     Returns (h, modulated), both (B, L, D)."""
     adaln.check_modulate(x, shift, scale, eps, y, gate)
-    if use_triton(backend, "gate_residual_modulate", x=x, y=y, gate=gate, shift=shift, scale=scale):
+    tensors = {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale}
+    if choose(backend, "gate_residual_modulate", **tensors) == "triton":
         return adaln.gate_residual_modulate_op(x, y, gate, shift, scale, eps)
     return adaln.gate_residual_modulate_reference(x, y, gate, shift, scale, eps)
 
@@ -96,8 +104,9 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"no back end {backend!r} here: choose auto, torch or triton")
 
 
-def use_triton(backend: str, operation: str, head_dim: int = 0, **tensors) -> bool:
-    """Do the kernels run this? tensors: what the operation reads, by argument name, an activation first.
+def choose(backend: str, operation: str, head_dim: int = 0, **tensors) -> str:
+    """Who runs this: "torch", "triton" or "triton+sdpa". tensors: what the operation reads, by argument name,
+    an activation first.
 
     Runs at every call, also while torch.compile traces: cheap first, and nothing that it cannot trace.
     """
@@ -108,17 +117,20 @@ def use_triton(backend: str, operation: str, head_dim: int = 0, **tensors) -> bo
         backend = DEFAULT
     device = next(iter(tensors.values())).device
     if backend == "torch" or backend == "auto" and device.type != "cuda":
-        return False
+        return "torch"
     refusal = device_refuses(device) or adaln.triton_refuses(tensors)
+    if backend == "triton" and refusal:
+        raise ValueError(f"{operation} cannot run in Triton: {refusal}")
+    gpu = torch.cuda.get_device_properties(device).name if device.type == "cuda" else ""
+    order, reason = ((), refusal) if refusal else ranking(operation, head_dim, tensors, gpu)
     if backend == "triton":
-        if refusal:
-            raise ValueError(f"{operation} cannot run in Triton: {refusal}")
-        return True
-    reason = refusal or slower(operation, head_dim, tensors, torch.cuda.get_device_properties(device).name)
-    if reason and not torch.compiler.is_compiling() and (operation, reason) not in _told:
+        return [name for name in (*order, "triton") if name != "torch"][0]
+    if order and order[0] != "torch":
+        return order[0]
+    if not torch.compiler.is_compiling() and (operation, reason) not in _told:
         _told.add((operation, reason))
         print(f"kernels: {operation} runs in PyTorch: {reason}", file=sys.stderr)
-    return not reason
+    return "torch"
 
 
 def device_refuses(device: torch.device) -> str | None:
@@ -136,23 +148,23 @@ def device_refuses(device: torch.device) -> str | None:
     return None
 
 
-def slower(operation: str, head_dim: int, tensors: dict, gpu: str) -> str | None:
-    """Why "auto" leaves the kernels alone: nobody measured here, or they lost at the nearest size.
-    None if they won."""
+def ranking(operation: str, head_dim: int, tensors: dict, gpu: str) -> tuple[tuple, str]:
+    """Who was measured to be fastest at the nearest size, then the others; and if that is PyTorch, or nobody
+    measured, that in words."""
     first, training = next(iter(tensors.values())), torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in tensors.values())
     key = (gpu, operation, str(first.dtype).removeprefix("torch."), head_dim,
            "forward+backward" if training else "forward", torch.compiler.is_compiling())
     if key not in MEASURED:
-        return f"{operation} was not measured on {gpu} in {key[2]}; python kernels/bench.py does it"
+        return (), f"{operation} was not measured on {gpu} in {key[2]}; python kernels/bench.py does it"
     size = first.numel()
-    for upto, won in MEASURED[key]:
-        if size <= upto:
-            return None if won else f"there it was measured to be faster on {gpu}, at this size in {key[2]}"
+    order = [order for upto, order in MEASURED[key] if size <= upto][0]
+    return order, f"there it was measured to be faster on {gpu}, at this size in {key[2]}"
 
 
 def read_results(folder: Path) -> dict:
-    """kernels/results/*.csv -> {(gpu, operation, dtype, head dim, pass, compiled): [(to size, Triton won)]}.
+    """kernels/results/*.csv -> {(gpu, operation, dtype, head dim, pass, compiled): [(to size, names)]}, names
+    from fastest to slowest.
 
     Sizes are elements of the first activation; between two measured ones lies their geometric mean. Of two
     rows about the same thing, the one in the later file counts.
@@ -167,11 +179,14 @@ def read_results(folder: Path) -> dict:
     table = {}
     for key, sizes in times.items():
         for compiled, rival in ((False, "torch"), (True, "torch compiled")):
-            won = [(size, ms["triton"] < ms[rival]) for size, ms in sorted(sizes.items())
-                   if "triton" in ms and rival in ms]
-            if won:
-                upto = [(a * b) ** 0.5 for (a, _), (b, _) in zip(won, won[1:])] + [float("inf")]
-                table[key + (compiled,)] = [(u, w) for u, (_, w) in zip(upto, won)]
+            orders = []
+            for size, ms in sorted(sizes.items()):
+                mine = {"torch": ms.get(rival)} | {n: t for n, t in ms.items() if n.startswith("triton")}
+                if mine["torch"] is not None and len(mine) > 1:
+                    orders.append((size, tuple(sorted(mine, key=mine.get))))
+            if orders:
+                upto = [(a * b) ** 0.5 for (a, _), (b, _) in zip(orders, orders[1:])] + [float("inf")]
+                table[key + (compiled,)] = [(u, order) for u, (_, order) in zip(upto, orders)]
     return table
 
 

@@ -73,15 +73,19 @@ def kernel(function):
 
 
 def load_triton() -> None:
-    """Import Triton and turn every function marked `kernel` into a GPU kernel, where it stands."""
+    """Import Triton and turn every function marked `kernel` into a GPU kernel, in every file that uses it."""
     if not KERNELS:
         return
     import triton
     import triton.language
+    files = [function.__globals__ for function in KERNELS]
     while KERNELS:
         function = KERNELS.pop()
-        function.__globals__.update(triton=triton, tl=triton.language)
-        function.__globals__[function.__name__] = triton.jit(function)
+        compiled = triton.jit(function)
+        for names in files:
+            names.update(triton=triton, tl=triton.language)
+            if names.get(function.__name__) is function:
+                names[function.__name__] = compiled
 
 
 def device_of(x):

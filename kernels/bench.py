@@ -1,7 +1,8 @@
-"""Are the kernels worth it on this GPU? Times every operation at the shapes of the three published models.
+"""Are the kernels worth it on this GPU? Times every operation and model at the published models' shapes.
 
-    python kernels/bench.py                        every case; about half an hour, most of it compiling
-    python kernels/bench.py --pixels 1024 --batch 1 --operation joint_attention
+    python kernels/bench.py                        everything that kernels/results/ does not hold yet
+    python kernels/bench.py --minutes 9            in pieces: begins nothing new after 9 minutes; run it again
+    python kernels/bench.py --pixels 1024 --batch 1 --operation attention --model sd3.5-large
     python kernels/bench.py --smoke --out /tmp/x   tiny shapes on any device: does all of it run?
 
 Rivals, all doing the whole operation, norms and concatenation counted:
@@ -11,14 +12,20 @@ Rivals, all doing the whole operation, norms and concatenation counted:
     flash, cudnn, efficient    torch compiled, with scaled_dot_product_attention held to one of its kernels
     flex                FlexAttention, compiled, after the same norms and concatenation
     simple              the simple kernel of kernels/adaln.py
-    triton              the kernels that are used
+    triton              the kernel that is used
+    triton+sdpa         kernels/norm_layout.py in front of PyTorch's attention
 
-One line a case says which of torch and triton backend="auto" will take from now on: the CSV goes to
-kernels/results/, where `kernels` looks. Beside it a roofline as PNG. Each CSV row has the time (median of
-many, L2 cache flushed before each, with the 20th and 80th percentile), TFLOP/s (4 B nh Lq Lk hd forward, 2.5
-times that backward), GB/s (bytes that must be moved, once each), the share of what this GPU reached in a
-large bfloat16 matrix product or copy minutes before, and the largest error of the output against float64, in
-units of the largest value.
+and for a whole model (one forward pass): torch and triton, each also compiled, and diffusers if installed.
+
+The CSV goes to kernels/results/, where `kernels` looks: one line a case says whom backend="auto" takes from
+now on. Beside it a roofline as PNG. Each row has the time (median of many, L2 cache flushed before each, with
+the 20th and 80th percentile) and, from the formulas of `work`, with M + N = L tokens:
+
+    operations    attention 4 B nh L^2 hd, backward 2.5 times that (5 products for 2); `model_operations`
+    bytes         each activation that goes in or out, once; model: its weights
+    share         of what this GPU reached in a large bfloat16 product (copy) minutes before
+    error         largest of outputs and gradients, of the first picture and head, against float64, in units
+                  of the largest value; the row "torch" has PyTorch's own. Model: distance from `torch`
 
 Pitfalls
 - Random numbers, not zeros: a GPU draws less power on zeros and runs faster.
@@ -28,46 +35,59 @@ Pitfalls
 import argparse
 import csv
 import datetime
+import math
 import statistics
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as a file: `kernels` is beside this
 
 import kernels  # noqa: E402
 from kernels import adaln  # noqa: E402
-from kernels.joint_attention import joint_attention_reference, rms_norm  # noqa: E402
+from kernels.joint_attention import join, joint_attention_reference, joint_attention_triton  # noqa: E402
+from kernels.norm_layout import joint_attention_sdpa  # noqa: E402
+from mmdit import MMDiT, MMDiTConfig  # noqa: E402
 
-MODELS = {                                              # heads, norms, has image-only attention too
-    "sd3-medium": (24, False, False), "sd3.5-medium": (24, True, True), "sd3.5-large": (38, True, False)}
+MODELS = "sd3-medium", "sd3.5-medium", "sd3.5-large"
 TEXT, HD = 154, 64
 SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 PASSES = ("forward", "forward+backward")
+SECONDS = {"attention": 40, "modul": 15, "model": 120}  # one pass of a case: a guess, corrected on the way
 
 
 def cases(pixels=(512, 1024), batches=(1, 2, 4, 8), smoke=False) -> list[dict]:
-    """What is measured: dicts of operation, model, pixels, B, M, N, nh, hd, norm, dtype."""
+    """What is measured: dicts of operation, model, pixels, B, M, N, nh, hd, norm, dtype, passes."""
+    if smoke:
+        tiny = dict(model="tiny", pixels=32, B=1, N=8, nh=1, hd=16, dtype="float32", norm=False, M=3)
+        return [dict(tiny, operation="joint_attention with norms", norm=True),
+                dict(tiny, operation="joint_attention with norms, no text", norm=True, M=0),
+                dict(tiny, operation="modulate"), dict(tiny, operation="gate_residual_modulate"),
+                dict(tiny, operation="model", nh=3, hd=64, norm=True, N=4)]
     found = []
-    for model, (nh, norm, dual) in MODELS.items():
+    for B in batches:
         for p in pixels:
-            for B in batches:
-                shape = dict(model=model, pixels=p, B=B, N=(p // 16) ** 2, nh=nh, hd=HD, dtype="bfloat16")
-                name = "joint_attention with norms" if norm else "joint_attention"
-                found.append(dict(shape, operation=name, norm=norm, M=TEXT))
-                if dual:
-                    found.append(dict(shape, operation=name, norm=norm, M=0))
+            for model in MODELS:
+                c = MMDiTConfig.preset(model)
+                shape = dict(model=model, pixels=p, B=B, M=TEXT, N=(p // 16) ** 2, nh=c.num_heads,
+                             hd=c.head_dim, norm=c.qk_norm, dtype="bfloat16")
+                name = "joint_attention" + " with norms" * c.qk_norm
+                found.append(dict(shape, operation=name))
+                if c.dual_blocks:
+                    found.append(dict(shape, operation=name + ", no text", M=0))
                 if model != "sd3-medium":                           # of the same width as sd3.5-medium
                     for operation in ("modulate", "gate_residual_modulate"):
                         found.append(dict(shape, operation=operation, norm=False, M=0))
-    if smoke:
-        tiny = dict(model="tiny", pixels=96, B=1, N=36, nh=2, hd=16, dtype="float32", norm=False, M=5)
-        found = [dict(tiny, operation="joint_attention with norms", norm=True),
-                 dict(tiny, operation="modulate"), dict(tiny, operation="gate_residual_modulate")]
+                if B <= 2:                                          # 2: one picture with guidance
+                    found.append(dict(shape, operation="model"))
     return found
+
+
+def passes(case) -> tuple:
+    return PASSES[:1] if case["operation"] == "model" else PASSES
 
 
 # ----- the rivals
@@ -82,62 +102,129 @@ def held_to(backend, function):
     return run
 
 
-def flex(q_txt, k_txt, v_txt, q_img, k_img, v_img, *w):
+def flex(*a):
     from torch.nn.attention.flex_attention import flex_attention
-    if w:
-        q_txt, k_txt, q_img, k_img = (rms_norm(x, s) for x, s in zip((q_txt, k_txt, q_img, k_img), w))
-    pairs = (q_txt, q_img), (k_txt, k_img), (v_txt, v_img)
-    q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)
-    out = flex_attention(q, k, v).transpose(1, 2)
-    return out[:, :q_txt.shape[1]], out[:, q_txt.shape[1]:]
+    q, k, v = (x.transpose(1, 2) for x in join(*a[:6], a[6:] or None))
+    out, M = flex_attention(q, k, v).transpose(1, 2), 0 if a[0] is None else a[0].shape[1]
+    return out[:, :M], out[:, M:]
 
 
 def rivals(case, device) -> dict:
     """name -> function of the case's inputs."""
+    if case["operation"] == "model":
+        return model_rivals(case, device)
+    how = dict(dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
     if "attention" in case["operation"]:
-        def plain(*a):
-            return joint_attention_reference(*a[:6], a[6:] or None)
+        def by(way):
+            return lambda *a: way(*a[:6], a[6:] or None, None, 1e-6)
 
-        found = {"torch": plain, "torch compiled": torch.compile(plain, dynamic=False)}
+        plain = by(joint_attention_reference)
+        found = {"torch": plain, "torch compiled": torch.compile(plain, **how)}
         if device == "cuda":
-            found |= {n: held_to(b, torch.compile(plain, dynamic=False)) for n, b in SDPA.items()}
-            found["flex"] = torch.compile(flex, dynamic=False)
-        found["triton"] = lambda *a: kernels.joint_attention(*a[:6], norm_weights=a[6:] or None,
-                                                             backend="triton")
-    else:
-        plain = getattr(adaln, case["operation"] + "_reference")
-        found = {"torch": plain, "torch compiled": torch.compile(plain, dynamic=False)}
-        if case["operation"] == "modulate":
-            found["simple"] = adaln.modulate_simple
-        found["triton"] = lambda *a: getattr(kernels, case["operation"])(*a, backend="triton")
+            found |= {n: held_to(b, torch.compile(plain, **how)) for n, b in SDPA.items()}
+            found["flex"] = torch.compile(flex, **how)
+        return found | {"triton+sdpa": by(joint_attention_sdpa), "triton": by(joint_attention_triton)}
+    plain = getattr(adaln, case["operation"] + "_reference")
+    found = {"torch": plain, "torch compiled": torch.compile(plain, **how)}
+    if case["operation"] == "modulate":
+        found["simple"] = adaln.modulate_simple
+    found["triton"] = lambda *a: getattr(kernels, case["operation"])(*a, backend="triton")
     return found
 
 
-def inputs(case, device) -> list[torch.Tensor]:
+def with_kernels(backend, function):
+    """function, with "auto" standing for backend."""
+    def run(*a):
+        before, kernels.DEFAULT = kernels.DEFAULT, backend
+        try:
+            return function(*a)
+        finally:
+            kernels.DEFAULT = before
+    return run
+
+
+def model_config(case) -> MMDiTConfig:
+    return MMDiTConfig.preset(case["model"], **(dict(depth=1) if case["model"] == "tiny" else {}))
+
+
+def model_rivals(case, device) -> dict:
+    """The model with random weights, by both back ends, and diffusers' of the same shape."""
+    dtype, c = getattr(torch, case["dtype"]), model_config(case)
+    how = dict(dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
+    with torch.device(device):
+        torch.set_default_dtype(dtype)                              # float32 first: twice the memory
+        try:
+            model = MMDiT(c).to(dtype).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for p in model.parameters():
+        if not p.any():                                             # gates of zero would hide the blocks
+            torch.nn.init.normal_(p, std=0.02)
+    found = {}
+    for backend in ("torch", "triton"):
+        found[backend] = with_kernels(backend, model)
+        found[backend + " compiled"] = with_kernels(backend, torch.compile(model, **how))
+    if find_spec("diffusers"):
+        from diffusers import SD3Transformer2DModel
+        with torch.device(device):
+            theirs = SD3Transformer2DModel(
+                sample_size=128, in_channels=c.in_channels, out_channels=c.in_channels, num_layers=c.depth,
+                attention_head_dim=c.head_dim, num_attention_heads=c.num_heads,
+                caption_projection_dim=c.width, joint_attention_dim=c.context_dim,
+                pooled_projection_dim=c.pooled_dim, pos_embed_max_size=c.pos_max,
+                dual_attention_layers=tuple(range(c.dual_blocks)), qk_norm="rms_norm" if c.qk_norm else None)
+        theirs = theirs.to(dtype).eval()
+
+        def peer(module):
+            return lambda x, t, context, pooled: module(x, context, pooled, 1000 * t, return_dict=False)[0]
+
+        found["diffusers"] = peer(theirs)
+        found["diffusers compiled"] = peer(torch.compile(theirs, **how))
+    return found
+
+
+def inputs(case, device) -> list:
     """Random, laid out as the Linears of a block leave them: qkv packed, modulation vectors side by side."""
-    dtype, B, N, nh, hd = getattr(torch, case["dtype"]), *(case[k] for k in ("B", "N", "nh", "hd"))
+    dtype, B, M, N, nh, hd = getattr(torch, case["dtype"]), *(case[k] for k in ("B", "M", "N", "nh", "hd"))
     torch.manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    if case["operation"] == "model":
+        c, side = model_config(case), case["pixels"] // 8
+        return [random(B, c.in_channels, side, side), torch.rand(B, device=device),
+                random(B, M, c.context_dim), random(B, c.pooled_dim)]
     if "attention" in case["operation"]:
-        qkv = [torch.randn(B, L, 3, nh, hd, device=device, dtype=dtype) for L in (case["M"], N)]
-        x = [y for both in qkv for y in both.unbind(2)]
-        return x + [0.5 + torch.rand(hd, device=device) for _ in range(4 * case["norm"])]
-    x, y = torch.randn(2, B, N, nh * hd, device=device, dtype=dtype)
-    shift, scale, gate, *_ = torch.randn(B, 6 * nh * hd, device=device, dtype=dtype).chunk(6, dim=-1)
+        txt, img = random(B, M, 3, nh, hd).unbind(2), random(B, N, 3, nh, hd).unbind(2)
+        weights = [0.5 + torch.rand(hd, device=device).to(dtype) for _ in range(4 * case["norm"])]
+        if not M:
+            txt, weights[:2] = [None] * 3, [None] * min(2, len(weights))
+        return [*txt, *img, *weights]
+    x, y = random(2, B, N, nh * hd)
+    shift, scale, gate, *_ = random(B, 6 * nh * hd).chunk(6, dim=-1)
     return [x, shift, scale] if case["operation"] == "modulate" else [x, y, gate, shift, scale]
+
+
+def tensors(out) -> list:
+    return [out] if torch.is_tensor(out) else [o for o in out if o is not None and o.numel()]
+
+
+def gradients(function, args, pulls=None):
+    """Outputs, gradients of every input, and what the outputs were pulled with: random if not given."""
+    leaves = [None if a is None else a.detach().requires_grad_() for a in args]
+    out = tensors(function(*leaves))
+    pulls = pulls or [torch.randn_like(o) for o in out]
+    leaves = [x for x in leaves if x is not None]
+    return out, torch.autograd.grad(out, leaves, pulls, allow_unused=True), pulls
 
 
 def runner(function, args, backward):
     """A call to be timed. Backward: from fixed gradients, to fresh gradients of every input."""
     if not backward:
         return torch.no_grad()(lambda: function(*args))
-    leaves = [a.detach().requires_grad_() for a in args]
-
-    def outputs():
-        out = function(*leaves)
-        return [out] if torch.is_tensor(out) else list(out)
-
-    pulls = [torch.randn_like(o) for o in outputs()]
-    return lambda: torch.autograd.grad(outputs(), leaves, pulls, allow_unused=True)
+    pulls = gradients(function, args)[2]
+    return lambda: gradients(function, args, pulls)
 
 
 # ----- measuring
@@ -147,42 +234,80 @@ def milliseconds(run, device) -> list[float]:
     if device == "cuda":
         from triton.testing import do_bench
         return do_bench(run, warmup=50, rep=200, quantiles=[0.2, 0.5, 0.8])
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - start))
-    return [min(times), statistics.median(times), max(times)]
+    start = time.perf_counter()                                     # only a smoke run comes here
+    run()
+    return [1e3 * (time.perf_counter() - start)] * 3
 
 
-def error(function, args, case) -> float:
-    """Of the image output of the first picture and head (or of the whole modulation), against float64."""
-    with torch.no_grad():
-        out = function(*args)
-        out = out if torch.is_tensor(out) else out[-1]
-        if "attention" in case["operation"]:
-            out = out[:1, :, :1]
-            a = [x[:1, :, :1].double() for x in args[:6]]
-            for i, w in zip((0, 1, 3, 4), args[6:]):
-                a[i] = a[i] / (a[i].square().mean(-1, keepdim=True) + 1e-6).sqrt() * w.double()
-            exact = kernels.attention(*(torch.cat(p, 1).transpose(1, 2) for p in zip(a[:3], a[3:])))
-            exact = exact.transpose(1, 2)[:, case["M"]:]
-        else:
-            x, shift, scale = args[0].double(), args[-2].double().unsqueeze(1), args[-1].double().unsqueeze(1)
-            if len(args) == 5:                                      # the sum is stored in the inputs' dtype
-                x = (x + args[2].double().unsqueeze(1) * args[1].double()).to(args[0].dtype).double()
-            n = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-            exact = n * (1 + scale) + shift
-        return ((out.double() - exact).abs().max() / exact.abs().max()).item()
+def first(x):
+    """The first head of the first picture of an activation in heads; of any other the first picture."""
+    return x[:1, :, :1] if x.dim() == 4 else x[:1] if x.dim() > 1 else x
+
+
+def exact(case):
+    """The operation in the dtype of its arguments, spelled out."""
+    def attention(*a):
+        a = list(a)
+        for i, w in zip((0, 1, 3, 4), a[6:]):
+            if a[i] is not None:
+                a[i] = a[i] / (a[i].square().mean(-1, keepdim=True) + 1e-6).sqrt() * w
+        q, k, v = (x.transpose(1, 2) for x in join(*a[:6]))
+        out = ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
+        return out[:, :case["M"]], out[:, case["M"]:]
+
+    def modulated(x, *a):
+        *gated, shift, scale = (t.unsqueeze(1) if t.dim() == 2 else t for t in a)
+        h = None
+        if gated:
+            h = x + gated[1] * gated[0]
+            x = h + (h.to(getattr(torch, case["dtype"])).to(h.dtype) - h).detach()     # is stored in between
+        n = x - x.mean(-1, keepdim=True)
+        return h, n / (n.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
+
+    return attention if "attention" in case["operation"] else modulated
+
+
+def error(function, args, case, backward) -> float:
+    """The largest of outputs and gradients, in units of the largest value. Weights are shared by all heads:
+    their gradients are left out."""
+    small = [None if a is None else first(a).double() for a in args]
+    if backward:
+        out, grads, pulls = gradients(function, args)
+        exact_out, exact_grads, _ = gradients(exact(case), small, [first(p).double() for p in pulls])
+        heads = [a.dim() > 1 for a in args if a is not None]
+        pairs = [*zip(out, exact_out), *((g, e) for g, e, of in zip(grads, exact_grads, heads) if of)]
+    else:
+        with torch.no_grad():
+            pairs = list(zip(tensors(function(*args)), tensors(exact(case)(*small))))
+    return max(((first(a).double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def model_operations(c: MMDiTConfig, B, M, N) -> int:
+    """Of one forward pass: 2 for each weight and token, and the attentions."""
+    D, out = c.width, c.patch_size ** 2 * c.in_channels
+    tokens = D * (2 * N * out + M * c.context_dim) + D * (256 + c.pooled_dim) + 2 * D * D
+    for i in range(c.depth):
+        dual, last = i < c.dual_blocks, i == c.depth - 1
+        tokens += D * D * (12 * N + (2 if last else 12) * M + (9 if dual else 6) + (2 if last else 6))
+        tokens += 2 * D * (M + N) * (N if last else M + N)
+        if dual:
+            tokens += 4 * D * D * N + 2 * D * N * N
+    return 2 * B * (tokens + 2 * D * D)                             # the last layer's modulation
 
 
 def work(case, backward) -> tuple[float, float]:
     """Floating-point operations, and bytes that must be read or written once."""
     B, M, N, nh, hd = (case[k] for k in ("B", "M", "N", "nh", "hd"))
-    size = 4 if case["dtype"] == "float32" else 2
+    size = getattr(torch, case["dtype"]).itemsize
+    if case["operation"] == "model":
+        c = model_config(case)
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in MMDiT(c).parameters())
+        return model_operations(c, B, M, N), weights * size
     one = B * (M + N) * nh * hd * size                              # one pass over an activation
     if "attention" in case["operation"]:
         return 4 * B * nh * (M + N) ** 2 * hd * (3.5 if backward else 1), one * (4 + 8 * backward)
+    one = B * N * nh * hd * size
     passes = (2 + 3 * backward) if case["operation"] == "modulate" else (4 + 6 * backward)
     return 0.0, one * passes
 
@@ -209,7 +334,7 @@ def measure(case, backward, device, peak, skipped) -> list[dict]:
             runs[name]()
         except Exception as e:                                      # each rival has limits of its own kind
             runs.pop(name, None)
-            if name == "triton":
+            if name in ("torch", "triton"):
                 raise
             if (name, reason := str(e).strip().splitlines()[0][:90]) not in skipped:
                 skipped.add((name, reason))
@@ -219,12 +344,20 @@ def measure(case, backward, device, peak, skipped) -> list[dict]:
         for name in order:
             times[name].append(milliseconds(runs[name], device))
     flops, moved = work(case, backward)
+    model = case["operation"] == "model"
+    reference = runs["torch"]() if model else None
     for name, measured in times.items():
         low, ms, high = (statistics.mean(t) for t in zip(*measured))
         tflops, gbps = flops / ms / 1e9, moved / ms / 1e6
+        if model and "diffusers" in name:                           # other weights
+            wrong = math.nan
+        elif model:
+            wrong = ((runs[name]() - reference).norm() / reference.norm()).item()
+        else:
+            wrong = error(functions[name], args, case, backward)
         rows.append({"provider": name, "ms": ms, "ms_20": low, "ms_80": high, "tflops": tflops, "gbps": gbps,
-                     "share": tflops / peak[0] if flops else gbps / peak[1],
-                     "error": error(functions[name], args, case), "intensity": flops / moved})
+                     "share": tflops / peak[0] if flops else gbps / peak[1], "error": wrong,
+                     "intensity": flops / moved})
     return rows
 
 
@@ -235,12 +368,13 @@ def table(case, name, rows) -> None:
     print(f"{case['operation']}, {case['model']}, {case['pixels']} pixels, batch {case['B']}, "
           f"{case['M']} + {case['N']} tokens, {case['dtype']}, {name}")
     for r in rows:
-        print(f"  {r['provider']:15s}{r['ms']:9.4f} ms  {r['tflops']:7.1f} TFLOP/s {r['gbps']:7.0f} GB/s  "
+        print(f"  {r['provider']:19s}{r['ms']:9.4f} ms  {r['tflops']:7.1f} TFLOP/s {r['gbps']:7.0f} GB/s  "
               f"{100 * r['share']:4.0f} % of peak  error {r['error']:.1e}  "
               f"triton {r['ms'] / ms['triton']:5.2f}x")
     for rival, where in (("torch", "eager code"), ("torch compiled", "torch.compile")):
-        if rival in ms:
-            print(f"  auto takes {'triton' if ms['triton'] < ms[rival] else 'torch'} in {where}")
+        if rival in ms and case["operation"] != "model":
+            mine = {"torch": ms[rival]} | {n: t for n, t in ms.items() if n.startswith("triton")}
+            print(f"  auto takes {min(mine, key=mine.get)} in {where}")
 
 
 def roofline(rows, peak, gpu, path) -> None:
@@ -251,55 +385,105 @@ def roofline(rows, peak, gpu, path) -> None:
     x = [0.3, peak[0] / peak[1] * 1e3, 1e4]
     ax.plot(x, [x[0] * peak[1] / 1e3, peak[0], peak[0]], color="black", label="measured copy and product")
     for name in sorted({r["provider"] for r in rows}):
-        mine = [r for r in rows if r["provider"] == name and r["intensity"]]
-        ax.scatter([r["intensity"] for r in mine], [r["tflops"] for r in mine], s=12, label=name)
+        mine = [(float(r["intensity"]), float(r["tflops"])) for r in rows if r["provider"] == name]
+        mine = [point for point in mine if point[0]]
+        ax.scatter([i for i, _ in mine], [t for _, t in mine], s=12, label=name)
     ax.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s", title=gpu)
     ax.legend(fontsize=7)
     fig.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(fig)
 
 
-def main(argv=None) -> None:
+CASE = "operation", "model", "pixels", "B", "M", "N", "nh", "hd", "dtype", "pass"      # what tells rows apart
+
+
+def label(row) -> tuple:
+    return tuple(str(row[k]) for k in CASE)
+
+
+def measured_before(folder, gpu, versions) -> list[dict]:
+    """Rows of this GPU and these versions of torch and triton, from every CSV there."""
+    rows = []
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as f:
+            rows += [r for r in csv.DictReader(f) if (r["gpu"], r["torch"], r["triton"]) == (gpu, *versions)]
+    return rows
+
+
+def seconds(case) -> int:
+    return next(s for name, s in SECONDS.items() if name in case["operation"])
+
+
+def arguments(argv):
     p = argparse.ArgumentParser(description="Times the kernels against what PyTorch has, on this GPU.")
     p.add_argument("--pixels", type=int, nargs="+", default=[512, 1024])
     p.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8])
-    p.add_argument("--operation", default="", help="only operations whose name contains this")
+    p.add_argument("--operation", default="", help="only those whose name contains this; model: whole ones")
+    p.add_argument("--model", default="", choices=("", *MODELS), help="only this model's shapes")
+    p.add_argument("--minutes", type=float, default=math.inf, help="begin no further case after so many")
     p.add_argument("--out", type=Path, default=kernels.RESULTS)
     p.add_argument("--smoke", action="store_true", help="tiny shapes on any device; needs --out elsewhere")
     a = p.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not a.smoke:
+    a.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if a.device == "cpu" and not a.smoke:
         p.error("times of a CPU say nothing about a GPU, and this machine has no CUDA GPU: run it on one, or "
                 "check with --smoke that everything runs")
     if a.smoke and a.out == kernels.RESULTS:
         p.error(f"--smoke measures nothing: give it an --out other than {kernels.RESULTS}")
-    if refusal := kernels.device_refuses(torch.device(device)):
+    if refusal := kernels.device_refuses(torch.device(a.device)):
         p.error(f"Triton cannot run here: {refusal}")
+    a.cases = [(c, b, name) for c in cases(a.pixels, a.batch, a.smoke) for b, name in enumerate(passes(c))
+               if a.operation in c["operation"] and a.model in c["model"]]
+    if not a.cases:
+        p.error(f"nothing of {a.model or 'any model'} is called {a.operation!r}: "
+                "try attention, modulate or model")
+    return a
+
+
+def main(argv=None) -> None:
+    a = arguments(argv)
     import triton
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    peak, skipped, everything, today = peaks(device), set(), [], datetime.date.today().isoformat()
-    print(f"{gpu}, torch {torch.__version__}, triton {triton.__version__}: "
-          f"bfloat16 product {peak[0]:.0f} TFLOP/s, copy {peak[1]:.0f} GB/s")
+    start, today = time.monotonic(), datetime.date.today().isoformat()
+    gpu, versions = (torch.cuda.get_device_name() if a.device == "cuda" else "CPU"), (
+        torch.__version__, triton.__version__)
     a.out.mkdir(parents=True, exist_ok=True)
+    everything = measured_before(a.out, gpu, versions)
+    done = {label(r) for r in everything}
+    left = [(c, b, name) for c, b, name in a.cases if label(c | {"pass": name}) not in done]
+    expected = sum(seconds(c) for c, *_ in left)
+    print(f"{len(a.cases) - len(left)} of {len(a.cases)} measured before; the others will take about "
+          f"{expected / 60:.0f} minutes, most of it compiling", flush=True)
+    if not left:
+        return
+    peak, skipped, spent = peaks(a.device), set(), 0.0
+    print(f"{gpu}, torch {versions[0]}, triton {versions[1]}: "
+          f"bfloat16 product {peak[0]:.0f} TFLOP/s, copy {peak[1]:.0f} GB/s")
     path = a.out / f"{gpu.replace(' ', '_')}_{today}.csv"
-    with path.open("w", newline="", encoding="utf-8") as f:
-        writer = None
-        for case in cases(a.pixels, a.batch, a.smoke):
-            if a.operation not in case["operation"]:
+    with path.open("a", newline="", encoding="utf-8") as f:
+        for i, (case, backward, name) in enumerate(left):
+            if time.monotonic() - start > 60 * a.minutes:
+                print(f"stopped after {a.minutes:g} minutes; the same command does the {len(left) - i} left")
+                break
+            try:
+                rows = measure(case, backward, a.device, peak, skipped)
+            except torch.OutOfMemoryError:
+                print(f"left out, not enough memory: {', '.join(label(case | {'pass': name}))}")
                 continue
-            for backward, name in enumerate(PASSES):
-                rows = measure(case, backward, device, peak, skipped)
-                table(case, name, rows)
-                attention = "attention" in case["operation"]
-                common = {"gpu": gpu, "date": today, "torch": torch.__version__, "triton": triton.__version__,
-                          **case, "pass": name, "head_dim": case["hd"] if attention else 0,
-                          "elements": case["B"] * case["N"] * case["nh"] * case["hd"],
-                          "peak_tflops": peak[0], "peak_gbps": peak[1]}
-                everything += (rows := [common | r for r in rows])
-                writer = writer or csv.DictWriter(f, rows[0])
-                if f.tell() == 0:
-                    writer.writeheader()
-                writer.writerows(rows)
-                f.flush()
+            table(case, name, rows)
+            common = {"gpu": gpu, "date": today, "torch": versions[0], "triton": versions[1], **case,
+                      "pass": name, "head_dim": case["hd"] if "attention" in case["operation"] else 0,
+                      "elements": case["B"] * case["N"] * case["nh"] * case["hd"],
+                      "peak_tflops": peak[0], "peak_gbps": peak[1]}
+            everything += (rows := [common | r for r in rows])
+            writer = csv.DictWriter(f, rows[0])
+            if f.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
+            f.flush()
+            spent += seconds(case)
+            rest = (expected - spent) * (time.monotonic() - start) / spent / 60
+            print(f"{i + 1} of {len(left)} after {(time.monotonic() - start) / 60:.1f} minutes, "
+                  f"about {rest:.0f} to go", flush=True)
     roofline(everything, peak, gpu, path.with_suffix(".png"))
     print(path)
 

@@ -83,23 +83,32 @@ def attention(q, k, v, mask=None):
     return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
 
 
-def joint_attention_reference(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights=None, text_lengths=None,
-                              eps=1e-6):
-    """-> (out_txt, out_img), shaped like the queries; out_txt is None where there are no text queries."""
+def join(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights=None, eps=1e-6):
+    """-> q, k, v of [text, image] in one tensor each, (B, L, nh, hd); queries and keys normalised."""
     if norm_weights is not None:
         w_q_txt, w_k_txt, w_q_img, w_k_img = norm_weights
         q_img, k_img = rms_norm(q_img, w_q_img, eps), rms_norm(k_img, w_k_img, eps)
         q_txt = None if q_txt is None else rms_norm(q_txt, w_q_txt, eps)
         k_txt = None if k_txt is None else rms_norm(k_txt, w_k_txt, eps)
+    pairs = (q_txt, q_img), (k_txt, k_img), (v_txt, v_img)
+    return tuple(img if txt is None else torch.cat([txt, img], dim=1) for txt, img in pairs)
+
+
+def key_mask(k_txt, k, text_lengths):
+    """(B, 1, 1, L), True for the keys that are attended; None: all of them."""
+    if text_lengths is None or k_txt is None:
+        return None
+    position = torch.arange(k.shape[1], device=k.device)
+    mask = (position < text_lengths[:, None]) | (position >= k_txt.shape[1])
+    return mask[:, None, None, :]
+
+
+def joint_attention_reference(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights=None, text_lengths=None,
+                              eps=1e-6):
+    """-> (out_txt, out_img), shaped like the queries; out_txt is None where there are no text queries."""
+    q, k, v = join(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, eps)
+    mask = key_mask(k_txt, k, text_lengths)
     M = 0 if q_txt is None else q_txt.shape[1]
-    q = q_img if q_txt is None else torch.cat([q_txt, q_img], dim=1)  # (B, M + N, nh, hd), or image alone
-    k = k_img if k_txt is None else torch.cat([k_txt, k_img], dim=1)
-    v = v_img if v_txt is None else torch.cat([v_txt, v_img], dim=1)
-    mask = None
-    if text_lengths is not None and k_txt is not None:
-        position = torch.arange(k.shape[1], device=k.device)
-        mask = (position < text_lengths[:, None]) | (position >= k_txt.shape[1])    # (B, L), True: attended
-        mask = mask[:, None, None, :]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # (B, nh, L, hd)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 1024:
         # PyTorch's CPU kernel is slow here: forward + backward 5x at 52 tokens, 1.4x at 1024
@@ -507,9 +516,10 @@ def normalise(x_txt, x_img, w_txt, w_img, eps):
 
 
 def filled_in(q_txt, k_txt, v_txt, q_img, k_img, v_img, weights):
-    """The same with empty text in the place of None, and any vector in the place of an absent weight."""
+    """The same with empty text in the place of None, and any vector in the place of an absent weight: one of
+    the others, if there are any, since a kernel that chooses between two wants them of one dtype."""
     none = q_img[:, :0]
-    w = [q_img if w is None else w for w in weights]
+    w = [(q_img if weights[2] is None else weights[2]) if w is None else w for w in weights]
     return *(none if x is None else x for x in (q_txt, k_txt, v_txt)), q_img, k_img, v_img, *w
 
 
@@ -652,13 +662,18 @@ def _grad(ctx, dout_txt, dout_img, _):
 joint_attention_op.register_autograd(_grad, setup_context=_save)
 
 
+def under_autocast(*tensors):
+    """In autocast's dtype where that is on, as PyTorch's own attention takes them."""
+    device = tensors[-1].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [None if x is None else x.to(dtype) for x in tensors]
+
+
 def joint_attention_triton(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, text_lengths, eps):
     """What `joint_attention_reference` computes. Autocast makes q, k and v half, as for PyTorch's own."""
-    tensors = q_txt, k_txt, v_txt, q_img, k_img, v_img
-    device = q_img.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        tensors = [None if x is None else x.to(dtype) for x in tensors]
+    tensors = under_autocast(q_txt, k_txt, v_txt, q_img, k_img, v_img)
     if k_txt is None:
         text_lengths = None
     elif text_lengths is not None:
@@ -692,6 +707,9 @@ def check_joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights
                 raise ValueError(f"the norm weight of {name} is None, though {name} is not")
             if x is not None:
                 expected.append((f"the norm weight of {name}", w, (hd,)))
+        if len({w.dtype for w in norm_weights if w is not None}) > 1:
+            dtypes = ", ".join(str(w.dtype) for w in norm_weights if w is not None)
+            raise ValueError(f"norm_weights are {dtypes}: all of them must share a dtype")
     if text_lengths is not None:
         expected.append(("text_lengths", text_lengths, (B,)))
         if text_lengths.dtype not in (torch.int32, torch.int64):

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils import flop_counter
 
 import kernels
-from kernels import adaln, attention, gate_residual_modulate, joint_attention, modulate, rms_norm
+from kernels import adaln, attention, bench, gate_residual_modulate, joint_attention, modulate, rms_norm
 
 HD = 8
 NAMES = ("q_txt", "k_txt", "v_txt", "q_img", "k_img", "v_img")
@@ -275,6 +276,7 @@ def attend(x, **changes):
     (dict(norm_weights=[torch.ones(HD)] * 3), "norm_weights must be of .* got 3"),
     (dict(norm_weights=[torch.ones(4)] * 4), r"norm weight of q_txt must be \(8,\)"),
     (dict(norm_weights=[None] * 4), "norm weight of q_txt is None"),
+    (dict(norm_weights=[torch.ones(HD)] * 3 + [torch.ones(HD).half()]), "float16: all of them must share"),
     (dict(text_lengths=torch.ones(3, dtype=torch.int64)), r"text_lengths must be \(2,\)"),
     (dict(text_lengths=torch.ones(2)), "text_lengths must be int32 or int64"),
     (dict(eps=float("nan")), "eps must be a finite number"),
@@ -320,25 +322,35 @@ H100,modulate,bfloat16,0,forward,1000,torch compiled,0.4
 H100,modulate,bfloat16,0,forward,1000,triton,0.5
 H100,modulate,bfloat16,0,forward,4000,torch,1.0
 H100,modulate,bfloat16,0,forward,4000,triton,1.5
-H100,modulate,bfloat16,0,forward,9000,triton,1.5"""
+H100,modulate,bfloat16,0,forward,9000,triton,1.5
+H100,joint_attention,bfloat16,64,forward,1000,torch,3.0
+H100,joint_attention,bfloat16,64,forward,1000,triton,2.0
+H100,joint_attention,bfloat16,64,forward,1000,triton+sdpa,1.0
+H100,joint_attention,bfloat16,64,forward,1000,flash,0.5
+H100,joint_attention,bfloat16,64,forward,1000,torch compiled,0.9"""
 
 
 def test_auto_follows_what_was_measured_on_this_gpu_at_the_nearest_size(tmp_path, monkeypatch):
     (tmp_path / "H100.csv").write_text(f"{HEADER}\n{MEASURED}\n", encoding="utf-8")
     table = kernels.read_results(tmp_path)
     key = ("H100", "modulate", "bfloat16", 0, "forward")
-    assert table == {(*key, False): [(2000.0, True), (float("inf"), False)],
-                     (*key, True): [(float("inf"), False)]}
+    three = ("H100", "joint_attention", "bfloat16", 64, "forward")
+    assert table == {(*key, False): [(2000.0, ("triton", "torch")), (float("inf"), ("torch", "triton"))],
+                     (*key, True): [(float("inf"), ("torch", "triton"))],
+                     (*three, False): [(float("inf"), ("triton+sdpa", "triton", "torch"))],
+                     (*three, True): [(float("inf"), ("torch", "triton+sdpa", "triton"))]}
     monkeypatch.setattr(kernels, "MEASURED", table)
 
-    def reason(size, dtype=torch.bfloat16, gpu="H100", grad=False):
+    def ranking(size, dtype=torch.bfloat16, gpu="H100", grad=False):
         x = torch.zeros(size, dtype=dtype, requires_grad=grad)
-        return kernels.slower("modulate", 0, {"x": x, "gate": None}, gpu)
+        return kernels.ranking("modulate", 0, {"x": x, "gate": None}, gpu)
 
-    assert reason(1999) is None and reason(10) is None
-    assert "measured to be faster on H100" in reason(2001)
+    assert ranking(1999)[0] == ranking(10)[0] == ("triton", "torch")
+    order, reason = ranking(2001)
+    assert order == ("torch", "triton") and "measured to be faster on H100" in reason
     for other in (dict(dtype=torch.float16), dict(gpu="A100"), dict(grad=True)):
-        assert "was not measured" in reason(10, **other) and "bench.py" in reason(10, **other)
+        order, reason = ranking(10, **other)
+        assert order == () and "was not measured" in reason and "bench.py" in reason
 
 
 class OnGpu:
@@ -347,27 +359,46 @@ class OnGpu:
     dim, numel, stride = (lambda self: 3), (lambda self: 40), (lambda self, i: 4 if i == 1 else 1)
 
 
-def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(monkeypatch, capsys):
-    gpu = SimpleNamespace(name="H100", major=9)
+@pytest.fixture
+def h100(monkeypatch):
+    """A GPU to the dispatch, on which two things were measured."""
+    gpu, ever = SimpleNamespace(name="H100", major=9), float("inf")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(kernels, "find_spec", lambda name: True)
     monkeypatch.setattr(kernels, "DEFAULT", "auto")
     monkeypatch.setattr(kernels, "MEASURED", {
-        ("H100", "modulate", "bfloat16", 0, "forward", False): [(float("inf"), True)]})
+        ("H100", "modulate", "bfloat16", 0, "forward", False): [(ever, ("triton", "torch"))],
+        ("H100", "joint_attention", "bfloat16", 4, "forward", False): [
+            (40, ("torch", "triton+sdpa", "triton")), (ever, ("triton", "triton+sdpa", "torch"))]})
     monkeypatch.setattr(kernels, "_told", set())
-    assert kernels.use_triton("auto", "modulate", x=OnGpu())
+    return gpu
+
+
+def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(h100, capsys):
+    assert kernels.choose("auto", "modulate", x=OnGpu()) == "triton"
     assert capsys.readouterr().err == ""
     for _ in range(3):
-        assert not kernels.use_triton("auto", "gate_residual_modulate", x=OnGpu())
-        assert kernels.use_triton("triton", "gate_residual_modulate", x=OnGpu())
-        assert not kernels.use_triton("torch", "modulate", x=OnGpu())
+        assert kernels.choose("auto", "gate_residual_modulate", x=OnGpu()) == "torch"
+        assert kernels.choose("triton", "gate_residual_modulate", x=OnGpu()) == "triton"
+        assert kernels.choose("torch", "modulate", x=OnGpu()) == "torch"
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "was not measured on H100 in bfloat16" in told
-    gpu.major = 7
-    assert not kernels.use_triton("auto", "modulate", x=OnGpu())
+    h100.major = 7
+    assert kernels.choose("auto", "modulate", x=OnGpu()) == "torch"
     assert "older than compute capability 8.0" in capsys.readouterr().err
     with pytest.raises(ValueError, match="older than compute capability 8.0"):
-        kernels.use_triton("triton", "modulate", x=OnGpu())
+        kernels.choose("triton", "modulate", x=OnGpu())
+
+
+def test_of_the_two_kernels_for_attention_the_one_measured_to_be_faster_runs(h100, capsys):
+    large = OnGpu()
+    large.numel = lambda: 4000
+    assert kernels.choose("auto", "joint_attention", 4, q_img=OnGpu()) == "torch"
+    assert "measured to be faster on H100" in capsys.readouterr().err
+    assert kernels.choose("triton", "joint_attention", 4, q_img=OnGpu()) == "triton+sdpa"
+    for backend in ("auto", "triton"):
+        assert kernels.choose(backend, "joint_attention", 4, q_img=large) == "triton"
+    assert kernels.choose("triton", "joint_attention, no text", 4, q_img=large) == "triton"     # not measured
 
 
 def test_a_later_measurement_replaces_an_earlier_one(tmp_path):
@@ -375,7 +406,7 @@ def test_a_later_measurement_replaces_an_earlier_one(tmp_path):
         rows = f"A,modulate,float16,0,forward,8,torch,1.0\nA,modulate,float16,0,forward,8,triton,{ms}\n"
         (tmp_path / f"A_{day}.csv").write_text(f"{HEADER}\n{rows}", encoding="utf-8")
     assert kernels.read_results(tmp_path) == {
-        ("A", "modulate", "float16", 0, "forward", False): [(float("inf"), False)]}
+        ("A", "modulate", "float16", 0, "forward", False): [(float("inf"), ("torch", "triton"))]}
 
 
 @pytest.mark.parametrize("bad, reason", [
@@ -389,7 +420,6 @@ def test_tensors_that_no_kernel_takes_are_refused_with_the_reason(bad, reason):
 
 
 def test_a_smoke_run_of_the_bench_is_kept_out_of_the_results(capsys):
-    from kernels import bench
     with pytest.raises(SystemExit) as stop:
         bench.main(["--smoke"])
     assert stop.value.code == 2 and "--smoke measures nothing" in capsys.readouterr().err
@@ -400,10 +430,41 @@ def test_a_smoke_run_of_the_bench_is_kept_out_of_the_results(capsys):
 
 
 def test_the_bench_covers_the_three_models_at_both_sizes():
-    from kernels import bench
     found = bench.cases()
     assert {(c["model"], c["pixels"], c["B"]) for c in found} == {
         (model, pixels, B) for model in ("sd3-medium", "sd3.5-medium", "sd3.5-large")
         for pixels in (512, 1024) for B in (1, 2, 4, 8)}
-    assert {c["operation"] for c in found} == {"joint_attention", "joint_attention with norms", "modulate",
-                                               "gate_residual_modulate"}
+    assert {c["operation"] for c in found} == {
+        "joint_attention", "joint_attention with norms", "joint_attention with norms, no text", "modulate",
+        "gate_residual_modulate", "model"}
+    assert len({bench.label(c | {"pass": "forward"}) for c in found}) == len(found)     # so none is skipped
+
+
+@pytest.mark.parametrize("case", [c for c in bench.cases(batches=(2,)) if "modul" not in c["operation"]],
+                         ids=lambda c: f"{c['operation']}, {c['model']}, {c['pixels']}")
+def test_the_bench_counts_the_operations_that_pytorch_counts(case):
+    B, L, nh, hd = case["B"], case["M"] + case["N"], case["nh"], case["hd"]
+    if case["operation"] == "model":
+        with torch.device("meta"), flop_counter.FlopCounterMode(display=False) as counter:
+            bench.MMDiT(bench.model_config(case))(*bench.inputs(case | {"dtype": "float32"}, "meta"))
+        assert bench.work(case, 0)[0] == counter.get_total_flops()
+    else:
+        q = (B, nh, L, hd)
+        forward = flop_counter.sdpa_flop_count(q, q, q)
+        assert bench.work(case, 0)[0] == forward
+        assert bench.work(case, 1)[0] == forward + flop_counter.sdpa_backward_flop_count(q, q, q, q)
+
+
+@pytest.mark.parametrize("name", ["modulate", "gate_residual_modulate", "joint_attention with norms"])
+def test_the_bench_counts_each_activation_that_goes_in_or_out_once(name):
+    case = next(c for c in bench.cases((512,), (2,)) if c["operation"] == name)
+    args = bench.inputs(case, "meta")
+    out = bench.tensors(bench.rivals(case, "cpu")["torch"](*args))
+    activations = [a for a in args if a.dim() > 2]
+    size = 2 * sum(a.numel() for a in activations + out)
+    assert bench.work(case, 0)[1] == size
+    # backward: inputs, outputs' gradients and (attention, gated sum) outputs again, and inputs' gradients
+    gated = name == "gate_residual_modulate"                        # reads h again, not x
+    again = out if "attention" in name else out[:gated]
+    size += 2 * sum(a.numel() for a in activations[gated:] + again + out + activations)
+    assert bench.work(case, 1)[1] == size

@@ -19,6 +19,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}    # bytes for a program
+ODD = "no text", "one token, one head", "dead text", "no norm"
 TENSOR = {90: "HGMMA", 100: "UTCHMMA"}                                                  # else HMMA
 # Instructions of the image loop for one 128 x 128 tile of scores, all warps together, at head dim 64: counted
 # in 2026-11 with Triton 3.9.0, and a tenth more (3.6.0 needs 16 % more in one). A change that needs more has
@@ -48,14 +49,15 @@ def inner_loops(sass: str) -> list[list[str]]:
 
 
 def compile_for(architecture: int, cases: list) -> list[dict]:
-    """Compile what the launchers launch for cases (dtype, head dim, width) -> descriptions of the kernels."""
+    """Compile what the launchers launch for cases (dtype, head dim, width of a modulation or one of ODD)
+    -> descriptions of the kernels."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
     sys.path.insert(0, str(ROOT))
-    from kernels import adaln
+    from kernels import adaln, norm_layout
     attention = sys.modules["kernels.joint_attention"]
 
     class Driver:                                       # a GPU that is only named
@@ -79,11 +81,18 @@ def compile_for(architecture: int, cases: list) -> list[dict]:
     for case in cases:
         dtype, hd, width = getattr(torch, case[0]), *case[1:]
         if hd:
-            x = [y for L in (154, 4096) for y in torch.empty(1, L, 3, 2, hd, dtype=dtype).unbind(2)]
-            w = [torch.empty(hd) for _ in range(4)]
+            M, N, nh = (1, 1, 1) if width == "one token, one head" else (154, 4096, 2)
+            x = [y for L in (M, N) for y in torch.empty(1, L, 3, nh, hd, dtype=dtype).unbind(2)]
+            w = [None] * 4 if width == "no norm" else [torch.empty(hd) for _ in range(4)]
+            out = [torch.empty(1, L, nh, hd, dtype=dtype) for L in (M, N)]
+            if width in ("no text", "dead text"):
+                absent = 3 if width == "no text" else 1
+                x[:absent], w[:absent - 1], out[0] = [None] * absent, [None] * (absent - 1), out[0][:, :0]
             attention.launch_forward(*x, w, None, 1e-6)
-            out = [torch.empty(1, L, 2, hd, dtype=dtype) for L in (154, 4096)]
-            attention.launch_backward(*out, *out, torch.empty(1, 2, 4250), *x, w, None, 1e-6)
+            attention.launch_backward(*out, *out, torch.empty(1, nh, M + N), *x, w, None, 1e-6)
+            joined = norm_layout.launch_forward(*x, w, 1e-6)
+            if w[2] is not None:
+                norm_layout.launch_backward(*joined[:2], x[0], x[1], x[3], x[4], w, 1e-6)
         else:
             x, vectors = torch.empty(1, 4096, width, dtype=dtype), torch.empty(1, 6 * width, dtype=dtype)
             shift, scale, gate, *_ = vectors.chunk(6, dim=-1)
@@ -145,13 +154,14 @@ def test_compiled_loops_spill_nothing_use_tensor_cores_and_fit_shared_memory(fou
     architecture, kernels = found
     assert {k["kernel"] for k in kernels} == {
         "normalise_heads", "attend_forward", "row_products", "attend_backward_keys",
-        "attend_backward_queries", "modulate_tile", "modulate_tile_backward"}
+        "attend_backward_queries", "norm_layout_tile", "norm_layout_tile_backward", "modulate_tile",
+        "modulate_tile_backward"}
     for k in kernels:
         assert k["spills"] == 0, k
         assert k["shared"] <= SHARED[architecture], k
         if k["kernel"].startswith("attend"):
             assert len(k["loops"]) == 2 and k["tensor"][TENSOR.get(architecture, "HMMA")] == 2, k
-        if k["kernel"].startswith("modulate"):
+        if k["kernel"].startswith(("modulate", "norm_layout")):
             assert k["wide loads"] >= 3 and k["narrow loads"] == 0, k
 
 
@@ -162,6 +172,11 @@ def test_the_image_loop_stays_within_its_budget_of_instructions(found):
         if limit:
             count = min(k["loops"]) * k["warps"] * 128 * 128 / k["tile"]
             assert count <= limit, f"{k['kernel']}, {architecture}: {count:.0f} instructions, budget {limit}"
+
+
+def test_what_is_left_out_or_single_compiles_too(tmp_path):
+    """Where a kernel chooses between two tensors both must be of one dtype, also if one is a stand-in."""
+    compiled_apart([90], [("bfloat16", 64, odd) for odd in (ODD if thorough() else ODD[:2])], tmp_path)
 
 
 def test_the_widest_heads_and_rows_fit_the_smallest_card_without_spilling_in_a_loop(tmp_path):
