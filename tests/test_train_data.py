@@ -10,7 +10,6 @@ import io
 import json
 import math
 import random
-import shutil
 
 import pytest
 import torch
