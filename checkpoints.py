@@ -156,7 +156,7 @@ class State:
     total: int                              # steps
     params: dict                            # name -> parameter
     average: dict                           # name -> its average; empty where a stage keeps none
-    optimizers: list                        # AdamW; for the transformer Muon too, each with its own parameters
+    optimizers: list                        # AdamW; for the transformer Muon too, each with its parameters
     recent: torch.Tensor                    # losses of the last healthy steps: what a spike is measured by
     in_a_row: torch.Tensor                  # bad steps since the last healthy one
     step: int = 0                           # steps done

@@ -1,25 +1,25 @@
 """Muon: how does a transformer learn in minutes what takes AdamW several times as many steps?
 
-Its own top-level file, since no other question of this project is about an optimizer; train.py uses it for the
-matrices of the transformer's blocks, and AdamW for everything else.
+Its own top-level file, since no other question of this project is about an optimizer; train.py uses it for
+the matrices of the transformer's blocks, and AdamW for everything else.
 
-A gradient of a weight matrix is dominated by a few directions, and AdamW, which scales number by number, moves
-along those. Muon replaces the (averaged) gradient by the nearest orthogonal matrix, so that all of its
+A gradient of a weight matrix is dominated by a few directions, and AdamW, which scales number by number,
+moves along those. Muon replaces the (averaged) gradient by the nearest orthogonal matrix, so that all of its
 directions are learnt at one pace (Jordan and others 2024, kellerjordan.github.io/posts/muon):
 
     B <- m B + (1 - m) G                                the average of the gradients G
     U S V^T = (1 - m) G + m B                           Nesterov's look ahead; its singular values S ...
     W <- W - rate * sqrt(max(1, rows / columns)) U V^T  ... are all replaced by 1
 
-U V^T comes without an SVD: the polynomial a X + b (X X^T) X + c (X X^T)^2 X keeps the singular vectors of X and
-maps each singular value s to a s + b s^3 + c s^5, which a few applications drive towards 1 from anywhere above
-about 0.003. They are matrix products only, and exact enough in bfloat16.
+U V^T comes without an SVD: the polynomial a X + b (X X^T) X + c (X X^T)^2 X keeps the singular vectors of X
+and maps each singular value s to a s + b s^3 + c s^5, which a few applications drive towards 1 from anywhere
+above about 0.003. They are matrix products only, and exact enough in bfloat16.
 
 What to know
 - A packed qkv of an attention is three matrices, and each is made orthogonal by itself.
 - Matrices of one shape go through the products as one batch.
-- Only matrices between hidden activations belong here. Embedders, modulations, the final layer, biases and
-  norms are AdamW's.
+- Only matrices between hidden activations belong here, and the text features are such. Other embedders,
+  modulations, the final layer, biases and norms are AdamW's.
 - torch.optim.Muon (torch 2.9 and later) is the same rule for unpacked matrices, one at a time.
 
 DIFFERS: the paper trains with AdamW throughout; --muon-rate 0 does so here.
@@ -32,8 +32,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # steepest at 0 of those that stay w
 
 
 def orthogonalize(x: torch.Tensor, rounds: int = 5) -> torch.Tensor:
-    """x (n, rows, columns), rows <= columns -> about U V^T of each U S V^T, in bfloat16: all singular values lie
-    between 0.7 and 1.2."""
+    """x (n, rows, columns), rows <= columns -> about U V^T of each U S V^T, in bfloat16: all singular values
+    lie between 0.7 and 1.2."""
     a, b, c = COEFFICIENTS
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()          # singular values at most 1
     for _ in range(rounds):
@@ -60,10 +60,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """As for torch's fused optimizers, a tensor `found_inf` above 0 makes this a step that changes nothing,
-        without asking a GPU for its value."""
+        """As for torch's fused optimizers, a tensor `found_inf` above 0 makes this a step that changes
+        nothing, without asking a GPU for its value."""
         bad = getattr(self, "found_inf", torch.zeros(())) > 0
-        shapes = {}                                         # (rows, columns) -> what is orthogonalized together
+        shapes = {}                             # (rows, columns) -> what is orthogonalized together
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -84,14 +84,16 @@ class Muon(torch.optim.Optimizer):
                 rows, columns = p.shape[0] // group["packed"], p.shape[1]
                 rate = torch.where(bad, 0.0, group["lr"])
                 p.mul_(1 - rate * group["weight_decay"])
-                p.sub_((piece.mT if tall else piece).reshape(p.shape) * (rate * max(1, rows / columns) ** 0.5))
+                piece = (piece.mT if tall else piece).reshape(p.shape)
+                p.sub_(piece * (rate * max(1, rows / columns) ** 0.5))
 
 
 def split(model: torch.nn.Module) -> tuple[list[dict], list[torch.nn.Parameter]]:
-    """(Muon's groups, what is left for AdamW): Muon gets the matrices of an MMDiT's attentions and MLPs."""
+    """(Muon's groups, what is left for AdamW): Muon gets the matrices of an MMDiT's attentions and MLPs, and
+    the one that reads the text features."""
     packed, rest = {1: [], 3: []}, []
     for name, p in model.named_parameters():
-        if p.ndim == 2 and any(layer in name for layer in (".attn", ".mlp.fc")):
+        if p.ndim == 2 and any(layer in name for layer in (".attn", ".mlp.fc", "context_embedder")):
             packed[3 if ".qkv." in name else 1].append(p)
         else:
             rest.append(p)
@@ -99,12 +101,13 @@ def split(model: torch.nn.Module) -> tuple[list[dict], list[torch.nn.Parameter]]
 
 
 def demo() -> None:
-    """A matrix learnt from inputs of which some directions are 100 times weaker: what is left to learn of each?"""
+    """A matrix learnt from inputs of which some directions are 100 times weaker: what is left to learn?"""
     torch.manual_seed(0)
     D, steps = 32, 300
     scale, basis = torch.logspace(0, -2, D), torch.linalg.qr(torch.randn(D, D))[0]
     wanted, errors = torch.randn(D, D), {}
-    for name, optimizer, rate in (("AdamW", torch.optim.AdamW, 1.0), ("Muon", Muon, 0.2)):      # the best of each
+    # each at the best of the rates tried, 0.03 to 1 and 0.05 to 0.8
+    for name, optimizer, rate in (("AdamW", torch.optim.AdamW, 1.0), ("Muon", Muon, 0.2)):
         weight = torch.nn.Parameter(torch.zeros(D, D))
         optimizer = optimizer([weight], lr=rate, weight_decay=0)
         for i in range(steps):

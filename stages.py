@@ -53,6 +53,7 @@ class Stage:
     loss: object                            # (step, generator) -> (scalar, {name: scalar for the log})
     preview: object = None                  # (step) -> None: a sample grid, drawn with the averaged weights
     ema: bool = False                       # keep an average of the weights and return it
+    finish: object = None                   # () -> None: when all is learned, before it is saved
 
 
 def build(c, tokenizers: dict) -> dict[str, nn.Module]:
@@ -97,8 +98,8 @@ def vae_stage(run, parts, pictures) -> Stage:
         judged = discriminator_loss(critic, x, recon)
         return total + judged, logged | {"critic": judged.detach()}
 
-    return Stage(
-        "vae", nn.ModuleDict({"vae": vae} if critic is None else {"vae": vae, "critic": critic}), loss)
+    modules = {"vae": vae} if critic is None else {"vae": vae, "critic": critic}
+    return Stage("vae", nn.ModuleDict(modules), loss, finish=lambda: measure_vae(run, vae, pictures))
 
 
 @torch.no_grad()
@@ -226,6 +227,40 @@ def grown(old: MMDiT, tokens: int) -> MMDiT:
     return new
 
 
+class WhiteLinear(nn.Linear):
+    """A Linear while it learns: it sees its input with mean 0 and, nearly, with the identity as covariance.
+
+    Ten directions make up four fifths of what the text features vary by, and say which words there are.
+    Which colour belongs to which shape lies in the weak ones, and in raw features would be learned last.
+    `folded` is the plain layer that computes the same.
+
+    DIFFERS: the paper's layer reads raw features; half a million steps need no such help."""
+
+    def __init__(self, linear: nn.Linear, some: torch.Tensor, learned: bool = False):
+        """some (n, in): inputs to measure mean and covariance on. learned: go on from what `linear` computes;
+        else its weights, untrained, are for the white inputs."""
+        super().__init__(linear.in_features, linear.out_features, device=linear.weight.device)
+        some, device = some.double().cpu(), linear.weight.device                        # no float64 on MPS
+        values, vectors = torch.linalg.eigh(some.T.cov(correction=0))                   # (in,), (in, in)
+        scale = (values.clamp(min=0) + 0.03 * values.mean()).rsqrt()        # rounding errors stay small
+        self.mean = some.mean(0).float().to(device)                                     # (in,)
+        self.matrix = ((vectors * scale) @ vectors.T).float().to(device)                # (in, in)
+        weight, bias = linear.weight.detach(), linear.bias.detach()
+        self.weight.data = weight @ torch.linalg.inv(self.matrix) if learned else weight.clone()
+        self.bias.data = bias + weight @ self.mean if learned else bias.clone()
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):                  # differences of large numbers
+            x = (x.float() - self.mean) @ self.matrix
+        return super().forward(x)
+
+    def folded(self) -> nn.Linear:
+        plain = nn.Linear(self.in_features, self.out_features, device=self.weight.device)
+        plain.weight.data = self.weight.data @ self.matrix
+        plain.bias.data = self.bias.data - plain.weight.data @ self.mean
+        return plain
+
+
 def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
     c, model = run.config, parts["mmdit"]
     model.gradient_checkpointing = c.checkpointing
@@ -245,7 +280,12 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
         losses = flow.loss(model, x0, t=t, noise=noise, context=ctx, pooled=pool)
         return losses.mean(), {"by_t": loss_by_t(losses, t)}
 
+    some = torch.cat([batches.at(i, run.device)[2].flatten(0, 1) for i in range(32)])       # (tokens, ctx)
+    model.context_embedder = WhiteLinear(model.context_embedder, some, learned=bool(c.origin))
     prompts = preview_prompts(c, pictures.captions)
+
+    def finish():
+        model.context_embedder = model.context_embedder.folded().requires_grad_(False)
 
     def preview(step):
         vae, *encoders = (load_part(run.folder, name).to(run.device) for name in ("vae", *ENCODERS))
@@ -258,7 +298,7 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
         (run.folder / "samples").mkdir(exist_ok=True)
         contact_sheet({f"step {step}": row[:4], "": row[4:]}).save(run.folder / "samples" / f"{step:06d}.png")
 
-    return Stage("flow", model, loss, preview, ema=True)
+    return Stage("flow", model, loss, preview, ema=True, finish=finish)
 
 
 def preview_prompts(c, captions) -> list[str]:

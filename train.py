@@ -69,13 +69,14 @@ from muon import Muon, split
 from prepare import Cache, Survey
 from sample import pick_device
 from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, encoder_prints, flow_stage, grown,
-                    measure_vae, preview_prompts, t5_stage, take_over, vae_stage)
+                    preview_prompts, t5_stage, take_over, vae_stage)
 from text_encoders import (load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
                            train_t5_tokenizer)
 from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, clock, judge, largest_logit, lasting_output,
                    plot_run, read_metrics, roll_back, update)
 
-SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate")   # settings that shape what is trained
+# settings that say what is trained, and by what
+SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate")
 SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.95}      # of what --minutes leaves at a stage's start
 
 
@@ -120,7 +121,7 @@ class TrainConfig:
     clip_length: int = flag(0, "tokens of the CLIP towers; 0: as many as the short captions need, up to 77")
     t5_length: int = flag(0, "tokens of T5; 0: as many as all captions need, up to 77")
     density: str = flag("logit_normal", "of training times: uniform | logit_normal | mode | cosmap")
-    shift: float = flag(3.0, "of training and sampling times towards noise; 1: none")
+    shift: float = flag(4.0, "of training and sampling times towards noise; 1: none")
     text_drop: float = flag(0.464, "probability that an encoder's features are zeroed")
     ema: float = flag(0.999, "decay of the averaged weights")
     warmup: int = flag(50, "steps of linear warm-up in each stage")
@@ -229,8 +230,8 @@ def begin(run: Run, stage: Stage) -> State:
     # eps is the paper's for bfloat16 training with normalised queries and keys (section 5.3.2). Next to the
     # usual 1e-8, gradients that are as small as this would hardly move their weights. The moments here are
     # float32; kept in bfloat16 they still could hold 1e-15 squared, in float16 they could not: 0 / 0.
-    optimizers = [torch.optim.AdamW(groups, lr=getattr(c, f"{stage.name}_rate"), betas=(0.9, 0.99), eps=1e-15,
-                                    fused=run.device.type != "mps")]
+    optimizers = [torch.optim.AdamW(groups, lr=getattr(c, f"{stage.name}_rate"), betas=(0.9, 0.99),
+                                    eps=1e-15, fused=run.device.type != "mps")]
     if matrices:
         optimizers.append(Muon(matrices, lr=c.muon_rate))
     average = {k: p.detach().clone() for k, p in params.items()} if stage.ema else {}
@@ -348,8 +349,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
 
 def list_data(c: TrainConfig):
-    """(Survey, or None with --cache; Pictures without pixels; the data's fingerprint; what load_pictures reads
-    on from, or None)."""
+    """(Survey, or None with --cache; Pictures without pixels; the data's fingerprint; a listing for
+    load_pictures, or None)."""
     if c.cache:                                                     # the pictures may be anywhere by now
         cache = Cache(c.cache)
         captions = [tuple(cache.texts(k * len(cache) // 8)) for k in range(8)]
@@ -392,8 +393,8 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
         stage = stages.pop(name) if name in stages else make[name]()
         with run.stop.later():                      # a stage that was learned gets saved
             fit(run, stage, SHARE[name])
-            if name == "vae":
-                measure_vae(run, parts["vae"], pictures)
+            if stage.finish:
+                stage.finish()
             for part in PARTS_OF[name]:
                 save_part(folder, part, parts[part])
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)   # a later stage's learned from others

@@ -16,7 +16,8 @@ What to know
 - A step is bad if its loss or the norm of its gradient is not finite, or if its loss is more than five times
   the median of the last healthy ones. On drawn shapes the largest ratio seen in 4 whole runs was 1.34.
 - Nothing here makes a GPU wait at each step. `judge` is arithmetic on tensors that stay there, the fused
-  AdamW and Muon read its verdict there (`found_inf`, meant for gradient scaling), and the log reads 20 steps at once.
+  AdamW and Muon read its verdict there (`found_inf`, meant for gradient scaling), and the log reads 20 steps
+  at once.
   So the news that all steps are bad comes up to 20 steps late, which costs time but no weights.
 - Going back alone would repeat the same steps, since all randomness comes from (seed, stage, step); therefore
   the rate is halved. Bad data will fail again, and then the advice is what is left.

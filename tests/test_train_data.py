@@ -204,7 +204,7 @@ def test_a_second_phase_takes_over_all_parts_moves_positions_and_times_and_start
         first_phase, tmp_path):
     out = tmp_path / "large"
     config, resume = parse(["--from", str(first_phase), "--out", str(out), *flags_of(size=128, flow_steps=3)])
-    assert not resume and config.shift == pytest.approx(3.0 * 2)        # sqrt(128^2 / 64^2)
+    assert not resume and config.shift == pytest.approx(TrainConfig.shift * 2)        # sqrt(128^2 / 64^2)
     train(config)
     for name in ("vae", "clip_l", "clip_g", "clip_l_image", "clip_g_image", "t5"):
         a, b = ((folder / f"{name}.safetensors").read_bytes() for folder in (out, first_phase))
