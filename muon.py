@@ -18,8 +18,8 @@ above about 0.003. They are matrix products only, and exact enough in bfloat16.
 What to know
 - A packed qkv of an attention is three matrices, and each is made orthogonal by itself.
 - Matrices of one shape go through the products as one batch.
-- Only matrices between hidden activations belong here, and the text features are such. Other embedders,
-  modulations, the final layer, biases and norms are AdamW's.
+- Only matrices between hidden activations belong here. Embedders, modulations, the final layer, biases and
+  norms are AdamW's.
 - torch.optim.Muon (torch 2.9 and later) is the same rule for unpacked matrices, one at a time.
 
 DIFFERS: the paper trains with AdamW throughout; --muon-rate 0 does so here.
@@ -89,11 +89,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def split(model: torch.nn.Module) -> tuple[list[dict], list[torch.nn.Parameter]]:
-    """(Muon's groups, what is left for AdamW): Muon gets the matrices of an MMDiT's attentions and MLPs, and
-    the one that reads the text features."""
+    """(Muon's groups, what is left for AdamW): Muon gets the matrices of an MMDiT's attentions and MLPs."""
     packed, rest = {1: [], 3: []}, []
     for name, p in model.named_parameters():
-        if p.ndim == 2 and any(layer in name for layer in (".attn", ".mlp.fc", "context_embedder")):
+        if p.ndim == 2 and any(layer in name for layer in (".attn", ".mlp.fc")):
             packed[3 if ".qkv." in name else 1].append(p)
         else:
             rest.append(p)

@@ -71,7 +71,7 @@ def test_of_an_mmdit_muon_gets_the_matrices_of_attentions_and_mlps_and_adamw_all
     others = {names[id(p)] for p in rest}
     assert ours.keys() | others == set(names.values()) and not ours.keys() & others
     assert [n for n in ours if ours[n] == 3] == [n for n in names.values() if n.endswith("qkv.weight")]
-    assert {name.split(".")[-2] for name in ours} == {"qkv", "proj", "fc1", "fc2", "context_embedder"}
+    assert {name.split(".")[-2] for name in ours} == {"qkv", "proj", "fc1", "fc2"}
     assert not any("adaLN" in name or "final" in name or name.endswith("bias") for name in ours)
     dead = {n for n in names.values() if n.endswith((".proj.weight", ".fc1.weight", ".fc2.weight"))}
     assert dead - ours.keys() == {"x_embedder.proj.weight"}
