@@ -25,9 +25,10 @@ inferred: "a small red star at the top left and a big blue ring at the right".
 Eight of the 80 (shape, colour) pairs are never drawn in training. `prompts` asks for them all the same,
 marked "unseen": can the model paint a whole of which it has seen only the parts?
 
-Objects stand in the middles of the four quarters, one alone also in the middle of the picture. Sizes vary
-freely. Centres anywhere would be the harder world: a transformer that sees 16 tokens of 16 pixels has to
-learn every shape again for every shift inside a token, and minutes on a CPU do not suffice (README).
+Where objects stand follows from how many there are and from their relation (`layout`): one in the middle, two
+side by side in the order of the prompt, unless it says "above". Sizes, and colours that the prompt leaves
+open, are free. Places at random are the harder world, for which minutes on a CPU do not suffice (README): the
+model would have to agree with itself, from noise, on who stands where.
 
 Lengths are fractions of the picture's side, and y grows downwards: "above" means a smaller y.
 
@@ -80,9 +81,6 @@ HELD_OUT = frozenset({("circle", "pink"), ("square", "green"), ("triangle", "pur
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 RADIUS = {"single_object": (0.16, 0.30), "colors": (0.16, 0.30), "two_object": (0.13, 0.20),
           "color_attr": (0.13, 0.20), "counting": (0.13, 0.16), "position": (0.12, 0.18)}
-CENTRE, QUARTERS = (0.5, 0.5), [(x, y) for y in (0.25, 0.75) for x in (0.25, 0.75)]    # where objects stand
-GAP, MARGIN = 0.06, 0.01            # between two objects; between an object and the picture's edge
-LEAN = 1.3                          # position: the offset is this much larger along the axis that is named
 SMALL, BIG = 0.15, 0.18             # r below the first is "small", from the second on "big"
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLACES = (("top left", "top", "top right"), ("left", "center", "right"),
@@ -181,25 +179,16 @@ def describe(things):
     return " and ".join(f"{phrase(look)} at the {PLACES[y][x]}" for look, (y, x) in zip(looks, cells))
 
 
-def _layout(rng, reaches, relation=None):
-    """Random centres [(x, y), ...] for circles of these radii: inside, apart, and as related."""
-    free = QUARTERS if len(reaches) > 1 else [*QUARTERS, CENTRE]            # a big one fits the middle alone
-    while True:
-        spots = []
-        for r in reaches:
-            for x, y in rng.permutation(free).tolist():
-                inside = r + MARGIN <= min(x, y, 1 - x, 1 - y)
-                if inside and all(math.hypot(x - a, y - b) >= r + q + GAP
-                                  for (a, b), q in zip(spots, reaches)):
-                    spots.append((x, y))
-                    break
-        if len(spots) < len(reaches):
-            continue                # one found no room: begin again, the others may be in its way
-        if relation is None:
-            return spots
-        (ax, ay), (bx, by), (ux, uy) = *spots, RELATIONS[relation]
-        if (ax - bx) * ux + (ay - by) * uy >= LEAN * abs((ax - bx) * uy + (ay - by) * ux):
-            return spots
+def layout(count, relation=None):
+    """Centres [(x, y), ...] of so many objects, in the order in which the prompt names them."""
+    left, right, top, bottom = (0.25, 0.5), (0.75, 0.5), (0.5, 0.25), (0.5, 0.75)
+    if count == 1:
+        return [(0.5, 0.5)]
+    if count == 2:
+        return {"right of": [right, left], "above": [top, bottom], "below": [bottom, top]}.get(
+            relation, [left, right])
+    upper = [(0.25, 0.25), (0.75, 0.25)]
+    return upper + ([bottom] if count == 3 else [(0.25, 0.75), (0.75, 0.75)])
 
 
 def scene(rng, task=None):
@@ -223,7 +212,7 @@ def scene(rng, task=None):
     named = task in ("colors", "color_attr") or (task == "position" and rng.random() < 0.5)     # colours told
 
     radii = rng.uniform(*RADIUS[task], kinds).tolist() * count                  # counting: one size for all
-    spots = _layout(rng, [r * REACH[s] for r, s in zip(radii, shapes * count)], relation)
+    spots = layout(kinds * count, relation)
     things = [Thing(s, c, x, y, r) for s, c, (x, y), r in zip(shapes * count, colours * count, spots, radii)]
     metadata = request(task, [(s, c if named else None, count) for s, c in zip(shapes, colours)], relation)
     return Scene(task, things, (metadata["prompt"], describe(things)), metadata)

@@ -410,7 +410,7 @@ def illustrate(metadata, rng, size=SIDE):
         colours = data.PALETTE[c["class"]]
         looks += [(c["class"], c.get("color") or colours[int(rng.integers(len(colours)))],
                    float(rng.uniform(*data.RADIUS[task])))] * c["count"]
-    spots = data._layout(rng, [r * data.REACH[shape] for shape, _, r in looks], relation)
+    spots = data.layout(len(looks), relation)
     return data.draw([data.Thing(s, c, x, y, r) for (s, c, r), (x, y) in zip(looks, spots)], size)
 
 
