@@ -307,7 +307,7 @@ def preview_prompts(c, captions) -> list[str]:
         return [captions[k * len(captions) // 8][0] for k in range(8)]
     return ["a star", "a red circle", "three hearts", "a ring and a cross", "a square left of a ring",
             "a star above a heart", "a red star left of a blue ring",
-            "a small green square at the top left and a big white ring at the right"]
+            "a small green square at the left and a big white ring at the right"]
 
 
 def demo() -> None:

@@ -41,9 +41,19 @@ def test_objects_lie_inside_the_picture_and_apart(seed, task):
     things = make(seed, task).things
     for i, a in enumerate(things):
         reach = a.r * data.REACH[a.shape]
-        assert min(a.x, a.y, 1 - a.x, 1 - a.y) >= reach + data.MARGIN - 1e-9
+        assert min(a.x, a.y, 1 - a.x, 1 - a.y) >= reach + 0.01
         for b in things[:i]:
-            assert math.hypot(a.x - b.x, a.y - b.y) >= reach + b.r * data.REACH[b.shape] + data.GAP - 1e-9
+            assert math.hypot(a.x - b.x, a.y - b.y) >= reach + b.r * data.REACH[b.shape] + 0.03
+
+
+@given(seeds, tasks)
+def test_places_follow_from_the_number_of_objects_and_their_relation_alone(seed, task):
+    scene = make(seed, task)
+    relation = scene.metadata["include"][-1].get("position", [None])[0]
+    assert [(t.x, t.y) for t in scene.things] == data.layout(len(scene.things), relation)
+    for (x, y), (other_x, other_y) in zip(data.layout(2, relation), data.layout(2, relation)[1:]):
+        across = {"above": (0, -0.5), "below": (0, 0.5), "right of": (0.5, 0)}.get(relation, (-0.5, 0))
+        assert (x - other_x, y - other_y) == across
 
 
 def test_drawn_objects_do_not_touch():
