@@ -241,6 +241,14 @@ def shard(model, dtype: torch.dtype, device: torch.device) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def let_go(model: nn.Module) -> None:
+    """Forget the gathered weights, before others take the place of the shards: without a backward pass the
+    outermost unit keeps them, and would use them once more."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 # --------------------------------------------------------------------------------------------------- demo
 
 def half(rank: int, world: int, port: int, queue) -> None:

@@ -366,6 +366,7 @@ def preview(run: Run, stage: Stage, state: State, log: Log) -> None:
         with swapped(state.params, state.average), run.tolerating("a sample grid"):
             stage.model.eval()
             stage.preview(step)
+            parallel.let_go(stage.model)
             if run.ranks.rank == 0:
                 plot_run(log.path)
         stage.model.train()

@@ -132,7 +132,8 @@ def assert_equal(one, many, stages=("flow",)):
     for name in {"mmdit"} if stages == ("flow",) else {"vae", "clip_l", "t5", "mmdit"}:
         a, b = (load_tensors(Path(x, f"{name}.safetensors"))[0] for x in (one, many))
         off = sum((a[k] - b[k]).square().sum().item() for k in a)
-        assert math.sqrt(off / sum(v.square().sum().item() for v in a.values())) < 1e-3, name
+        # not nearer: where a gradient is zero but for rounding (biases of keys) AdamW takes full steps all the same
+        assert math.sqrt(off / sum(v.square().sum().item() for v in a.values())) < 5e-3, name
 
 
 def test_two_processes_learn_in_every_stage_what_one_does(finished, tmp_path):
