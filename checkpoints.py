@@ -9,7 +9,8 @@ A run is a folder that `train.py` fills and `sample.py` reads:
     clip_g_image, t5 .safetensors    without guessing
     mmdit.safetensors              the averaged (EMA) weights: what is sampled from
     checkpoints/flow-000500/       everything that the unfinished stage needs to go on from its step 500:
-        state.safetensors          weights, their average, optimizers' moments, the last healthy losses
+        state.safetensors          weights, their average, optimizers' moments, the last healthy losses;
+                                     from many processes shard-00001-... .safetensors, one of each
         manifest.json              stage, step, each file's size and sha256, settings, versions; written last
     metrics.csv, loss.png, samples/
     lock                           held by the one process that writes here
@@ -20,6 +21,11 @@ is strict: every parameter is filled exactly once, with the right shape and fini
 CheckpointError says in one line what is wrong and what to do. The newest two checkpoints are kept, since the
 newest may turn out damaged: no library notices a flipped byte, the checksum here does; training then goes on
 from the older, and says so. What is no damage (another architecture, a newer format) is refused instead.
+
+Many processes save through torch.distributed.checkpoint: each writes its share while training goes on, and
+the folder can be read by another number of processes, also by one. Its own format, .distcp, keeps an index
+that must be unpickled; torch 2.8 brought a writer that puts shards and their offsets into safetensors, which
+is used here.
 
 Published models, which have other names and layouts, are read by weights.py; its functions can be called from
 here too.
@@ -32,6 +38,8 @@ import os
 import re
 import shutil
 import socket
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +49,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mmdit import MMDiT, MMDiTConfig
+from parallel import Ranks, local, whole
 from text_encoders import (EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder, T5Config,
                            T5Encoder, load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
@@ -117,8 +126,9 @@ def load_strict(module: torch.nn.Module, tensors: dict, path) -> torch.nn.Module
     return module
 
 
-def save_part(run, name: str, module: torch.nn.Module) -> None:
-    save_tensors(Path(run, f"{name}.safetensors"), module.state_dict(),
+def save_part(run, name: str, module: torch.nn.Module, tensors: dict | None = None) -> None:
+    """tensors: module's, where it does not hold all of them itself."""
+    save_tensors(Path(run, f"{name}.safetensors"), tensors or module.state_dict(),
                  {"part": name, "config": asdict(module.config)})
 
 
@@ -196,11 +206,12 @@ def sha256(path) -> str:
     return digest.hexdigest()
 
 
-def surroundings(state: State) -> dict:
+def surroundings(state: State, ranks: Ranks) -> dict:
     """What decides how sums are rounded: equal bits are promised only where all of it is equal."""
     device = next(iter(state.params.values())).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads()}
+    return {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads(),
+            "ranks": ranks.world}
 
 
 def owned(state: State):
@@ -211,37 +222,120 @@ def owned(state: State):
             yield from ((type(optimizer).__name__, optimizer, names[p], p) for p in group["params"])
 
 
+def tensors_of(state: State) -> dict:
+    """Every tensor of a checkpoint by its name in there."""
+    tensors = {f"model.{k}": p.detach() for k, p in state.params.items()}
+    tensors |= {f"average.{k}": v for k, v in state.average.items()} | {"recent": state.recent}
+    for kind, optimizer, k, p in owned(state):
+        tensors |= {f"{kind.lower()}.{moment}.{k}": v for moment, v in optimizer.state[p].items()}
+    return tensors
+
+
+def manifest_of(state: State, facts: dict, ranks: Ranks) -> dict:
+    """What a manifest tells, except for its files."""
+    return {"format": FORMAT, "stage": state.stage, "step": state.step, "total": state.total,
+            "bad_in_a_row": int(state.in_a_row), "rollbacks": state.rollbacks, **facts,
+            **surroundings(state, ranks)}
+
+
 def save_state(run, state: State, facts: dict) -> Path:
     """A new checkpoint beside the older ones, of which the newest KEEP stay.
 
     facts: {"settings": flags that shape the model, "fingerprint": of the data}. The folder takes its name
     when all of it has reached the disk, so any folder without .tmp is whole. OSError: it could not be
     written, and nothing has changed."""
-    tensors = {f"model.{k}": p for k, p in state.params.items()}
-    tensors |= {f"average.{k}": v for k, v in state.average.items()} | {"recent": state.recent}
-    for kind, optimizer, k, p in owned(state):
-        tensors |= {f"{kind.lower()}.{moment}.{k}": v for moment, v in optimizer.state[p].items()}
-    folder = Path(run, "checkpoints", f"{state.stage}-{state.step:06d}")
-    temporary = folder.with_name(folder.name + ".tmp")
+    return write_state(run, tensors_of(state), manifest_of(state, facts, Ranks()))
+
+
+def write_state(run, tensors: dict, manifest: dict) -> Path:
+    with unfinished_folder(run, manifest) as temporary:
+        save_tensors(temporary / "state.safetensors", tensors, {})
+        return seal(temporary, manifest)
+
+
+def folder_of(run, manifest: dict) -> Path:
+    return Path(run, "checkpoints", f"{manifest['stage']}-{manifest['step']:06d}")
+
+
+@contextmanager
+def unfinished_folder(run, manifest: dict):
+    """Where a checkpoint is written; gone if that fails."""
+    temporary = folder_of(run, manifest).with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        save_tensors(temporary / "state.safetensors", tensors, {})
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)}
-                 for p in sorted(temporary.glob("*.safetensors"))}          # one; more, once it is sharded
-        write_json(temporary / "manifest.json", {
-            "format": FORMAT, "stage": state.stage, "step": state.step, "total": state.total,
-            "bad_in_a_row": int(state.in_a_row), "rollbacks": state.rollbacks, "files": files,
-            **facts, **surroundings(state)})
-        if folder.exists():                     # damaged, or of steps that were rolled back
-            remove_checkpoint(folder)
-        os.replace(temporary, folder)
-        sync_folder(folder.parent)
+        yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in checkpoints_of(run, state.stage)[:-KEEP]:
+
+
+def seal(temporary: Path, manifest: dict) -> Path:
+    """All files are there: the manifest, then the name, then the oldest may go."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)}
+             for p in sorted(temporary.glob("*.safetensors"))}
+    write_json(temporary / "manifest.json", manifest | {"files": files})
+    folder = temporary.with_suffix("")
+    if folder.exists():                         # damaged, or of steps that were rolled back
+        remove_checkpoint(folder)
+    os.replace(temporary, folder)
+    sync_folder(folder.parent)
+    for old in checkpoints_of(folder.parent.parent, manifest["stage"])[:-KEEP]:
         remove_checkpoint(old)
     return folder
+
+
+class Saver:
+    """Saves a run's states, one save at a time; `saved` is (stage, step) of the last that is complete.
+
+    One process: at once, into one file. Many: `save` copies what this rank is to write to main memory (of a
+    tensor that is cut up its shard; of one that every rank holds, one rank writes all) and returns; a thread
+    writes it while training goes on, and rank 0 seals the folder when all ranks have written. torch 2.6 and
+    2.7 cannot write shards without pickling their index: there rank 0 collects all and writes one file."""
+
+    def __init__(self, run, ranks: Ranks):
+        self.run, self.ranks, self.saved, self.pending = run, ranks, ("", 0), None
+        self.thread = ThreadPoolExecutor(1) if ranks.world > 1 else None
+
+    def save(self, state: State, facts: dict) -> None:
+        """OSError: the state could not be written. Or the one before; then this one was not tried."""
+        if self.ranks.world == 1:
+            save_state(self.run, state, facts)
+            self.saved = state.stage, state.step
+            return
+        self.settle()
+        tensors, manifest = tensors_of(state), manifest_of(state, facts, self.ranks)
+        try:
+            from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
+        except ImportError:
+            tensors = {k: whole(v) if self.ranks.rank else whole(v).cpu() for k, v in tensors.items()}
+            self.ranks.together(
+                lambda: None if self.ranks.rank else write_state(self.run, tensors, manifest))
+            self.saved = state.stage, state.step
+            return
+        temporary = folder_of(self.run, manifest).with_suffix(".tmp")
+        self.ranks.together(
+            lambda: None if self.ranks.rank else shutil.rmtree(temporary, ignore_errors=True))
+        written = async_save(
+            tensors, storage_writer=HuggingFaceStorageWriter(temporary, save_distributed=True),
+            process_group=self.ranks.saving)
+        self.pending = self.thread.submit(self.finish, written, temporary, manifest)
+
+    def finish(self, written, temporary: Path, manifest: dict) -> tuple[str, int]:
+        try:
+            written.result()                    # raises on every rank if one has failed
+            if self.ranks.rank == 0:
+                seal(temporary, manifest)
+        except BaseException as e:
+            if self.ranks.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(f"{temporary} could not be written ({e})".replace("\n", " ")) from None
+        return manifest["stage"], manifest["step"]
+
+    def settle(self) -> None:
+        """Wait for the save that is under way. OSError, on all ranks, if it failed."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self.saved = self.ranks.together(pending.result)
 
 
 def read_manifest(folder: Path, facts: dict) -> dict:
@@ -266,12 +360,12 @@ def read_manifest(folder: Path, facts: dict) -> dict:
     return manifest
 
 
-def read_checkpoint(folder: Path, facts: dict) -> tuple[dict, dict]:
-    """(manifest, tensors) of a checkpoint of which every byte is as it was written."""
-    tensors = {}
+def verify(folder: Path, facts: dict, rank: int = 0, world: int = 1) -> dict:
+    """The manifest of a checkpoint of which every byte is as it was written; of `world` ranks each looks at
+    its share of the files."""
     try:
         manifest = read_manifest(folder, facts)
-        for name, about in manifest["files"].items():
+        for name, about in sorted(manifest["files"].items())[rank::world]:
             path = folder / Path(name).name
             if not path.is_file():
                 raise Damaged(f"{name} is missing")
@@ -279,22 +373,75 @@ def read_checkpoint(folder: Path, facts: dict) -> tuple[dict, dict]:
                 raise Damaged(f"{name} has {path.stat().st_size:,} bytes, not {about['bytes']:,}")
             if sha256(path) != about["sha256"]:
                 raise Damaged(f"{name} is not what was written: its sha256 is another")
-            try:
-                tensors |= load_tensors(path)[0]
-            except CheckpointError as e:
-                raise Damaged(str(e)) from None
         manifest["step"], manifest["total"], manifest["bad_in_a_row"], manifest["rollbacks"]
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, CheckpointError):
             raise
         raise Damaged(f"its manifest.json lacks what it should tell ({e})") from None
-    for name, t in tensors.items():
-        if name != "recent" and not t.isfinite().all():         # recent: infinite until there were losses
-            raise Damaged(f"{name} holds NaN or infinity")
+    return manifest
+
+
+def read_checkpoint(folder: Path, facts: dict, state: State, ranks: Ranks) -> tuple[dict, dict]:
+    """(manifest, tensors) of a checkpoint, whoever saved it; from shards, what this rank holds of them.
+
+    Damaged, on all ranks, if on one."""
+    manifest, reason = {}, ""
+    try:
+        manifest = verify(folder, facts, ranks.rank, ranks.world)
+    except Damaged as e:
+        reason = str(e)
+    if reason := ranks.first_word(reason):
+        raise Damaged(reason)
+    try:
+        if any(name.startswith("shard-") for name in manifest["files"]):
+            tensors = read_shards(folder, state)
+        else:
+            tensors = load_whole(folder)
+        # `recent` is infinite until there were losses
+        bad = [k for k, t in tensors.items() if k != "recent" and not local(t).isfinite().all()]
+        reason = f"{bad[0]} holds NaN or infinity" if bad else ""
+    except Damaged as e:
+        reason = str(e)
+    if reason := ranks.first_word(reason):
+        raise Damaged(reason)
     return manifest, tensors
 
 
-def load_state(run, state: State, facts: dict, healthy: bool = False) -> bool:
+def load_whole(folder: Path) -> dict:
+    try:
+        return load_tensors(folder / "state.safetensors")[0]
+    except CheckpointError as e:
+        raise Damaged(str(e)) from None
+
+
+def read_shards(folder: Path, state: State) -> dict:
+    """What a Saver of many ranks wrote: whole tensors, or the shards of those that are cut up in `state`."""
+    from torch.distributed import checkpoint
+    try:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
+    except ImportError:
+        raise CheckpointError(f"{folder} was written by several processes: torch 2.8 or newer reads "
+                              "it") from None
+    likes = {f"model.{k}": p for k, p in state.params.items()}
+    likes |= {f"average.{k}": v for k, v in state.average.items()} | {"recent": state.recent}
+    for kind, _, k, p in owned(state):
+        likes |= {f"{kind.lower()}.{m}.{k}": torch.zeros(()) if m == "step" else p for m in MOMENTS[kind]}
+    try:
+        saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        tensors = {k: torch.empty_like(like.detach()) for k, like in likes.items() if k in saved}
+        for k, t in tensors.items():
+            if saved[k].size != t.shape:
+                raise CheckpointError(f"{folder} does not fit this model at {k}: it belongs to another "
+                                      "architecture")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # that one process reads alone is no mistake
+            checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    except (SafetensorError, OSError, checkpoint.CheckpointException) as e:
+        raise Damaged(f"its shards cannot be read ({e})".replace("\n", " ")) from None
+    return tensors
+
+
+def load_state(run, state: State, facts: dict, healthy=False, ranks: Ranks | None = None) -> bool:
     """Fill `state` from the newest usable checkpoint of its stage; False if there is none.
 
     healthy: only one that was not saved amid bad steps. CheckpointError if there are checkpoints and all are
@@ -302,10 +449,10 @@ def load_state(run, state: State, facts: dict, healthy: bool = False) -> bool:
     if Path(run, "state.safetensors").exists():
         raise CheckpointError(f"{run}/state.safetensors was written by an older version, which alone can go "
                               "on with it: delete it, and its stage starts again")
-    damaged = []
+    ranks, damaged = ranks or Ranks(), []
     for folder in reversed(checkpoints_of(run, state.stage)):
         try:
-            manifest, tensors = read_checkpoint(folder, facts)
+            manifest, tensors = read_checkpoint(folder, facts, state, ranks)
         except Damaged as e:
             damaged.append(f"{folder}: {e}")
             continue
@@ -321,8 +468,9 @@ def load_state(run, state: State, facts: dict, healthy: bool = False) -> bool:
         print(f"went back to step {state.step}, since a newer checkpoint is damaged: {reason}")
     if manifest.get("fingerprint") != facts.get("fingerprint"):
         print(f"the data is not what it was when {folder} was saved: the rest is learned from the new")
-    if changed := [f"{k} {manifest.get(k)}, now {v}" for k, v in surroundings(state).items()
-                   if manifest.get(k) != v]:
+    before = {"ranks": 1} | manifest
+    if changed := [f"{k} {before.get(k)}, now {v}" for k, v in surroundings(state, ranks).items()
+                   if before.get(k) != v]:
         print(f"saved with {'; '.join(changed)}: what follows is as good, but not equal in every bit")
     return True
 
@@ -344,14 +492,23 @@ def fill_state(state: State, manifest: dict, tensors: dict, folder: Path) -> Non
         moments[p] = optimizer, found
     for prefix, target in targets:
         for k, p in target.items():
-            p.data.copy_(tensors[prefix + k])
+            local(p.data).copy_(local(cut_as(tensors[prefix + k], p)))
     for optimizer in state.optimizers:
         optimizer.state.clear()
     for p, (optimizer, found) in moments.items():
         if found:
-            optimizer.state[p] = {m: v.to(p.device) for m, v in found.items()}
+            optimizer.state[p] = {m: v.to(p.device) if m == "step" else cut_as(v, p)
+                                  for m, v in found.items()}
     state.in_a_row.fill_(manifest["bad_in_a_row"])
     state.step, state.total, state.rollbacks = (manifest[k] for k in ("step", "total", "rollbacks"))
+
+
+def cut_as(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """x on like's device, cut up among ranks if `like` is. Then every rank must call this."""
+    if hasattr(like, "to_local") and not hasattr(x, "to_local"):
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+    return x.to(like.device)
 
 
 # ------------------------------------------------------------------------------------------------------ runs

@@ -491,13 +491,16 @@ class Batches:
         self.seed, self.synthetic = seed, synthetic
         self.mine = slice(rank * batch // world, (rank + 1) * batch // world)
 
-    def at(self, step: int, device="cpu"):
-        """-> mean, std (B, C, H, W), context (B, M, ctx), pooled (B, pool), float32 on `device`."""
+    def at(self, step: int, device="cpu", rows=None):
+        """-> mean, std (B, C, H, W), context (B, M, ctx), pooled (B, pool), float32 on `device`.
+
+        rows: which of the whole batch; None: this rank's."""
+        rows = self.mine if rows is None else rows
         pictures = self.order.at(step)
         state = np.random.SeedSequence((self.seed, 3, step)).generate_state(1, np.uint64)[0]
         coins = torch.Generator().manual_seed(int(state))
         captions = data.pick_captions(self.cache.counts[pictures], coins, self.synthetic)
-        parts = self.cache.read(pictures[self.mine], captions[self.mine])
+        parts = self.cache.read(pictures[rows], captions[rows])
         return tuple(x.to(device).float() for x in parts)
 
 

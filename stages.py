@@ -10,8 +10,13 @@ one page.
     flow   MMDiT                  latents, text features,     flow matching               (flow.loss)
                                   noise, times
 
-Each function returns a Stage: the modules to train and loss(step, generator). All randomness comes from that
-generator, which depends on (seed, stage, step) alone. Each stage uses what earlier ones have learnt, frozen.
+Each function returns a Stage: the modules to train and loss(step, generator, rows). All randomness comes
+from that generator, which depends on (seed, stage, step) alone. Each stage uses what earlier ones have
+learnt, frozen.
+
+rows says which part of the batch to compute: a process among many, or a machine with little memory, takes
+less than all (parallel.py). Draws are for the whole batch all the same, and what loss returns, numbers for
+the log too, is that part's share of a sum: all rows' shares together are the loss of the batch.
 
 The flow reads it from a cache on disk (prepare.py). Once that is written the autoencoder and the text
 encoders leave memory, and come back only to draw a sample grid.
@@ -31,6 +36,7 @@ import flow
 from checkpoints import load_part, load_tokenizers, write_atomically
 from data import contact_sheet, list_pictures, pick_captions, refuse_if_mostly_bad
 from mmdit import MMDiT, MMDiTConfig
+from parallel import whole
 from prepare import Batches, Cache, Survey, files_fingerprint, write_cache
 from sample import Pipeline
 from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
@@ -50,7 +56,7 @@ class Stage:
     """What `fit` needs to know of a stage."""
     name: str
     model: nn.Module                        # all that is trained
-    loss: object                            # (step, generator) -> (scalar, {name: scalar for the log})
+    loss: object                            # (step, generator, rows) -> (scalar, {name: scalar for the log})
     preview: object = None                  # (step) -> None: a sample grid, drawn with the averaged weights
     ema: bool = False                       # keep an average of the weights and return it
     finish: object = None                   # () -> None: when all is learned, before it is saved
@@ -87,16 +93,21 @@ def vae_stage(run, parts, pictures) -> Stage:
     c, vae = run.config, parts["vae"]
     critic = PatchDiscriminator().to(run.device) if c.vae_critic else None
 
-    def loss(step, g):
-        x = to_unit(
-            pictures.images[torch.randint(len(pictures.images), (c.vae_batch,), generator=g)], run.device)
+    side = c.size // vae.config.factor
+
+    def loss(step, g, rows=slice(None)):
+        i = torch.randint(len(pictures.images), (c.vae_batch,), generator=g)[rows]
+        x, share = to_unit(pictures.images[i], run.device), len(i) / c.vae_batch
+        noise = flow.draw_noise((c.vae_batch, vae.config.z_channels, side, side), g)[rows].to(run.device)
         if critic is None:
-            return vae_loss(vae, x, generator=g)[:2]
-        critic.requires_grad_(False)                                        # it learns from its own loss only
-        total, logged, recon = vae_loss(vae, x, generator=g, critic=critic, critic_weight=c.vae_critic)
-        critic.requires_grad_(True)
-        judged = discriminator_loss(critic, x, recon)
-        return total + judged, logged | {"critic": judged.detach()}
+            total, logged, _ = vae_loss(vae, x, noise=noise)
+        else:
+            critic.requires_grad_(False)                                    # it learns from its own loss only
+            total, logged, recon = vae_loss(vae, x, noise=noise, critic=critic, critic_weight=c.vae_critic)
+            critic.requires_grad_(True)
+            judged = discriminator_loss(critic, x, recon)
+            total, logged = total + judged, logged | {"critic": judged.detach()}
+        return total * share, {k: v * share for k, v in logged.items()}
 
     modules = {"vae": vae} if critic is None else {"vae": vae, "critic": critic}
     return Stage("vae", nn.ModuleDict(modules), loss, finish=lambda: measure_vae(run, vae, pictures))
@@ -109,7 +120,7 @@ def measure_vae(run, vae, pictures) -> None:
     with run.autocast():
         shift, scale = measure_latents(vae, some)
         again = torch.cat([vae.decode(vae.encode(x).mean) for x in some.split(64)])
-    vae.config = dataclasses.replace(vae.config, shift=shift, scale=scale)
+    vae.config = run.ranks.same(dataclasses.replace(vae.config, shift=shift, scale=scale))
     print(f"vae: {psnr(again, some):.1f} dB from picture to latent and back; "
           f"latent = (z - {shift:.3f}) * {scale:.3f}", flush=True)
 
@@ -121,18 +132,20 @@ def clip_stage(run, parts, pictures, tokenizers) -> Stage:
     scales.to(run.device)
     side = parts["clip_l_image"].config.image_size
 
-    def loss(step, g):
+    def loss(step, g, rows=slice(None)):
         i = torch.randint(len(pictures.images), (c.clip_batch,), generator=g)
         which = pick_captions([len(pictures.captions[k]) for k in i.tolist()], g, c.synthetic)
-        captions = [pictures.captions[k][n] for k, n in zip(i.tolist(), which.tolist())]
-        images = pictures.images[i].to(run.device).float() / 255
+        everybodys = [pictures.captions[k][n] for k, n in zip(i.tolist(), which.tolist())]
+        captions, images = everybodys[rows], pictures.images[i[rows]].to(run.device).float() / 255
         if images.shape[-1] != side:
             images = nn.functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
-        same = torch.tensor([[a == b for b in captions] for a in captions], device=run.device)
-        losses = {}
+        same = torch.tensor([[a == b for b in everybodys] for a in captions], device=run.device)
+        losses, share = {}, len(captions) / c.clip_batch
         for name in names:
-            _, pooled = parts[name](tokenizers[name](captions).to(run.device))
-            losses[name] = clip_loss(parts[f"{name}_image"](images), pooled, scales[name], same)
+            _, text = parts[name](tokenizers[name](captions).to(run.device))
+            image = parts[f"{name}_image"](images)
+            everyone = run.ranks.gather(image), run.ranks.gather(text)      # the batch of all ranks
+            losses[name] = clip_loss(image, text, scales[name], same, everyone) * share
         return sum(losses.values()), {k: v.detach() for k, v in losses.items()}
 
     towers = {k: parts[k] for k in PARTS_OF["clip"]}
@@ -146,9 +159,9 @@ def t5_stage(run, parts, pictures, tokenizers) -> Stage:
     ids = tokenizer(sorted({", ".join(texts) for texts in pictures.captions}), 77)     # (texts, 77)
     ids = ids[:, :int((ids != tokenizer.pad).sum(1).max())]                            # (texts, L)
 
-    def loss(step, g):
+    def loss(step, g, rows=slice(None)):
         batch = ids[torch.randint(len(ids), (c.t5_batch,), generator=g)]
-        return masked_span_loss(parts["t5"], batch.to(run.device), generator=g), {}
+        return masked_span_loss(parts["t5"], batch.to(run.device), generator=g, rows=rows), {}
 
     return Stage("t5", parts["t5"], loss)
 
@@ -177,8 +190,10 @@ def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
         survey.entries = [e._replace(picture=partial(pixels, held[e.name])) if e.name in held else e
                           for e in survey.entries]
         encoders = TextEncoders(*(parts[name] for name in ENCODERS), list(tokenizers.values()))
-        write_cache(folder / "cache", survey, parts["vae"], encoders, vae_print=prints[0],
-                    text_print=prints[1], t5_length=c.t5_length, autocast=run.autocast, device=run.device)
+        run.ranks.together(partial(
+            write_cache, folder / "cache", survey, parts["vae"], encoders, vae_print=prints[0],
+            text_print=prints[1], t5_length=c.t5_length, autocast=run.autocast, device=run.device,
+            rank=run.ranks.rank, world=run.ranks.world))
     cache = Cache(c.cache or folder / "cache")
     cache.compare(*prints)
     return Batches(cache, c.flow_batch, c.seed, synthetic=c.synthetic)
@@ -255,30 +270,41 @@ class WhiteLinear(nn.Linear):
         return super().forward(x)
 
     def folded(self) -> nn.Linear:
-        plain = nn.Linear(self.in_features, self.out_features, device=self.weight.device)
-        plain.weight.data = self.weight.data @ self.matrix
-        plain.bias.data = self.bias.data - plain.weight.data @ self.mean
+        weight, bias = (whole(p.data) for p in (self.weight, self.bias))
+        plain = nn.Linear(self.in_features, self.out_features, device=weight.device)
+        plain.weight.data = weight @ self.matrix
+        plain.bias.data = bias - plain.weight.data @ self.mean
         return plain
 
 
 def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
     c, model = run.config, parts["mmdit"]
     model.gradient_checkpointing = c.checkpointing
+    for name, p in model.joint_blocks[-1].context_block.attn.named_parameters():
+        p.requires_grad_(not name.startswith("ln_q"))       # the last text queries are not read (parallel.py)
     batches = cached_batches(run, parts, tokenizers, survey, pictures)
     widths = [parts[name].config.width for name in ENCODERS[:2]]
     for name in ("vae", *ENCODERS, "clip_l_image", "clip_g_image"):         # to be read again for a preview
         del parts[name]
     pictures.images = pictures.images.new_empty(0)
 
-    def loss(step, g):
-        mean, std, context, pooled = batches.at(step, run.device)
-        x0 = mean + std * flow.draw_noise(mean.shape, g, run.device)                # (B, C, H, W)
-        t = flow.shift_t(flow.sample_t(c.density, len(x0), generator=g, device=run.device), c.shift)
-        noise = flow.draw_noise(x0.shape, g, run.device)
-        ctx, pool = drop_encoders(
-            context, pooled, sample_drops(len(x0), g, c.text_drop), c.clip_length, widths)
-        losses = flow.loss(model, x0, t=t, noise=noise, context=ctx, pooled=pool)
-        return losses.mean(), {"by_t": loss_by_t(losses, t)}
+    drawn = {}                                              # the last step's: its pieces come one by one
+
+    def draw(shape, g):
+        """Of the whole batch, on the CPU: what is added to the latents' means, times, noise, dropped text."""
+        first = flow.draw_noise((c.flow_batch, *shape), g)                          # (B, C, H, W)
+        t = flow.shift_t(flow.sample_t(c.density, c.flow_batch, generator=g), c.shift)
+        return first, t, flow.draw_noise(first.shape, g), sample_drops(c.flow_batch, g, c.text_drop)
+
+    def loss(step, g, rows=slice(None)):
+        mean, std, context, pooled = batches.at(step, run.device, rows)             # (b, C, H, W)
+        if step not in drawn:
+            drawn.clear()
+            drawn[step] = draw(mean.shape[1:], g)
+        first, t, noise, drops = (x[rows].to(run.device) for x in drawn[step])
+        context, pooled = drop_encoders(context, pooled, drops, c.clip_length, widths)
+        losses = flow.loss(model, mean + std * first, t=t, noise=noise, context=context, pooled=pooled)
+        return losses.mean() * (len(t) / c.flow_batch), {"by_t": loss_by_t(losses, t)}
 
     some = torch.cat([batches.at(i, run.device)[2].flatten(0, 1) for i in range(32)])       # (tokens, ctx)
     model.context_embedder = WhiteLinear(model.context_embedder, some, learned=bool(c.origin))
@@ -295,6 +321,8 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
                         dtype=None if run.dtype == torch.float32 else run.dtype)
         images = pipe(prompts, guidance=3.0, steps=20)                      # the same eight seeds every time
         row = [(np.asarray(image), [prompt]) for image, prompt in zip(images, prompts)]
+        if run.ranks.rank:                                  # it was needed for its shard of the weights only
+            return
         (run.folder / "samples").mkdir(exist_ok=True)
         contact_sheet({f"step {step}": row[:4], "": row[4:]}).save(run.folder / "samples" / f"{step:06d}.png")
 

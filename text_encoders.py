@@ -220,20 +220,23 @@ class CLIPImageEncoder(nn.Module):
         return self.visual_projection(vision.post_layernorm(x[:, 0]))
 
 
-def clip_loss(image_embeds, text_embeds, logit_scale, same=None):
+def clip_loss(image_embeds, text_embeds, logit_scale, same=None, everyone=None):
     """Symmetric InfoNCE -> scalar: every picture picks its caption in the batch, every caption its picture.
 
     image_embeds, text_embeds (B, E). logit_scale: learned scalar, log of the inverse temperature, as in the
     checkpoints; begin at ln(1 / 0.07); held below ln 100. same (B, B) bool: which captions are equal.
+    everyone: (images, texts) of a larger batch to pick from, whose rows these are; then same is (B, larger).
     DIFFERS: web captions hardly ever repeat, ours do ("a star"); with `same`, equal ones share the target.
     DIFFERS: the tiny CLIP-L has no text projection, as in SD3; its image tower projects to the text's width.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
         image, text = (F.normalize(e.float(), dim=-1) for e in (image_embeds, text_embeds))
-        logits = logit_scale.float().clamp(max=math.log(100)).exp() * image @ text.T    # pictures x captions
+        images, texts = (F.normalize(e.float(), dim=-1) for e in everyone or (image_embeds, text_embeds))
+        scale = logit_scale.float().clamp(max=math.log(100)).exp()
         same = torch.eye(len(image), device=image.device) if same is None else same.float()
         target = same / same.sum(1, keepdim=True)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        picks = scale * image @ texts.T, scale * text @ images.T            # pictures x captions, the reverse
+        return sum(F.cross_entropy(logits, target) for logits in picks) / 2
 
 
 # --------------------------------------------------------------------------------------------------------- T5
@@ -315,12 +318,13 @@ class T5Encoder(nn.Module):
         return self.encoder.final_layer_norm(x)
 
 
-def masked_span_loss(encoder, ids, *, generator, rate=0.15, span=2, sentinel=None):
+def masked_span_loss(encoder, ids, *, generator, rate=0.15, span=2, sentinel=None, rows=slice(None)):
     """Pre-trains a T5 encoder by itself: hide spans, guess them from both sides -> scalar cross-entropy.
 
     ids (B, L). About `rate` of the text tokens are hidden, at least one in a row with text, in spans of
     `span`, longer where two meet. All tokens of a row's n-th span become <extra_id_n>, with id sentinel - n
     (default: the last id; 32099 in the real one). Their outputs meet the embeddings times D^-0.5, as in T5.
+    rows: which to read; their part of the loss of all ids. What is hidden does not depend on it.
     DIFFERS: T5 puts one sentinel for a span, of mean length 3, and a decoder spells it out. Here lengths stay
     and the encoder itself answers, as in BERT: no decoder is needed. Our captions are short, hence 2.
     """
@@ -332,9 +336,11 @@ def masked_span_loss(encoder, ids, *, generator, rate=0.15, span=2, sentinel=Non
     hidden = text & torch.stack([F.pad(starts, (k, 0))[:, :L] for k in range(span)]).any(0)
     begins = hidden & ~F.pad(hidden, (1, 0))[:, :L]
     sentinel = encoder.config.vocab_size - 1 if sentinel is None else sentinel
-    output = encoder(torch.where(hidden, sentinel + 1 - begins.cumsum(1), ids))[hidden]     # (hidden, D)
+    shown, count = torch.where(hidden, sentinel + 1 - begins.cumsum(1), ids)[rows], hidden.sum()
+    ids, hidden = ids[rows], hidden[rows]
+    output = encoder(shown)[hidden]                                                         # (hidden, D)
     logits = F.linear(output, encoder.shared.weight) * encoder.config.width ** -0.5
-    return F.cross_entropy(logits.float(), ids[hidden])
+    return F.cross_entropy(logits.float(), ids[hidden], reduction="sum") / count
 
 
 # ------------------------------------------------------------------------------------------------- tokenizers

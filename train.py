@@ -10,6 +10,7 @@
     python train.py --from RUN --size 128      go on from a finished run, with larger pictures
     python train.py cache --run RUN --data DIR encode pictures and captions ahead, for --from RUN --cache
     python train.py --dry-run --model d38 --gpus 64      what it would take (budget.py)
+    torchrun --nproc-per-node 8 train.py --flow-batch 512      the same on eight GPUs (parallel.py)
     python sample.py "a red star left of a blue ring"    then draw something
 
     stage   learns                                               from                    loss
@@ -40,7 +41,8 @@ released SD3 weights expect an encoded "".
 
 The whole step stands in `fit`.
 Order: rate -> loss -> backward -> clip -> judge -> step -> EMA -> log -> preview -> save.
-What may go wrong there, and what happens then, is told in watch.py and checkpoints.py.
+What may go wrong there, and what happens then, is told in watch.py and checkpoints.py; how several processes
+share it, in parallel.py.
 """
 import argparse
 import dataclasses
@@ -52,7 +54,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -61,22 +63,25 @@ import torch
 from torch import nn
 
 import flow
-from checkpoints import (State, clean_checkpoints, has_run, last_run, load_part, load_state, load_tokenizers,
-                         read_json, save_part, save_state, sole_writer, write_json)
+import parallel
+from checkpoints import (Saver, State, clean_checkpoints, has_run, last_run, load_part, load_state,
+                         load_tokenizers, read_json, save_part, sole_writer, write_json)
 from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiT, MMDiTConfig
 from muon import Muon, split
+from parallel import local, whole
 from prepare import Cache, Survey
 from sample import pick_device
 from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, encoder_prints, flow_stage, grown,
                     preview_prompts, t5_stage, take_over, vae_stage)
 from text_encoders import (load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
                            train_t5_tokenizer)
-from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, clock, judge, largest_logit, lasting_output,
-                   plot_run, read_metrics, roll_back, update)
+from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, add_up, clock, judge, largest_logit,
+                   lasting_output, plot_run, read_metrics, roll_back, update)
 
 # settings that say what is trained, and by what
 SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate")
+FREE = ("minutes", "accumulate", "fsdp", "compile")            # settings that a resumed run may change
 SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.95}      # of what --minutes leaves at a stage's start
 
 
@@ -129,11 +134,15 @@ class TrainConfig:
     clip_norm: float = flag(1.0, "largest norm of the gradient")
     checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, a third slower")
+    accumulate: int = flag(1, "pieces in which the transformer's batch is computed: takes less memory")
+    fsdp: bool = flag(False, "under torchrun: cut up among all GPUs a transformer that does not fit one")
+    compile: bool = flag(False, "compile the transformer's blocks (torch.compile)")
     preview_every: int = flag(500, "steps between sample grids; 0: none")
     save_every: int = flag(500, "steps between saves of the unfinished stage")
 
     def __post_init__(self):
-        positive = ["size", "pictures"] + [f"{s}_{k}" for s in STAGES for k in ("steps", "batch", "rate")]
+        positive = ["size", "pictures", "accumulate"]
+        positive += [f"{s}_{k}" for s in STAGES for k in ("steps", "batch", "rate")]
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
@@ -147,6 +156,9 @@ class TrainConfig:
             raise ValueError("text_drop and ema must lie in [0, 1), decay and synthetic in [0, 1]")
         if self.cache and not self.origin:
             raise ValueError("--cache needs --from RUN, the run whose encoders made it")
+        if self.fsdp and self.muon_rate:
+            raise ValueError("--fsdp cuts matrices into pieces, and Muon needs whole ones: add "
+                             "--muon-rate 0, and AdamW trains them")
         MMDiTConfig.preset(self.model)
         flow.t_density(self.density, torch.tensor(0.5))
         flow.shift_t(0.5, self.shift)
@@ -181,13 +193,15 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 # ----------------------------------------------------------------------------------------------- the one loop
 
 class Run:
-    """What all stages share: folder, device, dtype, clock, and whether somebody wants it to stop."""
+    """What all stages share: folder, device, dtype, clock, other processes, and whether somebody wants it to
+    stop."""
 
-    def __init__(self, config: TrainConfig, folder: Path):
-        self.config, self.folder = config, folder
-        self.stop, self.facts, self.warned, self.saved = Stop(), {}, set(), None
-        self.device = pick_device(config.device)
-        self.dtype, self.why = pick_dtype(config.dtype, self.device)
+    def __init__(self, config: TrainConfig, folder: Path, ranks: parallel.Ranks | None = None):
+        self.config, self.folder, self.ranks = config, folder, ranks or parallel.Ranks()
+        self.stop, self.facts, self.warned = Stop(), {}, set()
+        self.saver = Saver(folder, self.ranks)
+        self.device = pick_device(parallel.own_device(config.device))
+        self.dtype, self.why = self.ranks.same(pick_dtype(config.dtype, self.device))
         self.start = time.monotonic()
 
     def autocast(self):
@@ -197,6 +211,18 @@ class Run:
         """The source of all randomness of one step. On the CPU: the same numbers on every device."""
         return torch.Generator().manual_seed(
             (self.config.seed * len(STAGES) + STAGES.index(stage)) * 10**9 + step)
+
+    def load(self, state: State, healthy: bool = False) -> bool:
+        with self.tolerating(f"a checkpoint of {state.stage}"):
+            self.saver.settle()
+        return self.ranks.together(
+            lambda: load_state(self.folder, state, self.facts, healthy, self.ranks))
+
+    def save_part(self, name: str, module: nn.Module) -> None:
+        """All ranks bring their shards together, rank 0 writes, and the others may read from here on."""
+        tensors = {k: whole(v) if self.ranks.rank else whole(v).cpu() for k, v in module.state_dict().items()}
+        self.ranks.together(
+            lambda: None if self.ranks.rank else save_part(self.folder, name, module, tensors))
 
     def left(self) -> float:
         """Seconds until --minutes is over."""
@@ -246,16 +272,17 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     its first 300, and if not all of them fit, there will be fewer. Stopped if somebody wants the end, after
     saving. FloatingPointError if nearly all steps are bad, also after going back once.
     """
-    c, model, state = run.config, stage.model.train(), begin(run, stage)
+    c, model, state, ranks = run.config, stage.model.train(), begin(run, stage), run.ranks
     params, average, batch = state.params, state.average, getattr(c, f"{stage.name}_batch")
     groups = [(group, group["lr"]) for optimizer in state.optimizers for group in optimizer.param_groups]
-    start = {k: p.detach().to("cpu", copy=True) for k, p in params.items()}     # until there is a checkpoint
-    if load_state(run.folder, state, run.facts):
+    start = {k: local(p.detach()).to("cpu", copy=True) for k, p in params.items()}  # until there is a save
+    if run.load(state):
         print(f"{stage.name}: going on at step {state.step} of {state.total}")
         start = None
     elif any(row["stage"] == stage.name for row in read_metrics(run.folder / "metrics.csv")):
         print(f"{stage.name}: it was interrupted before its first checkpoint, so it starts again")
-    log, planned = Log(run.folder, state, batch), state.step > 0
+    log, planned = Log(run.folder, state, batch, silent=ranks.rank > 0), state.step > 0
+    forward = parallel.add_gradients(model, stage.loss, ranks)
     end = time.monotonic() + share * run.left()
 
     while state.step < state.total:
@@ -263,18 +290,16 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         share_of_peak = rate_at(step, state.total, c) * 0.5**state.rollbacks
         for group, peak in groups:
             group["lr"] = peak * share_of_peak
-        with run.autocast():
-            loss, parts = stage.loss(step, run.generator(stage.name, step))
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(params.values(), c.clip_norm)
+        loss, parts = gradients(run, stage, step, *forward)
+        norm = whole(nn.utils.clip_grad_norm_(params.values(), c.clip_norm))
         bad = judge(state, loss, norm)
         update(state.optimizers, bad)
         if average:                                 # after a bad step: of the same weights once more
             decay = min(c.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.values()), [p.detach() for p in params.values()], 1 - decay)
+            torch._foreach_lerp_([local(v) for v in average.values()],
+                                 [local(p.detach()) for p in params.values()], 1 - decay)
         if step % LOOK_EVERY == 0 and isinstance(model, MMDiT):
-            with run.autocast():
-                parts["max_logit"] = largest_logit(stage.loss, step, run.generator(stage.name, step))
+            parts["max_logit"] = look(run, stage, step)
         state.step = step = step + 1
         log.add(state, bad, loss, norm, groups[0][0]["lr"], parts)
 
@@ -286,36 +311,76 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
                 fitting = int((end - now) / (now - timed) * (step - 10))
                 state.total = min(state.total, step + max(30, fitting))
                 planned = step == 300
-        if log.hopeless:
+        run.stop.wanted, hopeless, total = ranks.most(run.stop.wanted, log.hopeless, -state.total)
+        state.total = -total
+        if hopeless:
             roll_back(run, state, start, log)
             continue
-        if stage.preview and c.preview_every and (step % c.preview_every == 0 or step == state.total):
-            with swapped(params, average), run.tolerating("a sample grid"):
-                model.eval()
-                stage.preview(step)
-                plot_run(log.path)
-            model.train()
+        preview(run, stage, state, log)
         if step < state.total and (run.stop.wanted or step % c.save_every == 0 and not state.in_a_row):
             log.flush(state)                        # what it tells is never behind what is saved
             with run.tolerating(f"a checkpoint of {stage.name}"):
-                save_state(run.folder, state, run.facts)
-                start, run.saved = None, step
+                run.saver.save(state, run.facts)
+            start = None if run.saver.saved[0] == stage.name else start
             if run.stop.wanted:
                 leave(run, stage.name, step)
+    with run.tolerating(f"a checkpoint of {stage.name}"):
+        run.saver.settle()
     for name, value in average.items():
-        params[name].data.copy_(value)
+        local(params[name].data).copy_(local(value))
     log.bar.close()
-    if not all(p.isfinite().all() for p in params.values()):
+    if ranks.most(not all(local(p).isfinite().all() for p in params.values()))[0]:
         raise FloatingPointError(f"weights of stage {stage.name} are not finite at its end: start again with "
                                  f"a lower --{stage.name}-rate, or with --dtype float32")
     model.eval().requires_grad_(False)
 
 
+def gradients(run: Run, stage: Stage, step: int, forward, pause) -> tuple[torch.Tensor, dict]:
+    """The parameters' gradients of the whole batch, by all ranks, each in --accumulate pieces; its loss."""
+    c, ranks, pieces = run.config, run.ranks, []
+    count = c.accumulate if stage.name == "flow" else 1
+    for k in range(count):
+        rows = ranks.rows(getattr(c, f"{stage.name}_batch"), k, count)
+        with pause() if k < count - 1 else nullcontext():
+            with run.autocast():
+                pieces.append(forward(step, run.generator(stage.name, step), rows))
+            (pieces[-1][0] * ranks.world).backward()                # ranks will be averaged, not added
+            pieces[-1] = pieces[-1][0].detach(), pieces[-1][1]      # lets the piece's graph go
+    return add_up(ranks, pieces)
+
+
+def look(run: Run, stage: Stage, step: int) -> torch.Tensor:
+    """The largest attention logit, of the batch's first samples: rank 0's, though under FSDP all compute."""
+    rows = run.ranks.rows(getattr(run.config, f"{stage.name}_batch"))
+    few = slice(rows.start, min(rows.stop, rows.start + 4))
+    with run.autocast():
+        return largest_logit(partial(stage.loss, rows=few), step, run.generator(stage.name, step))
+
+
+def preview(run: Run, stage: Stage, state: State, log: Log) -> None:
+    """A sample grid and the curves, when it is time. Under FSDP all ranks draw, else rank 0, and the others
+    wait for it in their next step."""
+    c, step = run.config, state.step
+    if not (stage.preview and c.preview_every and (step % c.preview_every == 0 or step == state.total)):
+        return
+    if run.ranks.rank == 0 or parallel.sharded(stage.model):
+        with swapped(state.params, state.average), run.tolerating("a sample grid"):
+            stage.model.eval()
+            stage.preview(step)
+            parallel.let_go(stage.model)
+            if run.ranks.rank == 0:
+                plot_run(log.path)
+        stage.model.train()
+
+
 def leave(run: Run, stage: str, step: int):
     """Stopped, or OSError where the state could not be saved."""
-    if run.saved != step:
+    with run.tolerating(f"a checkpoint of {stage}"):
+        run.saver.settle()
+    if run.saver.saved != (stage, step):
         raise OSError(f"stopped at step {step} of {stage}, which could not be saved: what was saved before "
-                      f"is still there; make room, then  python train.py --resume --out {run.folder}")
+                      f"is still there; make room, then  {parallel.launcher()} train.py --resume --out "
+                      f"{run.folder}")
     print(f"{stage}: saved at step {step}", flush=True)
     raise Stopped(run.stop.wanted)
 
@@ -323,14 +388,15 @@ def leave(run: Run, stage: str, step: int):
 @contextmanager
 def swapped(params: dict, average: dict):
     """Inside, the model has its averaged weights."""
-    kept = {k: params[k].detach().clone() for k in average}
+    now = {k: local(params[k].data) for k in average}
+    kept = {k: p.clone() for k, p in now.items()}
     for k, v in average.items():
-        params[k].data.copy_(v)
+        now[k].copy_(local(v))
     try:
         yield
     finally:
         for k, v in kept.items():
-            params[k].data.copy_(v)
+            now[k].copy_(v)
 
 
 # -------------------------------------------------------------------------------------------------- all of it
@@ -341,11 +407,23 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     Raises ValueError (also CheckpointError) where the input is at fault,
     FloatingPointError where training diverged.
     """
-    folder = Path(config.out) if resume else new_folder(config)
-    run = Run(config, folder)
-    data = list_data(config)                        # before the folder exists: what cannot be read ends here
-    with sole_writer(folder), run.stop:
-        return train_stages(run, *data, resume)
+    with parallel.processes(config.device) as ranks, ExitStack() as inside:
+        folder = ranks.together(lambda: plan_folder(config, resume, ranks))
+        run = Run(config, folder, ranks)
+        data = ranks.together(lambda: list_data(config))    # before the folder exists: it may be unreadable
+        ranks.together(lambda: None if ranks.rank else inside.enter_context(sole_writer(folder)))
+        with run.stop:
+            return train_stages(run, *data, resume)
+
+
+def plan_folder(c: TrainConfig, resume: bool, ranks: parallel.Ranks) -> Path:
+    """The run's folder. ValueError where its batches do not divide among the ranks."""
+    for stage in STAGES:
+        try:
+            ranks.rows(getattr(c, f"{stage}_batch"), pieces=c.accumulate if stage == "flow" else 1)
+        except ValueError as e:
+            raise ValueError(f"--{stage}-batch: {e}") from None
+    return Path(c.out) if resume else new_folder(c)
 
 
 def list_data(c: TrainConfig):
@@ -364,16 +442,17 @@ def list_data(c: TrainConfig):
 
 
 def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: bool) -> Path:
-    config, folder, pictures, captions = run.config, run.folder, words, words.captions
+    config, folder, pictures, captions, ranks = run.config, run.folder, words, words.captions, run.ranks
     if config.origin and not resume:
-        take_over(Path(config.origin), folder)
-    todo = unfinished(folder)
+        ranks.together(lambda: None if ranks.rank else take_over(Path(config.origin), folder))
+    todo = ranks.together(lambda: unfinished(folder))
     if "vae" in todo or "clip" in todo:                             # the others need no pixels
         pictures = load_pictures(config.data, config.size, count=config.pictures, listing=listing)
-    tokenizers = make_tokenizers(folder, config, [text for texts in captions for text in texts],
-                                 [texts[0] for texts in captions])
-    write_json(folder / "config.json", dataclasses.asdict(config))
-    clean_checkpoints(folder, todo)
+    tokenizers = ranks.once(lambda: make_tokenizers(
+        folder, config, [text for texts in captions for text in texts], [texts[0] for texts in captions]))
+    if ranks.rank == 0:
+        write_json(folder / "config.json", dataclasses.asdict(config))
+        clean_checkpoints(folder, todo)
     run.facts = {"settings": {name: getattr(config, name) for name in SHAPING}, "fingerprint": mark}
     parts = build(config, tokenizers)
     done = [name for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]]
@@ -381,8 +460,15 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
     if config.origin and "flow" in todo:
         tokens = config.size // (2 * parts["vae"].config.factor)
         parts["mmdit"] = grown(load_part(folder / "start", "mmdit"), tokens)
+    if config.compile:
+        compile_blocks(parts["mmdit"], run.device)
+    if config.fsdp and ranks.world > 1 and "flow" in todo:
+        parallel.shard(parts["mmdit"], run.dtype, run.device)
+    elif config.fsdp:
+        print("--fsdp needs several processes (torchrun): this one keeps the whole transformer")
     for name, part in parts.items():
-        part.to("cpu" if name in done else run.device)
+        if not parallel.sharded(part):
+            part.to("cpu" if name in done else run.device)
     make = {"vae": lambda: vae_stage(run, parts, pictures),
             "clip": lambda: clip_stage(run, parts, pictures, tokenizers),
             "t5": lambda: t5_stage(run, parts, words, tokenizers),
@@ -396,14 +482,27 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
             if stage.finish:
                 stage.finish()
             for part in PARTS_OF[name]:
-                save_part(folder, part, parts[part])
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)   # a later stage's learned from others
+                run.save_part(part, parts[part])
+            if ranks.rank == 0:                     # a later stage's learned from others
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         del stage                                   # and what it held leaves the memory
     with run.tolerating("loss.png"):
-        plot_run(folder / "metrics.csv")
+        if ranks.rank == 0:
+            plot_run(folder / "metrics.csv")
     print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. "
           f'Now type\n    python sample.py "{preview_prompts(config, captions)[6]}"')
     return folder
+
+
+def compile_blocks(model: MMDiT, device: torch.device) -> None:
+    """Block by block: they are alike, so one compilation serves them all. Without a compiler they stay."""
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except (RuntimeError, ImportError) as e:
+        print(f"--compile: no working compiler here ({str(e).strip().splitlines()[0]}): it goes on without")
+        return
+    for block in model.joint_blocks:
+        block.compile()
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -425,6 +524,9 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
     c = run.config
     print(f"run: {run.folder}\ndevice: {run.device}, {torch.get_num_threads()} CPU threads; matrix products "
           f"in {str(run.dtype).removeprefix('torch.')} ({run.why}), all else in float32")
+    if run.ranks.world > 1:
+        print(f"{run.ranks.world} processes share each batch; the transformer is "
+              + ("cut up among them" if parallel.sharded(parts["mmdit"]) else "whole on each"))
     for name, reason in pictures.skipped[:5]:
         print(f"skipped {name}: {reason}")
     print(f"data: {c.data}, {len(pictures.captions)} pictures of {c.size} x {c.size}, "
@@ -433,9 +535,10 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
     print("parameters: " + ", ".join(
         f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in parts.items()))
 
-    def flow_loss(step, g):
+    def flow_loss(step, g, rows):
         m, side = parts["mmdit"].config, c.size // parts["vae"].config.factor
-        x, text = torch.randn(c.flow_batch, m.in_channels, side, side), c.clip_length + c.t5_length
+        text = c.clip_length + c.t5_length
+        x = torch.randn(rows.stop - rows.start, m.in_channels, side, side)
         return flow.loss(parts["mmdit"], x.to(run.device),
                          context=torch.randn(len(x), text, m.context_dim, device=run.device),
                          pooled=torch.randn(len(x), m.pooled_dim, device=run.device)).mean(), {}
@@ -443,14 +546,16 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
     seconds = {}
     for stage in todo:
         loss, times = flow_loss if stage == "flow" else stages[stage].loss, []
+        pieces = c.accumulate if stage == "flow" else 1
+        rows = run.ranks.rows(getattr(c, f"{stage}_batch"), pieces=pieces)
         for i in range(4):
             start = time.perf_counter()
             with run.autocast():
-                value = loss(i, run.generator(stage, i))[0]
+                value = loss(i, run.generator(stage, i), rows)[0]
             value.backward()
             value.item()                                                    # waits for a GPU
             times.append(time.perf_counter() - start)
-        seconds[stage] = min(times[1:]) * getattr(c, f"{stage}_steps")
+        seconds[stage] = min(times[1:]) * pieces * getattr(c, f"{stage}_steps")
     for module in [*parts.values(), *(stage.model for stage in stages.values())]:
         module.zero_grad(set_to_none=True)
     total = sum(seconds.values())
@@ -508,7 +613,7 @@ def flag_of(field: str) -> str:
 
 def parse(argv=None) -> tuple[TrainConfig, bool]:
     """Flags are the fields of TrainConfig. With --resume the run's own settings count,
-    and only --minutes may change; with --from the other run's, where no flag says otherwise."""
+    and only those in FREE may change; with --from the other run's, where no flag says otherwise."""
     parser = argparse.ArgumentParser(description="train every part of Stable Diffusion 3", allow_abbrev=False,
                                      epilog="example: python train.py --tiny --data emoji --minutes 60")
     parser.error = refuse
@@ -533,7 +638,7 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     folder = Path(given.pop("out", "") or last_run())
     saved = read_json(folder / "config.json")
     for name, value in given.items():
-        if name != "minutes" and saved.get(name) != value:
+        if name not in FREE and saved.get(name) != value:
             raise ValueError(f"{flag_of(name)} {value} contradicts {folder}/config.json "
                              f"({saved.get(name)}): a run keeps its settings; "
                              "leave the flag out or start a new run")
@@ -590,9 +695,7 @@ def cache_command(argv) -> None:
     args = parser.parse_args(argv)
     if args.size is not None and args.size < 16:
         parser.error(f"--size {args.size}: at least 16")
-    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if args.device == "auto" and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    rank, world, _ = parallel.launched()                # each makes its files: nothing has to be exchanged
     saved = read_json(Path(args.run, "config.json"))
     size = args.size or saved["size"]
     out = args.out or f"runs/cache-{named(args.data)}-{size}"
@@ -619,11 +722,14 @@ def main(argv=None) -> None:
                 train(*arguments)
         except KeyboardInterrupt as e:              # Stopped is one
             where = f" --out {arguments[0].out}" if arguments else ""
-            what = "the same command" if argv[:1] == ["cache"] else f"python train.py --resume{where}"
-            print(f"stopped; go on with  {what}", file=sys.stderr)
+            again = f"{parallel.launcher()} train.py --resume{where}"
+            what = "the same command" if argv[:1] == ["cache"] else again
+            if parallel.launched()[0] == 0:
+                print(f"stopped; go on with  {what}", file=sys.stderr)
             sys.exit(128 + getattr(e, "signum", signal.SIGINT))
         except (ValueError, FloatingPointError, OSError) as e:
-            print(f"train.py: {e}", file=sys.stderr)
+            if parallel.launched()[0] == 0 or argv[:1] == ["cache"]:
+                print(f"train.py: {e}", file=sys.stderr)
             sys.exit(2)
 
 

@@ -331,16 +331,18 @@ def edge_loss(x: torch.Tensor, y: torch.Tensor, scales: int = 3) -> torch.Tensor
     return total / scales
 
 
-def vae_loss(vae: AutoencoderKL, images: torch.Tensor, *, generator=None, kl_weight: float = 1e-3,
-             edge_weight: float = 0.3, critic: "PatchDiscriminator | None" = None,
-             critic_weight: float = 0.1):
+def vae_loss(vae: AutoencoderKL, images: torch.Tensor, *, generator=None, noise=None,
+             kl_weight: float = 1e-3, edge_weight: float = 0.3,
+             critic: "PatchDiscriminator | None" = None, critic_weight: float = 0.1):
     """Squared error + edges + KL (+ the critic's opinion). images (B, 3, h, w) in [-1, 1].
 
     Squared and not absolute error: on flat backgrounds the latter is content with the median, one grey.
+    noise: of the latents; None: drawn from generator, which lies where the pictures do.
     Returns (loss, parts, reconstruction): `parts` are detached scalars for the log.
     """
     posterior = vae.encode(images)
-    recon = vae.decode(posterior.sample(generator)).float()
+    z = posterior.sample(generator) if noise is None else posterior.mean + posterior.std * noise
+    recon = vae.decode(z).float()
     pixel, edge, kl = F.mse_loss(recon, images), edge_loss(recon, images), posterior.kl()
     loss = pixel + edge_weight * edge + kl_weight * kl
     parts = {"mse": pixel.detach(), "edge": edge.detach(), "kl": kl.detach()}

@@ -39,8 +39,9 @@ import torch
 from tqdm import tqdm
 
 import mmdit
-from checkpoints import State, checkpoints_of, load_state, remove_checkpoint, write_atomically
+from checkpoints import State, checkpoints_of, remove_checkpoint, write_atomically
 from kernels import rms_norm
+from parallel import local
 
 SPIKE = 5.0                                 # times the median of the last healthy losses
 RECENT = 51                                 # so many of them
@@ -89,20 +90,19 @@ def roll_back(run, state: State, start: dict | None, log: "Log") -> None:
     if state.rollbacks:
         raise FloatingPointError(f"the loss of stage {state.stage} stays bad near step {reached}, also with "
                                  f"half the learning rate: {advice}")
-    if not load_state(run.folder, state, run.facts, healthy=True):
+    if not run.load(state, healthy=True):
         if start is None:
             raise FloatingPointError(f"the loss of stage {state.stage} stays bad near step {reached}, and no "
                                      f"checkpoint is from before that: {advice}")
-        for k, p in state.params.items():
-            p.data.copy_(start[k])
-        for k, p in state.average.items():
-            p.copy_(start[k])
+        for tensors in (state.params, state.average):
+            for k, p in tensors.items():
+                local(p.data).copy_(start[k])
         for optimizer in state.optimizers:
             optimizer.state.clear()
         state.recent.fill_(math.inf)
         state.in_a_row.zero_()
         state.step = 0
-    for folder in checkpoints_of(run.folder, state.stage):
+    for folder in checkpoints_of(run.folder, state.stage) if run.ranks.rank == 0 else ():
         if int(folder.name.rpartition("-")[2]) > state.step:
             remove_checkpoint(folder)
     state.rollbacks = 1
@@ -112,10 +112,21 @@ def roll_back(run, state: State, start: dict | None, log: "Log") -> None:
 
 
 def loss_by_t(losses, t) -> torch.Tensor:
-    """losses, t (B,) -> (BINS,): the mean loss of the samples in each of BINS equal parts of [0, 1], NaN
-    where there is none. It differs more between early and late t than between early and late training."""
+    """losses, t (B,) -> (2, BINS): the sum of the samples' losses in each of BINS equal parts of [0, 1], and
+    how many there are. A loss differs more between early and late t than between early and late training."""
     inside = (t * BINS).long().clamp(max=BINS - 1)[:, None] == torch.arange(BINS, device=t.device)
-    return (losses.detach()[:, None] * inside).sum(0) / inside.sum(0)
+    return torch.stack([(losses.detach()[:, None] * inside).sum(0), inside.sum(0)])
+
+
+def add_up(ranks, pieces) -> tuple[torch.Tensor, dict]:
+    """[(loss, parts)] of this rank's pieces of a batch, as a stage's loss returns them -> the same of all
+    pieces of all ranks together; by_t then is the mean loss in each part, NaN where there is none."""
+    names = [k for k in pieces[0][1] if k != "by_t"]
+    tables = [torch.cat([torch.stack([loss.detach(), *(parts[k] for k in names)]).float(),
+                         parts.get("by_t", loss.new_empty(0)).float().flatten()]) for loss, parts in pieces]
+    table = ranks.add(sum(tables[1:], tables[0]))
+    scalars, by_t = table[:1 + len(names)], table[1 + len(names):].view(2, -1)
+    return scalars[0], dict(zip(names, scalars[1:])) | ({"by_t": by_t[0] / by_t[1]} if by_t.numel() else {})
 
 
 @torch.no_grad()
@@ -125,8 +136,8 @@ def largest_logit(loss, step, generator) -> torch.Tensor:
     normalised.
 
     Fused kernels never show the logits, so for one extra forward pass the model is given an attention that
-    looks first. The step's generator makes it the batch of that very step. One head of one sample at a time:
-    (L, L) numbers are small even where (B, nh, L, L) are not."""
+    looks first; compiled ones rest meanwhile. The step's generator makes it the batch of that very step. One
+    head of one sample at a time: (L, L) numbers are small even where (B, nh, L, L) are not."""
     attend, seen = mmdit.joint_attention, []
 
     def look(q_txt, k_txt, v_txt, q_img, k_img, v_img, *, norm_weights=None, **options):
@@ -139,7 +150,8 @@ def largest_logit(loss, step, generator) -> torch.Tensor:
 
     mmdit.joint_attention = look
     try:
-        loss(step, generator)
+        with torch.compiler.set_stance("force_eager"):
+            loss(step, generator)
     finally:
         mmdit.joint_attention = attend
     return torch.stack(seen).max()
@@ -156,22 +168,25 @@ class Log:
 
     After `add` has read what the GPU computed, `hopeless` says whether the stage should go back."""
 
-    def __init__(self, folder: Path, state, batch: int):
+    def __init__(self, folder: Path, state, batch: int, silent: bool = False):
+        """silent: the log of a rank that only needs to know whether it is hopeless."""
+        self.silent = silent
         self.path, self.batch, self.pending, self.smooth = Path(folder) / "metrics.csv", batch, [], None
         self.unwritten, self.warned, self.skipped, self.hopeless = [], False, 0, False
         self.first, self.start = state.step, time.monotonic()
         self.said = self.last = self.start
         self.bar = tqdm(total=state.total, initial=state.step, desc=f"{state.stage:4s}",
-                        disable=not sys.stderr.isatty(), dynamic_ncols=True)
+                        disable=silent or not sys.stderr.isatty(), dynamic_ncols=True)
         self.rewind(state)
 
     def rewind(self, state) -> None:
         """Forget this stage's rows after state.step: what was done after the checkpoint is done again."""
-        rows = read_metrics(self.path)
-        rows = [r for r in rows if r["stage"] != state.stage or int(r["step"]) <= state.step]
         self.pending, self.unwritten, self.hopeless, self.smooth = [], [], False, None
         self.bar.n = state.step
-        write_atomically(self.path, lambda p: write_rows(p, rows))
+        if not self.silent:
+            rows = read_metrics(self.path)
+            rows = [r for r in rows if r["stage"] != state.stage or int(r["step"]) <= state.step]
+            write_atomically(self.path, lambda p: write_rows(p, rows))
 
     def add(self, state, bad, loss, norm, rate, parts) -> None:
         scalars = {k: v for k, v in parts.items() if k != "by_t"}
@@ -214,6 +229,8 @@ class Log:
 
     def write(self, rows) -> None:
         """A full disk costs no training: rows wait until there is room."""
+        if self.silent:
+            return
         self.unwritten += rows
         size = self.path.stat().st_size
         try:

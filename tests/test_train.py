@@ -246,7 +246,7 @@ def test_a_transformer_does_not_outlive_what_it_learned_from(finished, tmp_path,
 def test_t5_reads_what_is_hidden_in_one_caption_in_the_other(finished, monkeypatch):
     seen, config = [], TrainConfig(**MICRO)
     monkeypatch.setattr(stages, "masked_span_loss",
-                        lambda t5, ids, generator: seen.append(ids) or ids.float().sum())
+                        lambda t5, ids, generator, rows: seen.append(ids) or ids.float().sum())
     pictures, tokenizers = load_pictures("drawn", count=8), load_tokenizers(finished, 12)
     run = training.Run(config, finished)
     stages.t5_stage(run, {"t5": torch.nn.Identity()}, pictures, tokenizers).loss(0, run.generator("t5", 0))

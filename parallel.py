@@ -1,0 +1,303 @@
+"""How does one loop run on many processes, and learn what one process would have learned?
+
+Its own top-level file, since no other one's question is about processes: training asks it for a rank's rows
+of a batch, for sums over all ranks and for agreement among them. The work is PyTorch's (DDP, FSDP2, NCCL).
+
+    torchrun --nproc-per-node N train.py ...         starts N processes; each runs train.py from top to end
+
+    of a step     rank 0                rank 1
+    draws         of the whole batch    of the whole batch     from (seed, stage, step): the same everywhere
+    rows          the first half        the second half        Ranks.rows
+    loss          its part              its part               parts add up to the batch's loss: Ranks.add
+    gradients     ------- added up over ranks in the backward pass -------                     by DDP or FSDP2
+    verdict       the same on all: from the same loss and norm watch.judge
+    wishes        stop? hopeless?  one rank's are all ranks'   Ranks.most
+
+    DDP     each rank holds all weights, moments and averages     while they fit on one card
+    FSDP2   each rank holds 1/N of every tensor; a block's        --fsdp, for the transformer, whose other
+            weights are together only while it computes           parts are small
+
+What to know
+- One process without torchrun takes none of this: Ranks() answers for itself, and nothing communicates.
+- DDP and FSDP2 average gradients over ranks, and here they must be added: so each loss is multiplied by N.
+- Draws are made for the whole batch on every rank, as a row's noise must not depend on N. On a CPU that costs
+  a few ns a number on each rank, which becomes visible for batches of thousands.
+- With --accumulate K a rank's rows go through the model in K pieces. Under DDP only the last communicates.
+  Under FSDP2 each does: kept back, a rank's gradients would be as large as the whole model again.
+- Only rank 0 prints and writes, but each rank writes shards of checkpoints (checkpoints.py) and files of
+  caches (prepare.py): all ranks need the same folders, on one machine or a file system that they share.
+- A rank that ends takes the others along: gloo's and NCCL's calls fail, or torchrun ends them. --resume goes
+  on, with as many ranks as there are then.
+
+Run `python parallel.py`: two processes and one compute the same gradient.
+"""
+import os
+import sys
+import warnings
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of x: its shard, where FSDP2 has cut it up."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """All of x. Where it is cut up every rank must call this."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+class Elsewhere(OSError):
+    """What was refused on another rank, which tells it."""
+
+
+class Ranks:
+    """This process among all of them; rank 0 of 1 where there is no other."""
+
+    def __init__(self, rank: int = 0, world: int = 1):
+        self.rank, self.world = rank, world
+        self.saving = dist.new_group(backend="gloo") if world > 1 else None     # for a thread of its own
+
+    def rows(self, batch: int, piece: int = 0, pieces: int = 1) -> slice:
+        """Of a batch, what this rank computes, or one piece of that. ValueError where it leaves a rest."""
+        if batch % (self.world * pieces):
+            near = max(1, round(batch / (self.world * pieces))) * self.world * pieces
+            raise ValueError(f"a batch of {batch} does not divide among {self.world} ranks"
+                             f"{f' in {pieces} pieces each' if pieces > 1 else ''}: try {near}")
+        size, k = batch // (self.world * pieces), self.rank * pieces + piece
+        return slice(k * size, (k + 1) * size)
+
+    def add(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' x, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def most(self, *numbers: int) -> list[int]:
+        """The largest of all ranks' first number, second number, and so on. On CPUs: no GPU is waited for."""
+        found = torch.tensor(numbers)
+        if self.world > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found.tolist()
+
+    def same(self, value):
+        """Rank 0's, on all."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def first_word(self, text: str) -> str:
+        """What the first rank says that says anything."""
+        said = [text]
+        if self.world > 1:
+            dist.all_gather_object(said := [None] * self.world, text)
+        return next(filter(None, said), "")
+
+    def together(self, action):
+        """action() on every rank. Where it is refused on one it is on all (OSError, or what rank 0 raised),
+        and rank 0 alone tells why."""
+        result = error = None
+        try:
+            result = action()
+        except (ValueError, OSError) as e:
+            error = e
+        reason = self.first_word("" if error is None else str(error) or repr(error))
+        if reason and self.world > 1:
+            if self.rank:
+                raise Elsewhere(reason)
+            raise error or OSError(reason)
+        if error:
+            raise error
+        return result
+
+    def once(self, action):
+        """action() on rank 0, then on the others, which find what it has written."""
+        result = self.together(action if self.rank == 0 else lambda: None)
+        return result if self.rank == 0 else action()
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, ...) of each rank -> (N b, ...) of all, through which gradients find their way back."""
+        return Gather.apply(x, self) if self.world > 1 else x
+
+
+class Gather(torch.autograd.Function):
+    """Forward: everybody's rows. Backward: of the gradients that all ranks have for my rows, the sum."""
+
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks, ctx.size = ranks, len(x)
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks.world)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.ranks.add(grad.contiguous().clone()).split(ctx.size)[ctx.ranks.rank], None
+
+
+# ------------------------------------------------------------------------------------------- start and end
+
+def launched() -> tuple[int, int, int]:
+    """(rank, world, rank on this machine), as torchrun says, or else (0, 1, 0)."""
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+    return tuple(int(os.environ.get(name, default)) for name, default in names)
+
+
+def launcher() -> str:
+    """With which this process was started, to be told in advice."""
+    return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', 'N')}" if launched()[1] > 1 else "python"
+
+
+def own_device(device: str) -> str:
+    """Where a device was left open, a rank's own card."""
+    _, world, place = launched()
+    own = world > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
+    return f"cuda:{place}" if own else device
+
+
+@contextmanager
+def processes(device: str):
+    """Ranks, connected while inside. Except for their own faults, those above 0 print nothing."""
+    rank, world, place = launched()
+    if world == 1:
+        yield Ranks()
+        return
+    device = own_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    # gloo beside NCCL, for numbers that lie on CPUs. A rank may encode for hours while the others wait, and
+    # one that has died is noticed by torchrun, not by a clock.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", rank=rank,
+                            world_size=world, timeout=timedelta(hours=12))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank else nullcontext():
+            yield Ranks(rank, world)
+    except (ValueError, OSError, FloatingPointError) as e:
+        if rank == 0:
+            raise
+        if not isinstance(e, (Elsewhere, FloatingPointError)):      # numbers are the same on all ranks
+            print(f"train.py: rank {rank}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as e:
+        if not (isinstance(e, dist.DistError) or "gloo" in str(e).lower()):
+            raise
+        raise OSError(f"rank {rank} has lost another rank, whose own last words say why; what was saved is "
+                      "still there: go on with the same torchrun line and --resume") from None
+    finally:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------- the model
+
+class Whole(nn.Module):
+    """A stage's loss as the forward pass of a module that owns what is trained: that is what DDP asks for."""
+
+    def __init__(self, model: nn.Module, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *args):
+        return self.loss(*args)
+
+
+def add_gradients(model: nn.Module, loss, ranks: Ranks):
+    """`loss` in a form whose backward pass gives model's parameters the mean of all ranks' gradients; and
+    pause(), inside which that does not happen yet."""
+    if ranks.world == 1 or sharded(model):
+        return loss, nullcontext
+    # A parameter that never gets a gradient would be waited for in vain, and looking for such ones after each
+    # step costs time: what is never used has requires_grad off (stages.flow_stage).
+    with warnings.catch_warnings():             # broadcast_buffers has another name since torch 2.13
+        warnings.simplefilter("ignore", FutureWarning)
+        joined = nn.parallel.DistributedDataParallel(Whole(model, loss), broadcast_buffers=False,
+                                                     gradient_as_bucket_view=True)
+    return joined, joined.no_sync
+
+
+def sharded(model: nn.Module) -> bool:
+    return any(hasattr(p, "to_local") for p in model.parameters())
+
+
+def shard(model, dtype: torch.dtype, device: torch.device) -> None:
+    """Cut an MMDiT's tensors among all ranks, in place, and move them to `device`: a block is a unit, whose
+    weights are gathered before it computes and let go after.
+
+    Weights travel in `dtype`, that of matrix products; gradients are added in float32. Inputs stay as they
+    are: rounded to bfloat16, a time near 1 would be off by 1/500."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype,
+                                  reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.joint_blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def let_go(model: nn.Module) -> None:
+    """Forget the gathered weights, before others take the place of the shards: without a backward pass the
+    outermost unit keeps them, and would use them once more."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+# --------------------------------------------------------------------------------------------------- demo
+
+def half(rank: int, world: int, port: int, queue) -> None:
+    """One process of the demo: the gradient of its rows' part of a loss over eight rows."""
+    os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{world}", "LOCAL_RANK": f"{rank}",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    with processes("cpu") as ranks:
+        torch.manual_seed(0)
+        model, x = nn.Linear(3, 2), torch.randn(8, 3)
+        rows = ranks.rows(len(x))
+
+        def loss(x):                                    # every row's against all: as in CLIP
+            y = model(x)                                                    # (b, 2)
+            return (y @ ranks.gather(y).T).square().sum() / 64
+
+        forward, _ = add_gradients(model, loss, ranks)
+        part = forward(x[rows])
+        (part * world).backward()
+        queue.put((rank, rows.stop - rows.start, ranks.add(part.detach()).item(), model.weight.grad.tolist()))
+        ranks.most(0)                                   # nobody leaves before all have told
+
+
+def demo() -> None:
+    import socket
+
+    import torch.multiprocessing as mp
+
+    found, context = {}, mp.get_context("spawn")
+    for world in (1, 2):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        queue = context.SimpleQueue()
+        ranks = [context.Process(target=half, args=(rank, world, port, queue)) for rank in range(world)]
+        for process in ranks:
+            process.start()
+        for _ in ranks:
+            rank, rows, loss, grad = queue.get()
+            found[world, rank] = torch.tensor([loss, *sum(grad, [])])
+            print(f"rank {rank} of {world}: {rows} rows, loss of all {loss:.6f}, "
+                  f"first gradient {grad[0][0]:+.6f}")
+        for process in ranks:
+            process.join()
+    assert all(torch.allclose(x, found[1, 0], rtol=1e-5) for x in found.values())
+    assert torch.equal(found[2, 0], found[2, 1])
+
+
+# Exercises. (1) Leave out `* world` in the demo: which factor is the gradient off by, and would AdamW notice?
+# (2) Let Gather.backward return this rank's own gradient without the sum: which rows stop learning?
+
+if __name__ == "__main__":
+    demo()
