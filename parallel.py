@@ -151,7 +151,8 @@ def launched() -> tuple[int, int, int]:
 
 def launcher() -> str:
     """With which this process was started, to be told in advice."""
-    return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', 'N')}" if launched()[1] > 1 else "python"
+    many = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', 'N')}"
+    return many if launched()[1] > 1 else "python"
 
 
 def own_device(device: str) -> str:

@@ -36,7 +36,7 @@ import flow
 from checkpoints import load_part, load_tokenizers, write_atomically
 from data import contact_sheet, list_pictures, pick_captions, refuse_if_mostly_bad
 from mmdit import MMDiT, MMDiTConfig
-from parallel import whole
+from parallel import local, whole
 from prepare import Batches, Cache, Survey, files_fingerprint, write_cache
 from sample import Pipeline
 from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
@@ -77,11 +77,13 @@ def build(c, tokenizers: dict) -> dict[str, nn.Module]:
         c.model, in_channels=vae.config.z_channels, context_dim=t5.width,
         pooled_dim=clip_l.width + clip_g.projection_dim,
         pos_max=max(32, 4 * tokens), pos_sample=tokens, pos_base=tokens)
+    mmdit = MMDiT(mmdit)
+    mmdit.context_embedder = WhiteLinear(mmdit.context_embedder)            # until all is learned
     return {"vae": vae, "clip_l": CLIPTextEncoder(clip_l), "clip_g": CLIPTextEncoder(clip_g),
             "clip_l_image": CLIPImageEncoder(CLIPImageConfig.preset("tiny", projection_dim=clip_l.width)),
             "clip_g_image": CLIPImageEncoder(
                 CLIPImageConfig.preset("tiny", projection_dim=clip_g.projection_dim)),
-            "t5": T5Encoder(t5), "mmdit": MMDiT(mmdit)}
+            "t5": T5Encoder(t5), "mmdit": mmdit}
 
 
 def to_unit(images: torch.Tensor, device) -> torch.Tensor:
@@ -239,6 +241,7 @@ def grown(old: MMDiT, tokens: int) -> MMDiT:
     c = dataclasses.replace(old.config, pos_sample=tokens, pos_max=max(old.config.pos_max, 4 * tokens))
     new = MMDiT(c)
     new.load_state_dict(old.state_dict() | {"pos_embed": new.pos_embed})
+    new.context_embedder = WhiteLinear(new.context_embedder)
     return new
 
 
@@ -251,18 +254,26 @@ class WhiteLinear(nn.Linear):
 
     DIFFERS: the paper's layer reads raw features; half a million steps need no such help."""
 
-    def __init__(self, linear: nn.Linear, some: torch.Tensor, learned: bool = False):
-        """some (n, in): inputs to measure mean and covariance on. learned: go on from what `linear` computes;
-        else its weights, untrained, are for the white inputs."""
-        super().__init__(linear.in_features, linear.out_features, device=linear.weight.device)
-        some, device = some.double().cpu(), linear.weight.device                        # no float64 on MPS
-        values, vectors = torch.linalg.eigh(some.T.cov(correction=0))                   # (in,), (in, in)
-        scale = (values.clamp(min=0) + 0.03 * values.mean()).rsqrt()        # rounding errors stay small
-        self.mean = some.mean(0).float().to(device)                                     # (in,)
-        self.matrix = ((vectors * scale) @ vectors.T).float().to(device)                # (in, in)
-        weight, bias = linear.weight.detach(), linear.bias.detach()
-        self.weight.data = weight @ torch.linalg.inv(self.matrix) if learned else weight.clone()
-        self.bias.data = bias + weight @ self.mean if learned else bias.clone()
+    def __init__(self, linear: nn.Linear):
+        """Until `measure` it computes what `linear` does."""
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        self.register_buffer("mean", torch.zeros(self.in_features), persistent=False)
+        self.register_buffer("matrix", torch.eye(self.in_features), persistent=False)
+
+    @torch.no_grad()
+    def measure(self, some: torch.Tensor, learned: bool = False) -> None:
+        """some (n, in): inputs to measure mean and covariance on. learned: the weights are for raw inputs,
+        and go on from what they compute; else they are untrained, and white inputs will do."""
+        some = some.double().cpu()                                              # no float64 on MPS
+        values, vectors = torch.linalg.eigh(some.T.cov(correction=0))           # (in,), (in, in)
+        scale = (values.clamp(min=0) + 0.03 * values.mean()).rsqrt()            # rounding errors stay small
+        self.mean.copy_(some.mean(0))                                           # (in,)
+        self.matrix.copy_((vectors * scale) @ vectors.T)                        # (in, in)
+        if learned:                     # FSDP2 cuts both by rows of the weight: each rank can do its own
+            weight, bias = local(self.weight), local(self.bias)
+            bias += weight @ self.mean
+            weight.copy_(weight @ torch.linalg.inv(self.matrix))
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):                  # differences of large numbers
@@ -307,7 +318,7 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
         return losses.mean() * (len(t) / c.flow_batch), {"by_t": loss_by_t(losses, t)}
 
     some = torch.cat([batches.at(i, run.device)[2].flatten(0, 1) for i in range(32)])       # (tokens, ctx)
-    model.context_embedder = WhiteLinear(model.context_embedder, some, learned=bool(c.origin))
+    model.context_embedder.measure(some, learned=bool(c.origin))
     prompts = preview_prompts(c, pictures.captions)
 
     def finish():

@@ -49,7 +49,6 @@ import dataclasses
 import difflib
 import itertools
 import math
-import os
 import shutil
 import signal
 import sys

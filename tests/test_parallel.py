@@ -1,4 +1,5 @@
-"""Claims about many processes: they learn what one would, save what any number can go on from, and end as one.
+"""Claims about many processes: they learn what one would, save what any number can go on from, and end as
+one.
 
 On a CPU, with gloo, in processes forked from one that has imported everything, since importing takes longer
 than a training this small. Losses are equal to rounding, not bit by bit: sums over ranks have another order.
@@ -34,7 +35,7 @@ fsdp = pytest.mark.skipif(VERSION < (2, 8), reason="FSDP2 cannot average gradien
 
 
 def child(rank, world, port, said, argv, config, wound):
-    """One rank's train.py. wound: (rank, step, signal) that this rank sends itself in that step of the flow."""
+    """One rank's train.py. wound: (rank, step, signal) that this rank sends itself in that step of flow."""
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -132,7 +133,7 @@ def assert_equal(one, many, stages=("flow",)):
     for name in {"mmdit"} if stages == ("flow",) else {"vae", "clip_l", "t5", "mmdit"}:
         a, b = (load_tensors(Path(x, f"{name}.safetensors"))[0] for x in (one, many))
         off = sum((a[k] - b[k]).square().sum().item() for k in a)
-        # not nearer: where a gradient is zero but for rounding (biases of keys) AdamW takes full steps all the same
+        # not nearer: where a gradient is zero but for rounding (biases of keys) AdamW takes full steps too
         assert math.sqrt(off / sum(v.square().sum().item() for v in a.values())) < 5e-3, name
 
 
@@ -216,7 +217,7 @@ def test_a_killed_rank_ends_the_job_and_resumed_it_ends_where_an_undisturbed_one
     assert_equal(finished, folder)
 
 
-# ------------------------------------------------------------------------------------ input, cache, arithmetic
+# ----------------------------------------------------------------------------------- input, cache, arithmetic
 
 @pytest.mark.parametrize("flags, cause", [
     (["--flow-batch", "6", "--accumulate", "2"], "a batch of 6 does not divide among 2 ranks in 2 pieces"),

@@ -5,6 +5,13 @@ from hypothesis import given, strategies as st
 from stages import WhiteLinear
 
 
+def white_linear(linear, some, learned=False):
+    white = WhiteLinear(linear)
+    assert torch.equal(white(some), linear(some))                           # so far
+    white.measure(some, learned)
+    return white
+
+
 def features(n, width, seed):
     """Inputs as text features are: far from 0, and of a few strong directions."""
     g = torch.Generator().manual_seed(seed)
@@ -15,7 +22,7 @@ def features(n, width, seed):
 @given(st.integers(2, 24), st.integers(1, 12), st.integers(0, 99))
 def test_what_is_saved_is_a_plain_layer_that_computes_the_same(width, out, seed):
     x = features(400, width, seed)
-    white = WhiteLinear(torch.nn.Linear(width, out), x)
+    white = white_linear(torch.nn.Linear(width, out), x)
     plain = white.folded()
     assert type(plain) is torch.nn.Linear and plain.state_dict().keys() == white.state_dict().keys()
     assert torch.allclose(plain(x), white(x), atol=1e-4)
@@ -24,14 +31,14 @@ def test_what_is_saved_is_a_plain_layer_that_computes_the_same(width, out, seed)
 @given(st.integers(2, 24), st.integers(1, 12), st.integers(0, 99))
 def test_a_learned_layer_goes_on_from_what_it_computes(width, out, seed):
     x, linear = features(400, width, seed), torch.nn.Linear(width, out)
-    assert torch.allclose(WhiteLinear(linear, x, learned=True)(x), linear(x), atol=1e-4)
+    assert torch.allclose(white_linear(linear, x, learned=True)(x), linear(x), atol=1e-4)
 
 
 def test_an_untrained_layer_sees_every_strong_direction_alike():
     x = features(4000, 16, 0)
-    eye = torch.nn.Linear(16, 16, bias=False)
-    eye.weight.data, eye.bias = torch.eye(16), torch.nn.Parameter(torch.zeros(16))
-    seen = WhiteLinear(eye, x)(x)
+    eye = torch.nn.Linear(16, 16)
+    eye.weight.data, eye.bias.data = torch.eye(16), torch.zeros(16)
+    seen = white_linear(eye, x)(x)
     strong = torch.linalg.eigvalsh(x.T.cov()) > x.T.cov().trace() / 16              # above the mean
     assert seen.mean(0).abs().max() < 1e-4
     assert (torch.linalg.eigvalsh(seen.T.cov())[strong] > 0.95).all() and strong.any()
@@ -40,7 +47,7 @@ def test_an_untrained_layer_sees_every_strong_direction_alike():
 
 def test_under_autocast_its_whitening_stays_in_float32():
     x = features(400, 16, 1)
-    white = WhiteLinear(torch.nn.Linear(16, 16), x)
+    white = white_linear(torch.nn.Linear(16, 16), x)
     right = white.folded()(x)
     with torch.autocast("cpu", torch.bfloat16):
         error, of_the_plain = ((layer(x).float() - right).norm() for layer in (white, white.folded()))

@@ -153,9 +153,8 @@ def test_with_buckets_every_batch_is_of_one_shape_and_a_bucket_smaller_than_a_ba
                         original(model, x, **kw))
     run = train(*parse(["--from", str(finished), "--out", str(tmp_path / "run"), "--data", str(pictures),
                         "--buckets", *flags_of(flow_steps=12)]))
-    learned = seen[-12:]
-    assert {s[2:] for s in learned} == {(6, 12), (12, 6), (8, 8)}
-    assert all(s[0] == 8 for s in learned)
+    learned = [s for s in seen if s[0] == 8][-12:]              # others only look at attention logits
+    assert {s[2:] for s in learned} == {(6, 12), (12, 6), (8, 8)} and len(seen) >= 13
     assert (run / "mmdit.safetensors").is_file()
 
 
@@ -216,12 +215,12 @@ def test_a_second_phase_takes_over_all_parts_moves_positions_and_times_and_start
     for k in range(4):                                          # every second place is one of the first phase
         assert torch.allclose(table[0][first + k, first], table[1][second + 2 * k, second], atol=1e-6)
     assert Cache(out / "cache").shapes == ["128x128"]
-    assert json.loads((out / "config.json").read_text())["shift"] == 6.0
+    assert json.loads((out / "config.json").read_text())["shift"] == 2 * TrainConfig.shift
 
     c = dataclasses.replace(config, cache=str(out / "cache"))           # the same first batch, untrained
     run = training.Run(c, out)
     parts = {name: load_part(out, name) for names in stages.PARTS_OF.values() for name in names}
-    parts["mmdit"] = MMDiT(large.config)
+    parts["mmdit"] = stages.grown(MMDiT(large.config), 8)
     tokenizers = load_tokenizers(out, c.clip_length)
     stage = stages.flow_stage(run, parts, tokenizers, None, Pictures(torch.empty(0), [("a star",)] * 8, []))
     untrained = stage.loss(0, run.generator("flow", 0))[0].item()
@@ -255,7 +254,7 @@ def test_a_second_phase_learns_from_a_cache_without_the_pictures(finished, tmp_p
     pictures.rename(tmp_path / "elsewhere")
     config, _ = parse(["--from", str(finished), *flags_of(cache=out, flow_steps=4, preview_every=4,
                                                          out=tmp_path / "run")])
-    assert config.size == 96 and config.shift == 3.0 * 96 / 64
+    assert config.size == 96 and config.shift == TrainConfig.shift * 96 / 64
     run = train(config)
     assert (run / "samples" / "000004.png").is_file() and not (run / "cache").exists()
 
