@@ -2,6 +2,7 @@
 
 `pytest --hypothesis-profile=thorough` tries many new ones.
 """
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"        # read when Triton is imported, and PyTorch imports it unasked
 torch.set_num_threads(min(2, torch.get_num_threads()))      # small tensors: more threads only wait
 
 settings.register_profile("default", deadline=None, max_examples=15, derandomize=True, database=None)

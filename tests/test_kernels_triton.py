@@ -6,7 +6,6 @@ That checks the arithmetic and the addresses, not what a compiler makes of them 
 The rule: largest error against float64 at most twice that of the PyTorch formulas, plus a floor.
 """
 import csv
-import os
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"                # read when Triton is imported, which is now
 pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be checked")
 
 import kernels  # noqa: E402
