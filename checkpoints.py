@@ -12,6 +12,8 @@ A run is a folder that `train.py` fills and `sample.py` reads:
         state.safetensors          weights, their average, optimizers' moments, the last healthy losses;
                                      from many processes shard-00001-... .safetensors, one of each
         manifest.json              stage, step, each file's size and sha256, settings, versions; written last
+    cache/                         latents and text features, which the transformer learns from (prepare.py)
+    start/mmdit.safetensors        of a second phase: the transformer that it began with
     metrics.csv, loss.png, samples/
     lock                           held by the one process that writes here
 

@@ -4,6 +4,7 @@
 """
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,26 @@ torch.set_num_threads(min(2, torch.get_num_threads()))      # small tensors: mor
 settings.register_profile("default", deadline=None, max_examples=15, derandomize=True, database=None)
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile("default")
+
+
+# of a whole run of a few steps a stage
+MICRO = dict(pictures=48, vae_steps=3, vae_batch=4, clip_steps=2, clip_batch=8, t5_steps=2, t5_batch=8,
+             flow_steps=6, flow_batch=8, preview_every=0, save_every=2, dtype="float32", device="cpu")
+
+
+@contextmanager
+def single_thread():
+    """Inside, sums are rounded in one order only."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    with single_thread():
+        yield
 
 
 def refuses(call, *words):

@@ -135,14 +135,6 @@ def straight(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def power_cut(at):
     def spoil(step, loss):
         if step == at:

@@ -19,31 +19,19 @@ import flow
 import stages
 import train as training
 from checkpoints import load_part, load_tensors, load_tokenizers
+from conftest import MICRO, single_thread
 from data import load_pictures
 from mmdit import MMDiT, MMDiTConfig
 from train import TrainConfig, parse, rate_at, train
 
 ROOT = Path(__file__).resolve().parent.parent
-MICRO = dict(pictures=48, vae_steps=3, vae_batch=4, clip_steps=2, clip_batch=8, t5_steps=2, t5_batch=8,
-             flow_steps=6, flow_batch=8, preview_every=0, save_every=2, dtype="float32", device="cpu")
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A whole run, from drawings to transformer, of a few steps a stage."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    folder = train(TrainConfig(**MICRO, out=str(tmp_path_factory.mktemp("runs") / "straight")))
-    torch.set_num_threads(threads)
-    return folder
+    with single_thread():
+        return train(TrainConfig(**MICRO, out=str(tmp_path_factory.mktemp("runs") / "straight")))
 
 
 def tensors_of(folder):

@@ -1,4 +1,4 @@
-"""Claims about what training is fed -> evidence.
+"""Claims about what training is fed.
 
 The transformer learns from a cache on disk that is made once, ahead or on the spot, and holds neither the
 autoencoder nor T5 meanwhile; changed data are noticed; pictures keep their shapes; captions are mixed; a
@@ -19,21 +19,17 @@ import data
 import stages
 import train as training
 from checkpoints import load_part, load_tensors, load_tokenizers
+from conftest import MICRO, single_thread
 from data import Pictures
 from mmdit import MMDiT
 from prepare import Cache
 from train import TrainConfig, parse, train
 
-MICRO = dict(pictures=48, vae_steps=3, vae_batch=4, clip_steps=2, clip_batch=8, t5_steps=2, t5_batch=8,
-             flow_steps=6, flow_batch=8, preview_every=0, save_every=2, dtype="float32", device="cpu")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
