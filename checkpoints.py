@@ -15,7 +15,7 @@ A run is a folder that `train.py` fills and `sample.py` reads:
     cache/                         latents and text features, which the transformer learns from (prepare.py)
     start/mmdit.safetensors        of a second phase: the transformer that it began with
     metrics.csv, loss.png, samples/
-    lock                           held by the one process that writes here
+    lock                           held by the one process that writes here, and gone when it ends
 
 Four rules. Nothing is ever unpickled: tensors are safetensors, the rest is JSON. A file or a checkpoint's
 folder is written under a temporary name, flushed to disk and renamed, so a crash leaves the old one. Loading
@@ -52,8 +52,8 @@ from safetensors.torch import save_file
 
 from mmdit import MMDiT, MMDiTConfig
 from parallel import Ranks, local, whole
-from text_encoders import (EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder, T5Config,
-                           T5Encoder, load_clip_tokenizer, load_t5_tokenizer)
+from text_encoders import (ENCODERS, EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
+                           T5Config, T5Encoder, TextEncoders, load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
 from weights import load_clip, load_mmdit, load_t5, load_text_encoders, load_vae, save_mmdit     # noqa: F401
 from weights import CheckpointError, sync_folder, write_atomically, write_json                   # noqa: F401
@@ -157,6 +157,37 @@ def load_tokenizers(folder, clip_length: int) -> dict:
     return {"clip_l": load_clip_tokenizer(words / "clip", EOS, clip_length),
             "clip_g": load_clip_tokenizer(words / "clip", "!", clip_length),
             "t5": load_t5_tokenizer(words / "t5")}
+
+
+def is_run(path) -> bool:
+    """A folder that train.py wrote, and no published weights."""
+    return Path(path, "config.json").is_file() and "t5_length" in read_json(Path(path, "config.json"))
+
+
+def home_of_encoders(path) -> Path:
+    """Where the autoencoder and the text encoders are that a run's transformer learned from: in its folder,
+    or the published weights that its config.json names. Of published weights: these."""
+    return Path(is_run(path) and read_json(Path(path, "config.json")).get("encoders") or path)
+
+
+def load_encoders(path, *, t5=True, dtype=None, t5_width=4096) -> tuple[AutoencoderKL, TextEncoders]:
+    """The autoencoder and the text encoders of a run, or of published weights, on the CPU.
+
+    dtype: of published text encoders; None: as they are stored. t5=False: it is not loaded, zeros `t5_width`
+    wide stand in its place."""
+    home, drop = home_of_encoders(path), () if t5 else ("t5",)
+    if not is_run(home):
+        return (load_vae(home, dtype=torch.float32),
+                load_text_encoders(home, dtype=dtype, drop=drop, widths=(0, 0, t5_width)))
+    vae, *towers = (None if name in drop else load_part(home, name) for name in ("vae", *ENCODERS))
+    words = load_tokenizers(home, towers[0].config.context_length)
+    return vae, TextEncoders(*towers, list(words.values()), (0, 0, t5_width))
+
+
+def bare_encoders(path) -> dict:
+    """The same of published weights by name, without their numbers: for their configs and sizes."""
+    return {"vae": load_vae(path, device="meta"), "t5": load_t5(path, device="meta"),
+            **{name: load_clip(path, name, device="meta") for name in ("clip_l", "clip_g")}}
 
 
 # ------------------------------------------------------------------------------ checkpoints of a stage
@@ -520,7 +551,8 @@ def sole_writer(run):
     """Inside, no other process can be inside for the same run. CheckpointError if one is.
 
     The system holds the lock for the open file, so it ends with the process, however that ends: a lock file
-    that a killed process left behind stops nobody. What the file says is only for the message."""
+    that a killed process left behind stops nobody. What the file says is only for the message. Who finishes
+    removes it, and who had it open already begins again with a new one: a lock counts under its name only."""
     path = Path(run, "lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as f:
@@ -531,11 +563,16 @@ def sole_writer(run):
                 f.seek(1 << 20)
                 msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
         except (BlockingIOError, PermissionError):
-            who = path.read_text(encoding="utf-8") or "another process"
+            f.seek(0)
+            who = f.read() or "another process"
             raise CheckpointError(f"{run} is being trained by {who}: wait for its end, "
                                   "or choose another --out") from None
         except OSError as e:                    # network file systems without locks
             print(f"{path} cannot be locked ({e}): see to it that no other process trains in {run}")
+        if fcntl and not is_at(f, path):
+            with sole_writer(run):
+                yield
+            return
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}")
         f.flush()
@@ -543,6 +580,16 @@ def sole_writer(run):
             yield
         finally:
             f.truncate(0)
+            if fcntl:                           # Windows removes no open file
+                path.unlink(missing_ok=True)
+
+
+def is_at(f, path) -> bool:
+    """Whether the open file f is the one that path names."""
+    try:
+        return os.path.samestat(os.fstat(f.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def has_run(folder) -> bool:

@@ -113,7 +113,6 @@ def _outlines():
 
 OUTLINES = _outlines()
 SHAPES = tuple(OUTLINES)
-REACH = {s: float(np.linalg.norm(points, axis=1).max()) for s, points in OUTLINES.items()}  # 1; square: 1.16
 PALETTE = {s: [c for c in COLOURS if (s, c) not in HELD_OUT] for s in SHAPES}   # what training paints s with
 
 

@@ -21,9 +21,10 @@ What to know
 - A batch is of one bucket, since a tensor has one shape. A picture is never stretched: it is resized until it
   covers its bucket, and what sticks out is cut off.
 - Means and deviations are float16 (11 bits; they are small), text is bfloat16: T5's values overflow float16.
-- A cache knows what it was made from. The fingerprint changes with any caption, setting or byte of the
-  encoders' files, and with the length and both ends (32 kB each) of any picture's file. Only a change in the
-  middle of a larger file that keeps its length goes unnoticed.
+- A cache knows what it was made from. The fingerprint changes with any caption, setting or byte of a run's
+  encoders, and with the length and both ends (32 kB each) of any picture's file. Only a change in the middle
+  of a larger file that keeps its length goes unnoticed. Of published encoders the first 1,024 numbers of each
+  tensor count.
 - Thumbnails find copies that were resized, recompressed or blurred, not those that were cropped. The CLIP of
   a run (--run) finds crops of 3 % along each side, most of the time; it does not find crops of 6 %.
 
@@ -33,6 +34,7 @@ DIFFERS: the paper searches duplicates with SSCD, a network made to detect copie
 Run: python prepare.py              a folder with faults, from check to batches, in seconds
      python data.py check DIR       a report on your own pictures before training; --help shows its bounds
      python train.py cache --run RUN --data DIR     the cache by itself, ahead of training
+     python train.py cache --model PATH --data DIR --size 256       the same by published encoders
 """
 import argparse
 import hashlib
@@ -183,6 +185,16 @@ def files_fingerprint(paths) -> str:
     return h.hexdigest()
 
 
+def tensors_fingerprint(source) -> str:
+    """Of a published part (a weights.Source): names, shapes and the first numbers of each tensor, so that
+    10 GB need not be read. Training changes them all."""
+    told = []
+    for name, (_, *kind) in sorted(source.index.items()):
+        some = source.read(name).flatten()[:1024].contiguous()
+        told += [f"{name} {kind}".encode(), some.view(torch.uint8).numpy().tobytes()]
+    return digest(*told)
+
+
 class Survey:
     """What a cache of these entries must hold: each picture's bucket and digest, and all captions, sorted."""
 
@@ -252,20 +264,21 @@ def _about(path) -> dict | None:
 
 @torch.no_grad()
 def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_print: str, t5_length: int,
-                rank: int = 0, world: int = 1, batch: int = 32, autocast=nullcontext, device=None,
-                say=print) -> list:
+                origin: str = "", rank: int = 0, world: int = 1, batch: int = 32, autocast=nullcontext,
+                device=None, say=print) -> list:
     """Encode what `folder` does not hold yet: latents of `survey`'s pictures, features of its captions.
 
-    vae_print, text_print: files_fingerprint of the encoders' files. device: where to encode; the autoencoder
-    and the text encoders visit it in turn, and only if they are needed (None: they stay where they are). Each
-    of `world` ranks calls this and makes every world-th file; no rank waits for another. Interrupted, it goes
-    on at the unfinished file.
+    vae_print, text_print: fingerprints of the encoders. origin: the published weights that they came from.
+    device: where to encode; the autoencoder and the text encoders visit it in turn, and only if they are
+    needed (None: they stay where they are). batch: pictures of up to 256 x 256 at a time, fewer of larger
+    ones. Each of `world` ranks calls this and makes every world-th file; no rank waits for another.
+    Interrupted, it goes on at the unfinished file.
     -> [(picture, reason)]: what this call could not decode (Cache.skipped: all calls). ValueError for NaN and
     for a hundred unreadable pictures in a row.
     """
     folder = Path(folder)
     latents, text = _plan(survey, vae_print, text_print, t5_length, encoders.clip_length)
-    index = {"format": FORMAT, "size": survey.shapes[0][0],
+    index = {"format": FORMAT, "size": survey.shapes[0][0], "encoders": origin,
              "data": survey.fingerprint, "vae": vae_print, "text": text_print,
              "t5_length": t5_length, "clip_length": encoders.clip_length, "widths": encoders.widths,
              "latents": [job[:2] for job in latents], "texts": [job[:2] for job in text]}
@@ -306,8 +319,10 @@ def _replace_index(folder, index, say) -> None:
                            ("text", "by other text encoders")):
             if old.get(what) != index[what]:
                 say(f"cache: {folder} was made {made}; what differs is made again")
-    except (FileNotFoundError, ValueError, AttributeError):         # none yet, or not one of ours
+    except FileNotFoundError:                                       # none yet
         pass
+    except (ValueError, AttributeError) as error:
+        say(f"cache: {folder / 'index.json'} is damaged ({error}): it is written anew")
     write_json(folder / "index.json", index)
     names = {name for name, _ in index["latents"] + index["texts"]}
     for path in folder.glob("*.safetensors"):
@@ -318,6 +333,7 @@ def _replace_index(folder, index, say) -> None:
 def _encode_pictures(path, mark, survey, part, vae, batch, autocast) -> list:
     """A shard of latents (n, 2, C, H, W) float16: mean and deviation, scaled as the flow model sees them."""
     box, device = survey.shapes[survey.buckets[part[0]]], next(vae.parameters()).device
+    batch = max(1, min(batch, batch * 256 ** 2 // (box[0] * box[1])))
     kept, skipped, latents, waiting = [], [], [torch.zeros(0)], []
 
     def encode():
@@ -456,12 +472,16 @@ class Cache:
 
         -> mean, std (B, C, H, W) float16; context (B, M, ctx) and pooled (B, pool) bfloat16, on the CPU."""
         mean, std = self._gather("latents", self.place[pictures], "latents").unbind(1)
+        return mean, std, *self.text(pictures, captions)
+
+    def text(self, pictures, captions) -> tuple[torch.Tensor, torch.Tensor]:
+        """context and pooled, as `read` gives them; the pictures may be of any buckets."""
         place = self.text_place[self.rows[(self.first[pictures] + captions).numpy()]]
         clip, t5, pooled = (self._gather("text", place, name) for name in ("clip", "t5", "pooled"))
         context = t5.new_zeros(len(t5), clip.shape[1] + t5.shape[1], t5.shape[2])   # (B, M, ctx)
         context[:, :clip.shape[1], :clip.shape[2]] = clip
         context[:, clip.shape[1]:] = t5
-        return mean, std, context, pooled
+        return context, pooled
 
     def _gather(self, kind, place, name):
         """Rows (shard, place in it) of a tensor that lies in several files -> (B, ...)."""
@@ -481,21 +501,15 @@ class Cache:
 
 
 class Batches:
-    """The flow model's input at any step. Each of N ranks gets its N-th of the batch that one would get."""
+    """The flow model's input at any step, or some rows of it: those of a rank (parallel.py)."""
 
-    def __init__(self, cache: Cache, batch: int, seed: int, *, rank=0, world=1, synthetic: float = 0.5):
+    def __init__(self, cache: Cache, batch: int, seed: int, *, synthetic: float = 0.5):
         """batch: of all ranks together. synthetic: how often a synthetic caption is taken if there is one."""
-        if batch % world:
-            raise ValueError(f"a batch of {batch} does not divide among {world} ranks: choose a multiple")
         self.cache, self.order = cache, Order(cache.buckets, batch, seed)
         self.seed, self.synthetic = seed, synthetic
-        self.mine = slice(rank * batch // world, (rank + 1) * batch // world)
 
-    def at(self, step: int, device="cpu", rows=None):
-        """-> mean, std (B, C, H, W), context (B, M, ctx), pooled (B, pool), float32 on `device`.
-
-        rows: which of the whole batch; None: this rank's."""
-        rows = self.mine if rows is None else rows
+    def at(self, step: int, device="cpu", rows=slice(None)):
+        """-> mean, std (B, C, H, W), context (B, M, ctx), pooled (B, pool), float32 on `device`."""
         pictures = self.order.at(step)
         state = np.random.SeedSequence((self.seed, 3, step)).generate_state(1, np.uint64)[0]
         coins = torch.Generator().manual_seed(int(state))

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import checkpoints
 import weights
 from conftest import refuses
 from checkpoints import (PARTS, CheckpointError, State, checkpoints_of, clean_checkpoints, has_run, last_run,
@@ -363,7 +364,6 @@ def test_steps_beyond_six_digits_stay_in_order(tmp_path):
 
 
 def test_a_save_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch):
-    import checkpoints
     trained(tmp_path)
     before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
 
@@ -577,6 +577,21 @@ def test_a_run_has_one_writer_and_a_dead_ones_lock_file_stops_nobody(tmp_path):
         refuses(lambda: sole_writer(tmp_path).__enter__(), f"process {os.getpid()}", "choose another --out")
     with sole_writer(tmp_path):
         pass
+    assert os.name != "posix" or not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere the lock file stays")
+def test_a_lock_that_its_owner_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    flock = checkpoints.fcntl.flock
+
+    def late(file, how):
+        monkeypatch.undo()
+        (tmp_path / "lock").unlink()
+        return flock(file, how)
+
+    monkeypatch.setattr(checkpoints.fcntl, "flock", late)
+    with sole_writer(tmp_path):
+        refuses(lambda: sole_writer(tmp_path).__enter__(), f"process {os.getpid()}")
 
 
 def test_the_description_in_a_file_is_the_config_and_nothing_that_needs_unpickling(saved):

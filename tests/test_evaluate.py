@@ -78,7 +78,7 @@ def test_a_picture_takes_less_than_10_ms_of_cpu():
 @few
 @given(shapes, colours, st.floats(0.12, 0.3), st.floats(0, 1), st.floats(0, 1))
 def test_every_shape_is_found_with_its_colour_place_and_box(shape, colour, r, u, v):
-    reach = r * data.REACH[shape] + 0.01
+    reach = float(r * np.linalg.norm(data.OUTLINES[shape], axis=1).max()) + 0.01
     x, y = reach + u * (1 - 2 * reach), reach + v * (1 - 2 * reach)
     [f] = find_objects(data.draw([Thing(shape, colour, x, y, r)]))
     outline = data.OUTLINES[shape] * r + (x, y)

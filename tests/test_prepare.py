@@ -253,12 +253,10 @@ def cache(tmp_path_factory, encoders):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_n_ranks_together_see_the_batch_of_one(cache, world):
-    ranks = [Batches(cache, 8, 3, rank=r, world=world) for r in range(world)]
+    rows = [slice(rank * 8 // world, (rank + 1) * 8 // world) for rank in range(world)]
     for step in (0, 1, 17):
-        parts = [torch.cat(x) for x in zip(*(batches.at(step) for batches in ranks))]
-        assert all(map(torch.equal, parts, Batches(cache, 8, 3).at(step)))
-    with pytest.raises(ValueError, match="does not divide"):
-        Batches(cache, 9, 3, world=world)
+        shares = [Batches(cache, 8, 3).at(step, rows=mine) for mine in rows]
+        assert all(map(torch.equal, map(torch.cat, zip(*shares)), Batches(cache, 8, 3).at(step)))
 
 
 def test_a_batch_is_of_one_shape_and_the_same_at_every_asking(cache):
@@ -426,6 +424,11 @@ def test_damaged_and_foreign_caches_are_refused_with_the_way_out_and_mended(tmp_
     encoders.write(folder, survey)
     assert not (folder / "latents-999x999-00000.safetensors").exists()
     assert (folder / "mine.safetensors").exists()
+    for broken in ("{", "[]"):
+        (folder / "index.json").write_text(broken)
+        said = []
+        encoders.write(folder, survey, say=said.append)
+        assert "index.json is damaged" in said[0] and len(Cache(folder)) == 30
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(index | {"format": 2}))
     with pytest.raises(ValueError, match="format 2, this code reads 1"):
