@@ -5,9 +5,10 @@
     python tests/bench_peers.py --only vae --rounds 9 --device cuda --dtype bfloat16
 
 Each part has the real widths but only as many layers as a laptop's memory and patience allow; what is left
-out is more of the same. The peers write their random weights as a folder, which is then read here; both are
-run once to warm up, compared, and then timed in turns, so that a busy machine troubles both. The last column
-is the median of the rounds' ratios, the peer's time over the time here: above 1, this code is faster.
+out is more of the same. `step` is a whole training step of the miniature. The peers write their random
+weights as a folder, which is then read here; both are run once to warm up, compared, and then timed in turns,
+so that a busy machine troubles both. The last column is the median of the rounds' ratios, the peer's time
+over the time here: above 1, this code is faster.
 """
 import argparse
 import os
@@ -29,6 +30,7 @@ diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+import flow
 from weights import load_clip, load_mmdit, load_t5, load_vae
 
 
@@ -81,7 +83,41 @@ def t5(folder, **how):
     return lambda: ours(ids), lambda: theirs(ids).last_hidden_state
 
 
-PARTS = {"mmdit": mmdit, "vae": vae, "clip": clip, "t5": t5}
+def step(folder, **how):
+    """One training step of the whole miniature: 64 latents of 64 x 64 pixels, 28 text tokens; forward, loss,
+    backward, clipping, AdamW and the average of the weights. Without Muon, which diffusers has not."""
+    theirs = diffusers.SD3Transformer2DModel(
+        sample_size=8, in_channels=8, out_channels=8, num_layers=4, num_attention_heads=3,
+        joint_attention_dim=192, caption_projection_dim=192, pooled_projection_dim=160,
+        pos_embed_max_size=32, qk_norm="rms_norm")
+    theirs.save_pretrained(folder / "transformer")
+    ours, theirs = load_mmdit(folder, **how).requires_grad_(True), theirs.to(**how).eval()
+    x0, noise, context, pooled = (torch.randn(64, *shape, **how) for shape in (
+        (8, 8, 8), (8, 8, 8), (28, 192), (160,)))
+    t = torch.rand(64, device=how["device"])
+
+    def steps_of(model, velocity):
+        params = list(model.parameters())
+        optimizer = torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.99), eps=1e-15, fused=True)
+        average = [p.detach().clone() for p in params]
+
+        def one():
+            with torch.enable_grad():
+                losses = flow.loss(velocity, x0, t=t, noise=noise, context=context, pooled=pooled)
+                losses.mean().backward()
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            torch._foreach_lerp_(average, params, 0.001)
+            return losses.detach()
+
+        return one
+
+    return steps_of(ours, ours), steps_of(theirs, lambda x, t, context, pooled: theirs(
+        x, context, pooled, 1000 * t, return_dict=False)[0])
+
+
+PARTS = {"mmdit": mmdit, "vae": vae, "clip": clip, "t5": t5, "step": step}
 
 
 def timed(call, device) -> float:
