@@ -50,8 +50,8 @@ from PIL.PngImagePlugin import PngInfo
 
 import flow
 import offload
-from checkpoints import (CheckpointError, last_run, load_mmdit, load_part, load_text_encoders,
-                         load_tokenizers, load_vae, read_json)
+from checkpoints import (CheckpointError, bare_encoders, home_of_encoders, is_run, last_run, load_encoders,
+                         load_mmdit, load_part, load_text_encoders, load_vae, read_json)
 from kernels.int8 import quantise_mmdit, quantise_t5
 from offload import Places
 from text_encoders import ENCODERS, Conditioning, TextEncoders
@@ -215,32 +215,26 @@ class Pipeline:
 
 # -------------------------------------------------------------------------------------------------- loading
 
-def is_run(path) -> bool:
-    return Path(path, "config.json").is_file() and "t5_length" in read_json(Path(path, "config.json"))
-
-
 def load_run(path, device, dtype, t5, mode, int8, tokenizers, size) -> dict:
     """The arguments of Pipeline for a run's folder. Runs are small: "auto" leaves all on the device."""
     if tokenizers:
         raise ValueError(f"{path} has its own tokenizers: leave out --tokenizers {tokenizers}")
     config, mode = read_json(path / "config.json"), "none" if mode == "auto" else mode
-    parts = {name: load_part(path, name) for name in ["mmdit", "vae", "clip_l", "clip_g"] + ["t5"] * t5}
-    if int8:
-        quantise_mmdit(parts["mmdit"])
-        if t5:
-            quantise_t5(parts["t5"])
-    parts = {name: part.to(device if mode == "none" else "cpu") for name, part in parts.items()}
-    c, width = parts["clip_l"].config, parts["mmdit"].config.context_dim
-    words = load_tokenizers(path, c.context_length)
-    encoders = TextEncoders(parts["clip_l"], parts["clip_g"], parts.get("t5"), list(words.values()),
-                            (c.width, parts["clip_g"].config.width, width))
-    if encoders.widths[2] != width or sum(encoders.pooled_dims) != parts["mmdit"].config.pooled_dim:
+    mmdit = load_part(path, "mmdit")
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vae, encoders = load_encoders(path, t5=t5, dtype=half, t5_width=mmdit.config.context_dim)
+    if encoders.widths[2] != mmdit.config.context_dim or sum(encoders.pooled_dims) != mmdit.config.pooled_dim:
         raise CheckpointError(
             f"{path}: the text encoders do not fit mmdit.safetensors: the folder mixes two runs")
-    return {"mmdit": parts["mmdit"], "vae": parts["vae"], "encoders": encoders,
-            "dtype": None if dtype == torch.float32 else dtype, "offload": mode, "zero_empty": True,
-            "t5_length": config["t5_length"], "shift": config["shift"], "kind": "clean", "steps": 20,
-            "guidance": 3.0, "size": (config["size"], config["size"])}
+    if int8:
+        quantise_mmdit(mmdit)
+        if t5:
+            quantise_t5(encoders.t5)
+    parts = {"mmdit": mmdit, "vae": vae, "encoders": encoders}
+    parts = {name: part.to(device if mode == "none" else "cpu") for name, part in parts.items()}
+    return parts | {"dtype": None if dtype == torch.float32 else dtype, "offload": mode, "zero_empty": True,
+                    "t5_length": config["t5_length"], "shift": config["shift"], "kind": "clean", "steps": 20,
+                    "guidance": 3.0, "size": (config["size"], config["size"])}
 
 
 def load_published(path, device, dtype, t5, mode, int8, tokenizers, size) -> dict:
@@ -499,8 +493,10 @@ def dry_run(args) -> None:
     if model in offload.PRESETS and not Path(model).exists():
         configs, name, how = offload.preset_configs(model, not args.drop_t5), model, DEFAULTS[model]
     elif run:
-        names = ["mmdit", "vae", "clip_l", "clip_g"] + ["t5"] * (not args.drop_t5)
-        configs, name, how = {n: load_part(model, n).config for n in names}, model, {"guidance": 3.0}
+        home, names = home_of_encoders(model), ["vae", "clip_l", "clip_g"] + ["t5"] * (not args.drop_t5)
+        parts = {n: load_part(model, n) for n in names} if is_run(home) else bare_encoders(home)
+        configs = {n: parts[n].config for n in names} | {"mmdit": load_part(model, "mmdit").config}
+        name, how = model, {"guidance": 3.0}
     else:
         configs = published_configs(model, not args.drop_t5)
         name, how = recognise(configs["mmdit"], model)

@@ -6,6 +6,7 @@ it stands here, each setting once. The flags are the fields of TrainConfig, with
     python train.py ...             flags, then defaults                       parse
     python train.py --resume        the run's config.json; flags only in FREE  parse
     python train.py --from RUN ...  flags, then that run's, then defaults      second_phase
+    python train.py --cache DIR ... flags, then what the cache is of           by_published
     python train.py cache ...       flags of their own                         parse_cache
 
 What to know
@@ -31,7 +32,7 @@ from stages import STAGES, encoder_prints
 
 # settings that say what is trained, and by what
 SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate")
-FREE = ("minutes", "accumulate", "fsdp", "compile")            # settings that a resumed run may change
+FREE = ("minutes", "accumulate", "fsdp", "compile", "encoders")    # what a resumed run may change
 
 
 def flag(default, help):
@@ -47,6 +48,7 @@ class TrainConfig:
     synthetic: float = flag(0.5, "share of synthetic captions, where a picture has some beside the original")
     buckets: bool = flag(False, "the transformer learns pictures in their own shapes, not as squares")
     cache: str = flag("", "a folder that  train.py cache  made, for the transformer to learn from")
+    encoders: str = flag("", "published weights whose encoders made the cache; default: where it says")
     model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
     # where
     origin: str = flag("", "a finished run to go on from: its parts are kept, its transformer learns on")
@@ -103,8 +105,11 @@ class TrainConfig:
         if not (0 <= self.text_drop < 1 and 0 <= self.ema < 1 and 0 <= self.decay <= 1
                 and 0 <= self.synthetic <= 1):
             raise ValueError("text_drop and ema must lie in [0, 1), decay and synthetic in [0, 1]")
-        if self.cache and not self.origin:
-            raise ValueError("--cache needs --from RUN, the run whose encoders made it")
+        if self.cache and not (self.origin or self.encoders):
+            raise ValueError(f"{self.cache} was made by a run's encoders: add --from RUN, that run")
+        if self.encoders and not self.cache:
+            raise ValueError("published encoders only make caches: add --cache DIR, made by  python train.py "
+                             f"cache --model {self.encoders} --data DIR --size SIDE")
         if self.fsdp and self.muon_rate:
             raise ValueError("--fsdp cuts matrices into pieces, and Muon needs whole ones: add "
                              "--muon-rate 0, and AdamW trains them")
@@ -146,7 +151,8 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)
              if getattr(args, f.name) is not None}
     if not args.resume:
-        return TrainConfig(**(second_phase(given) if given.get("origin") else given)), False
+        begin = second_phase if given.get("origin") else by_published if given.get("cache") else dict
+        return TrainConfig(**begin(given)), False
     folder = Path(given.pop("out", "") or last_run())
     saved = read_json(folder / "config.json")
     for name, value in given.items():
@@ -174,27 +180,43 @@ def second_phase(given: dict) -> dict:
         if given.get(name, saved[name]) != saved[name]:
             raise ValueError(f"{flag_of(name)} {given[name]} contradicts {run}/config.json ({saved[name]}): "
                              "what is taken over keeps its shape; leave the flag out")
-    made_for = None
+    size = given.get("size", saved["size"])
     if given.get("cache"):
-        cache = Cache(given["cache"])
-        cache.compare(*encoder_prints(run))
-        made_for = cache.index["size"]
-    size = given.get("size", made_for or saved["size"])
-    if made_for not in (None, size):
-        raise ValueError(f"--size {size}, but {given['cache']} holds pictures of size {made_for}: leave "
-                         "--size out or make another cache")
+        cache = checked_cache(given)
+        cache.compare(*encoder_prints(given.get("encoders", run)))
+        size = cache.index["size"]
     known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "origin", "cache", "minutes"}
     kept = {k: v for k, v in saved.items() if k in known}
     return {**kept, "shift": saved["shift"] * size / saved["size"], **given, "size": size}
+
+
+def by_published(given: dict) -> dict:
+    """Settings of a new transformer that learns from a cache which published encoders made."""
+    about = checked_cache(given).index
+    return {"encoders": about.get("encoders", ""), **given,
+            **{name: about[name] for name in ("size", "clip_length", "t5_length")}}
+
+
+def checked_cache(given: dict) -> Cache:
+    """The given cache. ValueError where a flag says otherwise than it."""
+    cache = Cache(given["cache"])
+    for name in ("size", "clip_length", "t5_length"):
+        if given.get(name, made := cache.index[name]) != made:
+            raise ValueError(f"{flag_of(name)} {given[name]} contradicts {cache.folder} ({made}): leave the "
+                             "flag out or make another cache")
+    return cache
 
 
 def parse_cache(argv) -> argparse.Namespace:
     """Flags of  python train.py cache."""
     parser = argparse.ArgumentParser(
         prog="train.py cache", allow_abbrev=False, description="encode pictures and captions with a run's "
-        "encoders; under torchrun each rank does its share")
+        "encoders or with published ones; under torchrun each rank does its share")
     parser.error = partial(refuse, command="cache ")
-    parser.add_argument("--run", required=True, help="folder of the run whose encoders to use")
+    whose = parser.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--run", help="folder of the run whose encoders to use")
+    whose.add_argument("--model", help="published weights whose encoders to use: a .safetensors file or a "
+                       "diffusers folder")
     parser.add_argument("--data", required=True, help="drawn | emoji | a folder of captioned pictures")
     parser.add_argument("--out", help="folder of the cache (default: runs/cache-DATA-SIZE)")
     parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the run's)")
@@ -207,6 +229,8 @@ def parse_cache(argv) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.size is not None and args.size < 16:
         parser.error(f"--size {args.size}: at least 16")
+    if args.model and not args.size:
+        parser.error("--model needs --size, such as 256")
     return args
 
 
@@ -225,8 +249,8 @@ def demo() -> None:
             raise AssertionError(f"{wrong} was taken")
 
 
-# Exercises. (1) Which three flags would you change first for photographs of 256 pixels, and why is `shift` one?
-# (2) Why may --resume change `accumulate` and not `flow_batch`?
+# Exercises. (1) Which three flags would you change first for photographs of 256 pixels, and why is `shift`
+# one? (2) Why may --resume change `accumulate` and not `flow_batch`?
 
 if __name__ == "__main__":
     demo()

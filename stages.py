@@ -19,12 +19,14 @@ less than all (parallel.py). What a row draws does not depend on that, and what 
 log too, is that part's share of a sum: all rows' shares together are the loss of the batch.
 
 The flow reads it from a cache on disk (prepare.py). Once that is written the autoencoder and the text
-encoders leave memory, and come back only to draw a sample grid.
+encoders leave memory; the autoencoder comes back to draw a sample grid. With --encoders they are published
+ones: they made the cache, and the flow is all there is to learn.
 """
 import copy
 import dataclasses
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,19 +36,21 @@ import torch
 from torch import nn
 
 import flow
-from checkpoints import load_part, load_tokenizers, write_atomically
+from checkpoints import (bare_encoders, home_of_encoders, is_run, load_encoders, load_part, load_tokenizers,
+                         write_atomically)
 from data import contact_sheet, list_pictures, pick_captions, refuse_if_mostly_bad
 from mmdit import MMDiT, MMDiTConfig
 from parallel import local, whole
-from prepare import Batches, Cache, Survey, files_fingerprint, write_cache
+from prepare import Batches, Cache, Survey, digest, files_fingerprint, tensors_fingerprint, write_cache
 from sample import Pipeline
 from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
-                           T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders, load_clip_tokenizer,
-                           load_t5_tokenizer, masked_span_loss, sample_drops, train_clip_tokenizer,
-                           train_t5_tokenizer)
+                           Conditioning, T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders,
+                           load_clip_tokenizer, load_t5_tokenizer, masked_span_loss, sample_drops,
+                           train_clip_tokenizer, train_t5_tokenizer)
 from vae import (AutoencoderKL, PatchDiscriminator, VAEConfig, discriminator_loss, measure_latents, psnr,
                  vae_loss)
 from watch import loss_by_t
+from weights import find_tokenizers, load_vae, locate
 
 PARTS_OF = {"vae": ("vae",), "clip": ("clip_l", "clip_g", "clip_l_image", "clip_g_image"), "t5": ("t5",),
             "flow": ("mmdit",)}
@@ -86,27 +90,35 @@ def make_tokenizers(folder: Path, c, captions: list[str], short: list[str]) -> d
 
 
 def build(c, tokenizers: dict) -> dict[str, nn.Module]:
-    """Every part, untrained, under the name of its file.
-    The transformer's config follows from the others'."""
+    """Every part, untrained, under the name of its file; of published encoders names and shapes alone. The
+    transformer's config follows from the others'."""
     torch.manual_seed(c.seed)
+    if c.encoders:
+        bare = bare_encoders(c.encoders)
+        return bare | {"mmdit": build_mmdit(c, *(bare[name].config for name in ("vae", *ENCODERS)))}
     vae = AutoencoderKL(VAEConfig.preset("tiny"))
     clip_l = CLIPTextConfig.preset(
         "tiny_l", vocab_size=tokenizers["clip_l"].vocab_size, context_length=c.clip_length)
     clip_g = CLIPTextConfig.preset(
         "tiny_g", vocab_size=tokenizers["clip_g"].vocab_size, context_length=c.clip_length)
     t5 = T5Config.preset("tiny", vocab_size=tokenizers["t5"].vocab_size)
-    tokens = c.size // (2 * vae.config.factor)                              # along a side of a picture
-    mmdit = MMDiTConfig.preset(
-        c.model, in_channels=vae.config.z_channels, context_dim=t5.width,
-        pooled_dim=clip_l.width + clip_g.projection_dim,
-        pos_max=max(32, 4 * tokens), pos_sample=tokens, pos_base=tokens)
-    mmdit = MMDiT(mmdit)
-    mmdit.context_embedder = WhiteLinear(mmdit.context_embedder)            # until all is learned
+    mmdit = build_mmdit(c, vae.config, clip_l, clip_g, t5)
     return {"vae": vae, "clip_l": CLIPTextEncoder(clip_l), "clip_g": CLIPTextEncoder(clip_g),
             "clip_l_image": CLIPImageEncoder(CLIPImageConfig.preset("tiny", projection_dim=clip_l.width)),
             "clip_g_image": CLIPImageEncoder(
                 CLIPImageConfig.preset("tiny", projection_dim=clip_g.projection_dim)),
             "t5": T5Encoder(t5), "mmdit": mmdit}
+
+
+def build_mmdit(c, vae, clip_l, clip_g, t5) -> MMDiT:
+    """The transformer for what an autoencoder and encoders of these configs give."""
+    tokens = c.size // (2 * vae.factor)                                     # along a side of a picture
+    mmdit = MMDiT(MMDiTConfig.preset(
+        c.model, in_channels=vae.z_channels, context_dim=t5.width,
+        pooled_dim=sum(clip.projection_dim or clip.width for clip in (clip_l, clip_g)),
+        pos_max=max(32, 4 * tokens), pos_sample=tokens, pos_base=tokens))
+    mmdit.context_embedder = WhiteLinear(mmdit.context_embedder)            # until all is learned
+    return mmdit
 
 
 def to_unit(images: torch.Tensor, device) -> torch.Tensor:
@@ -191,11 +203,18 @@ def t5_stage(run, parts, pictures, tokenizers) -> Stage:
     return Stage("t5", parts["t5"], loss)
 
 
-def encoder_prints(folder) -> tuple[str, str]:
-    """Fingerprints of a run's autoencoder and of its text encoders, as a cache keeps them."""
-    words = [p for p in (folder / "tokenizers").rglob("*") if p.is_file()]
-    return (files_fingerprint([folder / "vae.safetensors"]),
-            files_fingerprint([*(folder / f"{name}.safetensors" for name in ENCODERS), *words]))
+def encoder_prints(path) -> tuple[str, str]:
+    """Fingerprints of the autoencoder and of the text encoders of a run or of published weights, as a cache
+    keeps them."""
+    home = home_of_encoders(path)
+    if is_run(home):
+        words = [p for p in (home / "tokenizers").rglob("*") if p.is_file()]
+        return (files_fingerprint([home / "vae.safetensors"]),
+                files_fingerprint([*(home / f"{name}.safetensors" for name in ENCODERS), *words]))
+    prints = {name: f"{part.config} {tensors_fingerprint(locate(home, name)[0])}".encode()
+              for name, part in bare_encoders(home).items()}
+    words = [tokenizer.tok.to_str().encode() for tokenizer in find_tokenizers(home)]
+    return digest(prints["vae"]), digest(*(prints[name] for name in ENCODERS), *words)
 
 
 def pixels(image, size):
@@ -225,14 +244,15 @@ def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
 
 
 def encode_all(run, out, rank=0, world=1) -> None:
-    """A cache in `out` of run.config's data, by the encoders that lie in run.folder. Of `world` ranks each
-    does its share; an interrupted one goes on where it was."""
+    """A cache in `out` of run.config's data, by the encoders of run.folder, which may be published weights.
+    Of `world` ranks each does its share; an interrupted one goes on where it was."""
     c, prints = run.config, encoder_prints(run.folder)
     count = None if c.data == "drawn" and c.pictures == 10**9 else c.pictures
     listing = list_pictures(c.data, c.size, count=count, seed=c.seed)
     survey = Survey(listing.entries[:count], c.size, bucketed=c.buckets)
-    vae, *towers = (load_part(run.folder, name) for name in ("vae", *ENCODERS))
-    encoders = TextEncoders(*towers, list(load_tokenizers(run.folder, c.clip_length).values()))
+    home = home_of_encoders(run.folder)
+    published = not is_run(home)            # these compute in the dtype of their weights
+    vae, encoders = load_encoders(home, dtype=run.dtype)
     skipped = listing.skipped + survey.skipped
     if not survey.entries:
         refuse_if_mostly_bad(c.data, 0, skipped)
@@ -240,7 +260,8 @@ def encode_all(run, out, rank=0, world=1) -> None:
         print(f"cache: {len(survey.entries):,} pictures in {len(set(survey.buckets))} shapes with "
               f"{len(survey.captions):,} captions, {len(skipped)} skipped, into {out}", flush=True)
     lost = write_cache(out, survey, vae, encoders, vae_print=prints[0], text_print=prints[1],
-                       t5_length=c.t5_length, rank=rank, world=world, autocast=run.autocast,
+                       origin=str(home.resolve()) if published else "", t5_length=c.t5_length, rank=rank,
+                       world=world, autocast=nullcontext if published else run.autocast,
                        device=run.device, say=print if rank == 0 else lambda line: None)
     for name, reason in skipped[:5 * (rank == 0)] + lost[:5]:
         print(f"skipped {name}: {reason}")
@@ -250,6 +271,7 @@ def take_over(origin, folder) -> None:
     """Copy all that another run has learned: its encoders as they are, its transformer as a start."""
     files = [f"{name}.safetensors" for stage, names in PARTS_OF.items() for name in names if stage != "flow"]
     files += [p.relative_to(origin) for p in (origin / "tokenizers").rglob("*") if p.is_file()]
+    files = files if is_run(home_of_encoders(origin)) else []           # published ones stay where they are
     copies = [(name, name) for name in files] + [("mmdit.safetensors", "start/mmdit.safetensors")]
     for source, target in copies:
         if not (origin / source).is_file():
@@ -318,8 +340,11 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
         p.requires_grad_(not name.startswith("ln_q"))       # the last text queries are not read (parallel.py)
     batches = cached_batches(run, parts, tokenizers, survey, pictures)
     widths = [parts[name].config.width for name in ENCODERS[:2]]
-    for name in ("vae", *ENCODERS, "clip_l_image", "clip_g_image"):         # to be read again for a preview
-        del parts[name]
+    prompts = preview_prompts(c, pictures.captions)
+    texts = list(dict.fromkeys([*prompts, ""]))
+    said = preview_text(run, parts, tokenizers, batches.cache, prompts, texts)
+    for name in ("vae", *ENCODERS, "clip_l_image", "clip_g_image"):     # the first comes back for a preview
+        parts.pop(name, None)
     pictures.images = pictures.images.new_empty(0)
 
     def loss(step, g, rows=slice(None)):
@@ -336,20 +361,19 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
         losses = flow.loss(model, latents, t=t, noise=noise, context=context, pooled=pooled)
         return losses.mean() * (len(t) / c.flow_batch), {"by_t": loss_by_t(losses, t)}
 
-    some = torch.cat([batches.at(i, run.device)[2].flatten(0, 1) for i in range(32)])       # (tokens, ctx)
+    few = slice(0, max(1, 60_000 // (32 * (c.clip_length + c.t5_length))))              # 1 GB of SD3's own
+    some = torch.cat([batches.at(i, run.device, few)[2].flatten(0, 1) for i in range(32)])  # (tokens, ctx)
     model.context_embedder.measure(some, learned=bool(c.origin))
-    prompts = preview_prompts(c, pictures.captions)
 
     def finish():
         model.context_embedder = model.context_embedder.folded().requires_grad_(False)
 
     def preview(step):
-        vae, *encoders = (load_part(run.folder, name).to(run.device) for name in ("vae", *ENCODERS))
-        words = load_tokenizers(run.folder, c.clip_length)
-        pipe = Pipeline(model, vae, TextEncoders(*encoders, list(words.values())), t5_length=c.t5_length,
-                        shift=c.shift, kind="clean", size=(c.size, c.size), zero_empty=True,
+        vae = load_vae(c.encoders, dtype=torch.float32) if c.encoders else load_part(run.folder, "vae")
+        pipe = Pipeline(model, vae.to(run.device), None, shift=c.shift, kind="clean", size=(c.size, c.size),
                         dtype=None if run.dtype == torch.float32 else run.dtype)
-        images = pipe(prompts, guidance=3.0, steps=20)                      # the same eight seeds every time
+        pipe.encoded = (texts, c.t5_length, ()), said                       # its encoders are not needed
+        images = pipe(prompts, guidance=3.0, steps=20, t5_length=c.t5_length)   # the same eight seeds always
         row = [(np.asarray(image), [prompt]) for image, prompt in zip(images, prompts)]
         if run.ranks.rank:                                  # it was needed for its shard of the weights only
             return
@@ -357,6 +381,21 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
         contact_sheet({f"step {step}": row[:4], "": row[4:]}).save(run.folder / "samples" / f"{step:06d}.png")
 
     return Stage("flow", model, loss, preview, ema=True, finish=finish)
+
+
+@torch.no_grad()
+def preview_text(run, parts, tokenizers, cache, prompts, texts) -> Conditioning:
+    """What the encoders say of the prompts, once each, and zeros for "", the last of texts. Of captions in a
+    given cache it is known."""
+    c = run.config
+    if c.cache:
+        pictures = np.array([prompts.index(text) for text in texts[:-1]]) * len(cache) // 8
+        context, pooled = cache.text(pictures, torch.zeros(len(pictures), dtype=torch.long))
+    else:
+        encoders = TextEncoders(*(parts[name] for name in ENCODERS), list(tokenizers.values()))
+        with run.autocast():
+            context, pooled = vars(encoders(texts[:-1], c.t5_length)).values()
+    return Conditioning(*(torch.cat([x, torch.zeros_like(x[:1])]).float() for x in (context, pooled)))
 
 
 def preview_prompts(c, captions) -> list[str]:

@@ -9,6 +9,8 @@
     python train.py --resume                   go on with the last run, exactly where it was
     python train.py --from RUN --size 128      go on from a finished run, with larger pictures
     python train.py cache --run RUN --data DIR encode pictures and captions ahead, for --from RUN --cache
+    python train.py cache --model PATH --data DIR --size 256           the same by SD3's own encoders, for
+    python train.py --cache CACHE --model d15  a new transformer that learns from them
     python train.py --dry-run --model d38 --gpus 64      what it would take (budget.py)
     torchrun --nproc-per-node 8 train.py --flow-batch 512      the same on eight GPUs (parallel.py)
     python sample.py "a red star left of a blue ring"    then draw something
@@ -60,8 +62,8 @@ from torch import nn
 
 import flow
 import parallel
-from checkpoints import (Saver, State, clean_checkpoints, has_run, load_part, load_state,
-                         read_json, save_part, sole_writer, write_json)
+from checkpoints import (Saver, State, clean_checkpoints, has_run, load_part, load_state, read_json,
+                         save_part, sole_writer, write_json)
 from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiT
 from muon import Muon, split
@@ -345,7 +347,8 @@ def list_data(c: TrainConfig):
     if c.cache:                                                     # the pictures may be anywhere by now
         cache = Cache(c.cache)
         captions = [tuple(cache.texts(k * len(cache) // 8)) for k in range(8)]
-        return None, Pictures(torch.empty(0), captions, cache.skipped), cache.index["data"], None
+        words = Pictures(torch.empty(0), captions, cache.skipped, names=cache.names)
+        return None, words, cache.index["data"], None
     listing = list_pictures(c.data, c.size, count=c.pictures, seed=c.seed)
     survey = Survey(listing.entries[:c.pictures], c.size, bucketed=c.buckets)
     captions = [entry.captions for entry in survey.entries]
@@ -358,17 +361,18 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
     config, folder, pictures, captions, ranks = run.config, run.folder, words, words.captions, run.ranks
     if config.origin and not resume:
         ranks.together(lambda: None if ranks.rank else take_over(Path(config.origin), folder))
-    todo = ranks.together(lambda: unfinished(folder))
+    own = ("flow",) if config.encoders else STAGES                  # what is learned here
+    todo = ranks.together(lambda: unfinished(folder, own))
     if "vae" in todo or "clip" in todo:                             # the others need no pixels
         pictures = load_pictures(config.data, config.size, count=config.pictures, listing=listing)
-    tokenizers = ranks.once(lambda: make_tokenizers(
+    tokenizers = {} if config.encoders else ranks.once(lambda: make_tokenizers(
         folder, config, [text for texts in captions for text in texts], [texts[0] for texts in captions]))
     if ranks.rank == 0:
         write_json(folder / "config.json", dataclasses.asdict(config))
         clean_checkpoints(folder, todo)
     run.facts = {"settings": {name: getattr(config, name) for name in SHAPING}, "fingerprint": mark}
     parts = build(config, tokenizers)
-    done = [name for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]]
+    done = [name for stage in own if stage not in todo for name in PARTS_OF[stage]]
     parts |= {name: load_part(folder, name) for name in done}
     if config.origin and "flow" in todo:
         tokens = config.size // (2 * parts["vae"].config.factor)
@@ -380,7 +384,7 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
     elif config.fsdp:
         print("--fsdp needs several processes (torchrun): this one keeps the whole transformer")
     for name, part in parts.items():
-        if not parallel.sharded(part):
+        if not (parallel.sharded(part) or next(part.parameters()).is_meta):     # published: without numbers
             part.to("cpu" if name in done else run.device)
     make = {"vae": lambda: vae_stage(run, parts, pictures),
             "clip": lambda: clip_stage(run, parts, pictures, tokenizers),
@@ -418,11 +422,11 @@ def compile_blocks(model: MMDiT, device: torch.device) -> None:
         block.compile()
 
 
-def unfinished(folder: Path) -> list[str]:
+def unfinished(folder: Path, stages=STAGES) -> list[str]:
     """The stages whose parts the run lacks.
     ValueError if a trained transformer has lost one that it learned from."""
-    lost = {stage: [name for name in names if not (folder / f"{name}.safetensors").is_file()]
-            for stage, names in PARTS_OF.items()}
+    lost = {stage: [name for name in PARTS_OF[stage] if not (folder / f"{name}.safetensors").is_file()]
+            for stage in stages}
     todo = [stage for stage, names in lost.items() if names]
     if todo and "flow" not in todo:
         names = ", ".join(f"{name}.safetensors" for stage in todo for name in lost[stage])
@@ -442,7 +446,8 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
               + ("cut up among them" if parallel.sharded(parts["mmdit"]) else "whole on each"))
     for name, reason in pictures.skipped[:5]:
         print(f"skipped {name}: {reason}")
-    print(f"data: {c.data}, {len(pictures.captions)} pictures of {c.size} x {c.size}, "
+    count = len(pictures.names or pictures.captions)
+    print(f"data: {c.cache or c.data}, {count} pictures of {c.size} x {c.size}, "
           f"{len(pictures.skipped)} skipped, {pictures.excluded} left out by excluded.txt; "
           f"text: {c.clip_length} tokens for CLIP, {c.t5_length} for T5")
     print("parameters: " + ", ".join(
@@ -496,19 +501,20 @@ def named(source: str) -> str:
 # ----------------------------------------------------------------------------------------------- command line
 
 def cache_command(argv) -> None:
-    """python train.py cache: encode once what a run's transformer will learn from."""
+    """python train.py cache: encode once what a transformer will learn from."""
     args = parse_cache(argv)
     rank, world, _ = parallel.launched()                # each makes its files: nothing has to be exchanged
-    saved = read_json(Path(args.run, "config.json"))
-    size = args.size or saved["size"]
+    saved = {"t5_length": 77} if args.model else read_json(Path(args.run, "config.json"))
+    size, whose = args.size or saved["size"], Path(args.model or args.run)
     out = args.out or f"runs/cache-{named(args.data)}-{size}"
-    run = Run(TrainConfig(**{k: saved[k] for k in ("clip_length", "t5_length")}, data=args.data, size=size,
-                          pictures=args.pictures or 10**9, seed=args.seed, buckets=args.buckets,
-                          device=args.device, dtype=args.dtype), Path(args.run))
+    run = Run(TrainConfig(t5_length=saved["t5_length"], data=args.data, size=size, seed=args.seed,
+                          pictures=args.pictures or 10**9, buckets=args.buckets, device=args.device,
+                          dtype=args.dtype), whose)
     encode_all(run, Path(out), rank, world)
+    how = f"--cache {out} --model d15" if args.model else f"--from {whose} --cache {out}"
     if rank == 0:
         print(f"done{f' with the share of rank 0 of {world}' if world > 1 else ''}: {out}. Now type\n"
-              f"    python train.py --from {args.run} --cache {out} --data {args.data}")
+              f"    python train.py {how} --data {args.data}")
 
 
 def main(argv=None) -> None:

@@ -4,31 +4,42 @@ The transformer learns from a cache on disk that is made once, ahead or on the s
 autoencoder nor T5 meanwhile; changed data are noticed; pictures keep their shapes; captions are mixed; a
 finished run goes on with larger pictures; what is bad ends in a count or in one line.
 """
+import contextlib
 import dataclasses
 import gc
 import io
 import json
 import math
 import random
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import data
+import make_fake_checkpoint
+import sample
 import stages
 import train as training
-from checkpoints import load_part, load_tensors, load_tokenizers
+from checkpoints import bare_encoders, load_part, load_tensors, load_tokenizers, save_part
 from conftest import MICRO, single_thread
 from data import Pictures
 from mmdit import MMDiT
 from prepare import Cache
+from sample import Pipeline
+from text_encoders import ENCODERS, CLIPTextConfig, T5Config
 from train import TrainConfig, parse, train
+from weights import load_text_encoders, load_vae, locate
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    with single_thread():
+    """And no curves: they take as long as the steps that they show, and test_train.py asks for them."""
+    with single_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "plot_run", lambda path: None)
         yield
 
 
@@ -77,6 +88,15 @@ def refused(flags, capsys):
 
 def flags_of(**settings):
     return [x for k, v in settings.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def power_cut(original, at):
+    """Of Run.generator: the process ends when a step asks for its random numbers."""
+    def generator(self, name, step):
+        if step == at and (self.folder / "metrics.csv").exists():           # else its time is only estimated
+            raise KeyboardInterrupt
+        return original(self, name, step)
+    return generator
 
 
 # --- The cache ---
@@ -184,10 +204,10 @@ def test_one_flag_sets_how_often_synthetic_captions_are_taken_in_clip_and_flow(
 # --- A second phase at another size ---
 
 @pytest.fixture(scope="module")
-def first_phase(tmp_path_factory):
+def first_phase(watched, tmp_path_factory):
     """A transformer that knows four drawings: enough to tell it from an untrained one."""
-    settings = MICRO | dict(pictures=4, flow_steps=60, ema=0.9)
-    return train(TrainConfig(**settings, out=str(tmp_path_factory.mktemp("runs") / "small")))
+    return train(*parse(["--from", str(watched[0]), *flags_of(
+        pictures=4, flow_steps=60, ema=0.9, save_every=1000, out=tmp_path_factory.mktemp("runs") / "small")]))
 
 
 def losses(folder):
@@ -224,16 +244,9 @@ def test_a_second_phase_takes_over_all_parts_moves_positions_and_times_and_start
 
 
 def test_a_second_phase_that_was_interrupted_equals_one_that_was_not(finished, tmp_path, monkeypatch):
-    flags = ["--from", str(finished), *flags_of(size=96, flow_steps=4)]
+    flags = ["--from", str(finished), *flags_of(size=96, pictures=8, flow_steps=4)]
     straight = train(*parse([*flags, "--out", str(tmp_path / "straight")]))
-    original = training.Run.generator
-
-    def power_cut(self, name, step):
-        if step == 3 and (self.folder / "metrics.csv").exists():
-            raise KeyboardInterrupt
-        return original(self, name, step)
-
-    monkeypatch.setattr(training.Run, "generator", power_cut)
+    monkeypatch.setattr(training.Run, "generator", power_cut(training.Run.generator, 3))
     with pytest.raises(KeyboardInterrupt):
         train(*parse([*flags, "--out", str(tmp_path / "cut")]))
     monkeypatch.undo()
@@ -272,20 +285,181 @@ def test_bad_input_of_a_cache_or_a_second_phase_is_one_line_that_names_the_remed
     assert "no finished run" in refused(["--from", "no-run"], capsys)
     assert "contradicts" in refused(["--from", finished, "--model", "d15"], capsys)
     assert "no such folder" in refused(["--from", finished, "--data", "gone"], capsys)
-    assert "--from RUN" in refused(["--cache", "somewhere"], capsys)
+    assert "index.json" in refused(["--cache", "somewhere"], capsys)
     assert "index.json" in refused(["--from", finished, "--cache", "somewhere"], capsys)
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_a_cache_of_other_encoders_is_refused_by_both_names(finished, first_phase, tmp_path, capsys):
-    out = tmp_path / "cache"
-    training.main(["cache", *flags_of(run=first_phase, data="drawn", pictures=8, out=out, dtype="float32",
+def test_a_cache_of_other_encoders_is_refused_by_both_names(finished, tmp_path, capsys):
+    other, out = tmp_path / "other", tmp_path / "cache"
+    shutil.copytree(finished, other)
+    vae = load_part(other, "vae")
+    vae.decoder.conv_in.bias += 0.5
+    save_part(other, "vae", vae)
+    training.main(["cache", *flags_of(run=other, data="drawn", pictures=8, out=out, dtype="float32",
                                       device="cpu")])
     capsys.readouterr()
     said = refused(["--from", finished, *flags_of(cache=out, flow_steps=2, out=tmp_path / "run")], capsys)
-    marks = stages.encoder_prints(first_phase)[0][:8], stages.encoder_prints(finished)[0][:8]
+    marks = stages.encoder_prints(other)[0][:8], stages.encoder_prints(finished)[0][:8]
     assert all(mark in said for mark in marks) and "train.py cache" in said
     assert not (tmp_path / "run").exists()
+
+
+# --- Published encoders ---
+
+ALL_PARTS = ["mmdit", "vae", "clip_l", "clip_g", "t5"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A small model with all its parts as published: two files, three encoders' files, tokenizers."""
+    folder = tmp_path_factory.mktemp("published")
+    make_fake_checkpoint.main([str(folder), "--config", "small", "--parts", *ALL_PARTS])
+    return folder / "small.safetensors"
+
+
+@pytest.fixture(scope="module")
+def encoded(published, tmp_path_factory):
+    """A cache of 12 pictures that published encoders made -> its folder, the pictures', what was printed."""
+    folder = tmp_path_factory.mktemp("encoded")
+    pictures, out, told = fill(folder / "mine", 12), folder / "cache", io.StringIO()
+    with contextlib.redirect_stdout(told):
+        training.main(["cache", *flags_of(model=published, data=pictures, out=out, size=32, dtype="float32",
+                                          device="cpu")])
+    return out, pictures, told.getvalue()
+
+
+def test_a_cache_holds_what_published_encoders_say(published, encoded):
+    out, pictures, said = encoded
+    cache = Cache(out)
+    assert f"--cache {out} --model d15" in said and len(cache) == 12
+    vae = load_vae(published, dtype=torch.float32)
+    encoders = load_text_encoders(published, dtype=torch.float32)
+    for i in (0, 7):
+        mean, std, context, pooled = cache.read(np.array([i]), torch.tensor([1]))
+        x = torch.from_numpy(data.read_picture(pictures / cache.names[i], 32)).permute(2, 0, 1) / 127.5 - 1
+        with torch.no_grad():
+            posterior = vae.encode(x[None])
+        told = encoders([cache.texts(i)[1]], 77)
+        for stored, right in ((mean, vae.to_latent(posterior.mean)), (std, posterior.std * vae.config.scale),
+                              (context, told.context), (pooled, told.pooled)):
+            assert stored.shape == right.shape
+            assert (stored.float() - right).norm() < 5e-3 * right.norm()
+
+
+def test_the_widths_of_sd3_come_out_as_154_x_4096_and_2048_and_fit_the_presets(tmp_path):
+    """Its encoders in full width, of one thin layer each."""
+    small = make_fake_checkpoint.CONFIGS["small"]
+    configs = {"vae": small["vae"], "t5": T5Config(512, 4096, 1, 1, 64, 96),
+               "clip_l": CLIPTextConfig(2048, 768, 1, 12, 64, "quick_gelu", projection_dim=768),
+               "clip_g": CLIPTextConfig(2048, 1280, 1, 20, 64, "gelu", projection_dim=1280)}
+    make_fake_checkpoint.write_model(tmp_path, list(configs), "single_file", "bfloat16", configs, "thin")
+    make_fake_checkpoint.write_tokenizers(tmp_path, configs)
+    pictures, out, thin = fill(tmp_path / "mine", 2), tmp_path / "cache", tmp_path / "thin.safetensors"
+    training.main(["cache", *flags_of(model=thin, data=pictures, out=out, size=64, dtype="float32",
+                                      device="cpu")])
+    mean, _, context, pooled = Cache(out).read(np.array([0, 1]), torch.tensor([0, 1]))
+    assert mean.shape == (2, 16, 8, 8) and context.shape == (2, 154, 4096) and pooled.shape == (2, 2048)
+    size = (out / "text-00000.safetensors").stat().st_size / 4                              # captions
+    assert 950_272 < size < 951_300                             # the paper: 954 kB; the rest is the header
+    config, _ = parse(["--cache", str(out), "--model", "d15"])
+    bare = [part.config for part in map(bare_encoders(config.encoders).get, ("vae", *ENCODERS))]
+    with torch.device("meta"):                                  # ValueError unless all shapes fit
+        stages.build_mmdit(config, *bare).check_inputs(mean, torch.ones(2), context, pooled)
+
+
+@pytest.fixture(scope="module")
+def learned(encoded, tmp_path_factory):
+    """A new transformer that learned from that cache, interrupted and resumed -> the run, and what kinds of
+    module were in memory meanwhile."""
+    alive, fit, out = set(), training.fit, tmp_path_factory.mktemp("runs") / "published"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "fit", lambda *args: alive.update(modules_with_numbers()) or fit(*args))
+        patch.setattr(training.Run, "generator", power_cut(training.Run.generator, 3))
+        with pytest.raises(KeyboardInterrupt):
+            train(*parse(["--cache", str(encoded[0]), *flags_of(
+                flow_steps=4, flow_batch=4, preview_every=4, save_every=2, out=out, device="cpu",
+                dtype="float32")]))
+    return train(*parse(["--resume", "--out", str(out)])), alive
+
+
+def modules_with_numbers():
+    """The kinds of module in memory, less those that only have shapes."""
+    gc.collect()
+    modules = (x for x in gc.get_objects() if issubclass(type(x), torch.nn.Module))
+    return {type(x).__name__ for x in modules if not any(p.is_meta for p in x.parameters())}
+
+
+def test_a_new_transformer_learns_from_published_encoders_that_never_are_in_memory(learned, published):
+    run, alive = learned
+    assert "MMDiT" in alive and not {"AutoencoderKL", "T5Encoder", "CLIPTextEncoder"} & alive
+    assert (run / "samples" / "000004.png").is_file() and len(losses(run)) == 4
+    assert [p.name for p in run.glob("*.safetensors")] == ["mmdit.safetensors"]
+    config = json.loads((run / "config.json").read_text())
+    assert (config["size"], config["t5_length"], config["encoders"]) == (32, 77, str(published))
+
+
+def test_it_draws_with_them(learned, capsys):
+    pipe = Pipeline.from_pretrained(learned[0], device="cpu")
+    assert pipe.encoders.clip_length == 77 == pipe.t5_length and pipe.shift == TrainConfig.shift
+    one, other = (pipe(["a plain picture number 3", "an even colour"], steps=2, output="latent", drop=drop)
+                  for drop in ((), ("clip_g",)))
+    assert one.shape == (2, 16, 4, 4) and one.isfinite().all() and not torch.equal(one, other)
+    again = Pipeline.from_pretrained(learned[0], device="cpu", t5=False)("a star", steps=1, output="tensor")
+    assert again.shape == (1, 3, 32, 32)
+    sample.main(["--dry-run", "--model", str(learned[0])])
+    assert "32 x 32" in capsys.readouterr().out
+
+
+def test_a_second_phase_keeps_published_encoders(learned, encoded, published, tmp_path):
+    run, large = learned[0], tmp_path / "large"
+    training.main(["cache", *flags_of(run=run, data=encoded[1], out=large, size=64, dtype="float32",
+                                      device="cpu")])
+    assert Cache(large).index["encoders"] == str(published)
+    config, _ = parse(["--from", str(run), *flags_of(cache=large, flow_steps=1, preview_every=0,
+                                                     out=tmp_path / "second")])
+    second = load_part(train(config), "mmdit").config
+    assert (second.pos_sample, second.pos_base) == (4, 2) and config.shift == 2 * TrainConfig.shift
+
+
+@pytest.mark.parametrize("layout", ["single_file", "folder"])
+def test_the_fingerprint_of_published_encoders_knows_each_of_them_and_not_the_transformer(layout, tmp_path):
+    make_fake_checkpoint.main([str(tmp_path), "--config", "small", "--layout", layout, "--parts", *ALL_PARTS])
+    path = tmp_path if layout == "folder" else tmp_path / "small.safetensors"
+    before = stages.encoder_prints(path)
+    for part, differs in (("mmdit", (0, 0)), ("vae", (1, 0)), ("clip_g", (0, 1)), ("t5", (0, 1))):
+        source, _ = locate(path, part)
+        tensors, name = load_file(source.path), source.prefix + max(source.index)
+        save_file(tensors | {name: tensors[name] + 0.5}, source.path)
+        now = stages.encoder_prints(path)
+        assert tuple(a != b for a, b in zip(before, now)) == differs, part
+        before = now
+    merges = tmp_path / "tokenizer" / "merges.txt"
+    merges.write_text("".join(merges.read_text().splitlines(keepends=True)[:-1]))
+    now = stages.encoder_prints(path)
+    assert now[0] == before[0] and now[1] != before[1]
+
+
+def test_bad_input_about_published_encoders_is_one_line_that_names_the_remedy(
+        finished, published, encoded, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out, pictures, _ = encoded
+    cache = ["cache", "--data", pictures]
+    assert "--size" in refused([*cache, "--model", published], capsys)
+    assert "not allowed with" in refused([*cache, "--model", published, "--run", finished], capsys)
+    assert "--run --model" in refused(cache, capsys)
+    assert "does not exist" in refused([*cache, "--model", "gone.safetensors", "--size", 32], capsys)
+    assert "train.py cache --model" in refused(["--encoders", published], capsys)
+    assert "add --from" in refused(["--cache", finished / "cache"], capsys)
+    assert "contradicts" in refused(["--cache", out, "--t5-length", 20], capsys)
+    assert "contradicts" in refused(["--cache", out, "--size", 64], capsys)
+    assert "does not exist" in refused(["--cache", out, "--encoders", "gone"], capsys)
+    other = tmp_path / "other"
+    shutil.copytree(published.parent, other)
+    file = other / "text_encoders" / "clip_l.safetensors"
+    save_file({k: v + 0.5 for k, v in load_file(file).items()}, file)
+    assert "made by other text encoders" in refused(
+        ["--cache", out, *flags_of(encoders=other / published.name, out="run", flow_steps=1)], capsys)
 
 
 # --- A folder in which much is bad ---
