@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,7 @@ def child(folder, said, changes, limit=None):
         import resource
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    training.plot_run = lambda path: None                   # after a preview: it takes longer than the run
     training.train = lambda: run_miniature(folder, **changes)
     training.parse = lambda argv: ()
     training.main([])
@@ -166,35 +169,44 @@ def test_kill_9_at_random_moments_loses_no_run_and_changes_no_number(straight, t
     assert_equal(straight, folder)
 
 
+def signals_itself(signum, step, loss):
+    """In the middle of the step after 20."""
+    if step == 20:
+        os.kill(os.getpid(), signum)
+    return loss
+
+
 @POSIX
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_after_the_step_with_a_checkpoint_and_the_way_on(straight, tmp_path, signum, code):
     folder = tmp_path / "run"
-    process, said = start(folder, save_every=1000)
-    until(lambda: (folder / "metrics.csv").exists() and len(rows_of(folder)) >= 20, process)
-    os.kill(process.pid, signum)
+    process, said = start(folder, spoil=partial(signals_itself, signum), save_every=1000)
     assert wait(process) == code, said.read_text()
     text = said.read_text()
-    assert f"saved at step {steps_of(folder)[0]}" in text and "train.py --resume" in text
-    assert "Traceback" not in text and len(rows_of(folder)) == steps_of(folder)[0] < 40
+    assert "saved at step 21" in text and "train.py --resume" in text and "Traceback" not in text
+    assert steps_of(folder) == [21] and len(rows_of(folder)) == 21
     process, said = start(folder, save_every=1000)
     assert wait(process) == 0
     assert_equal(straight, folder)
 
 
-def slow_save(run, step):                       # stands in for a preview: long, and in the middle of a step
+def pauses(run, step):
+    """Stands in for a preview: in the middle of a step, and as long as it takes until `go` appears."""
     if not Path(run.folder, "busy").exists():
         Path(run.folder, "busy").touch()
-        time.sleep(1.0)
+        end = time.monotonic() + 60
+        while not Path(run.folder, "go").exists() and time.monotonic() < end:
+            time.sleep(0.005)
         Path(run.folder, "over").touch()
 
 
 @POSIX
 def test_a_signal_during_a_preview_waits_for_its_end(straight, tmp_path):
     folder = tmp_path / "run"
-    process, said = start(folder, preview=slow_save, preview_every=5, save_every=1000)
+    process, said = start(folder, preview=pauses, preview_every=5, save_every=1000)
     until((folder / "busy").exists, process)
     os.kill(process.pid, signal.SIGTERM)
+    (folder / "go").touch()
     assert wait(process) == 143 and (folder / "over").exists() and steps_of(folder) == [5], said.read_text()
     process, _ = start(folder, save_every=1000)
     assert wait(process) == 0
@@ -229,11 +241,12 @@ def test_a_signal_during_a_save_leaves_that_save_whole(straight, tmp_path):
 @POSIX
 def test_the_second_ctrl_c_ends_at_once_and_the_last_checkpoint_stays(straight, tmp_path):
     folder = tmp_path / "run"
-    process, _ = start(folder, preview=slow_save, preview_every=5, save_every=4)
+    process, _ = start(folder, preview=pauses, preview_every=5, save_every=4)
     until((folder / "busy").exists, process)
-    os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
+    while process.is_alive():                                   # one that waits for the other counts as one
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGINT)
+        process.join(0.05)
     assert wait(process) == -signal.SIGINT and not (folder / "over").exists()       # 130 in a shell
     assert steps_of(folder) == [4]
     process, _ = start(folder)
@@ -244,10 +257,11 @@ def test_the_second_ctrl_c_ends_at_once_and_the_last_checkpoint_stays(straight, 
 @POSIX
 def test_two_processes_never_train_in_one_folder(straight, tmp_path):
     folder = tmp_path / "run"
-    first, _ = start(folder, preview=slow_save, preview_every=36)
+    first, _ = start(folder, preview=pauses, preview_every=36)
     until((folder / "busy").exists, first)
     with pytest.raises(CheckpointError, match=f"is being trained by process {first.pid}"):
         run_miniature(folder)
+    (folder / "go").touch()
     assert wait(first) == 0
     with sole_writer(folder):                                   # and it left no lock
         pass
@@ -258,9 +272,7 @@ def test_two_processes_never_train_in_one_folder(straight, tmp_path):
 def test_a_full_disk_costs_no_training_and_keeps_the_older_checkpoint(straight, tmp_path):
     """No file may grow beyond 30 kB: the first checkpoint, of 400 kB, was written before that."""
     folder = tmp_path / "run"
-    process, said = start(folder, save_every=1000)
-    until(lambda: (folder / "metrics.csv").exists() and len(rows_of(folder)) >= 20, process)
-    os.kill(process.pid, signal.SIGTERM)
+    process, said = start(folder, spoil=partial(signals_itself, signal.SIGTERM), save_every=1000)
     assert wait(process) == 143
     before = {p: p.read_bytes() for p in folder.glob("checkpoints/*/*")}
     said.unlink()
@@ -278,9 +290,10 @@ def test_a_full_disk_costs_no_training_and_keeps_the_older_checkpoint(straight, 
 @POSIX
 def test_a_wish_to_stop_that_cannot_be_saved_is_no_success(tmp_path):
     folder = tmp_path / "run"
-    process, said = start(folder, 30_000, preview=slow_save, preview_every=5, save_every=1000)
+    process, said = start(folder, 30_000, preview=pauses, preview_every=5, save_every=1000)
     until((folder / "busy").exists, process)
     os.kill(process.pid, signal.SIGTERM)
+    (folder / "go").touch()
     assert wait(process) == 2 and "could not be saved" in said.read_text()
 
 
