@@ -6,7 +6,8 @@ of a batch, for sums over all ranks and for agreement among them. The work is Py
     torchrun --nproc-per-node N train.py ...         starts N processes; each runs train.py from top to end
 
     of a step     rank 0                rank 1
-    draws         of the whole batch    of the whole batch     from (seed, stage, step): the same everywhere
+    draws         of the whole batch    of the whole batch     from (seed, stage, step): the same everywhere,
+                                                               but noise of latents for a rank's rows alone
     rows          the first half        the second half        Ranks.rows
     loss          its part              its part               parts add up to the batch's loss: Ranks.add
     gradients     ------- added up over ranks in the backward pass -------                     by DDP or FSDP2
@@ -20,8 +21,8 @@ of a batch, for sums over all ranks and for agreement among them. The work is Py
 What to know
 - One process without torchrun takes none of this: Ranks() answers for itself, and nothing communicates.
 - DDP and FSDP2 average gradients over ranks, and here they must be added: so each loss is multiplied by N.
-- Draws are made for the whole batch on every rank, as a row's noise must not depend on N. On a CPU that costs
-  a few ns a number on each rank, which becomes visible for batches of thousands.
+- What a row draws must not depend on N. So most draws are made for the whole batch on every rank; the noise
+  of latents, which would cost seconds in a batch of thousands, has a generator a row (stages.flow_stage).
 - With --accumulate K a rank's rows go through the model in K pieces. Under DDP only the last communicates.
   Under FSDP2 each does: kept back, a rank's gradients would be as large as the whole model again.
 - Only rank 0 prints and writes, but each rank writes shards of checkpoints (checkpoints.py) and files of
