@@ -869,6 +869,17 @@ def test_random_models_of_real_layouts_can_be_made_and_drawn_with(tmp_path, layo
     assert pipe("a red star", height=32, width=48, steps=1, output="tensor").isfinite().all()
 
 
+def test_made_up_tokenizers_have_the_sizes_and_special_ids_of_the_real_ones(tmp_path):
+    make_fake_checkpoint.write_tokenizers(tmp_path, make_fake_checkpoint.CONFIGS["sd3.5-large"])
+    clip_l, clip_g, t5 = find_tokenizers(tmp_path)
+    assert (clip_l.vocab_size, clip_g.vocab_size, t5.vocab_size) == (49408, 49408, 32100)
+    assert (clip_l.bos, clip_l.eos, clip_l.pad, clip_g.pad, t5.eos, t5.pad) == (49406, 49407, 49407, 0, 1, 0)
+    assert len((tmp_path / "tokenizer" / "merges.txt").read_text().splitlines()) == 1 + 48_894
+    assert t5.tok.token_to_id("<extra_id_0>") == 32099
+    words = "a red cat on the zzz"                              # merges do what they say: a word, a token
+    assert (clip_l(words)[0] == 49407).nonzero()[0] == 1 + 6 and 2 not in t5(words)
+
+
 LOAD = """
 import sys
 sys.path[:0] = sys.argv[2:]
