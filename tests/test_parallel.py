@@ -22,6 +22,7 @@ import torch
 import parallel
 import train as training
 from checkpoints import checkpoints_of, load_tensors
+from mmdit import MMDiTConfig
 from train import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,7 @@ def child(rank, world, port, said, argv, config, wound):
     os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{world}", "LOCAL_RANK": f"{rank}",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
     torch.set_num_threads(1)
+    MMDiTConfig.preset = small()
     generator = training.Run.generator
 
     def wounded(self, stage, step):
@@ -77,12 +79,19 @@ def launch(folder, world, argv=(), config=None, wound=None, seconds=120):
     return [process.exitcode for process in ranks], said.read_text()
 
 
+def small(self=MMDiTConfig.preset):
+    """The miniature, smaller still."""
+    return lambda name, **changes: self(name, depth=2, heads=2, head_dim=16, **changes)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def ready():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
         multiprocessing.set_forkserver_preload(["test_parallel", "torch._dynamo"])
         multiprocessing.forkserver.ensure_running()
+        patch.setattr(MMDiTConfig, "preset", small())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +101,6 @@ def finished(tmp_path_factory):
     torch.set_num_threads(1)
     train(TrainConfig(**MICRO, out=str(folder)))
     torch.set_num_threads(before)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adamw(finished, tmp_path_factory):
-    """The transformer of one process again, without Muon."""
-    folder, config = untrained(finished, tmp_path_factory.mktemp("runs") / "adamw", muon_rate=0.0)
-    codes, said = launch(folder, 1, ["--resume"], config)
-    assert codes == [0], said
     return folder
 
 
@@ -163,9 +163,9 @@ def test_one_process_in_four_pieces_learns_what_it_does_at_once(finished, tmp_pa
 
 
 @fsdp
-def test_cut_up_among_two_it_learns_the_same_is_saved_on_two_and_goes_on_on_one_and_on_four(adamw, tmp_path):
+def test_cut_up_among_two_it_learns_the_same_is_saved_on_two_and_goes_on_on_one_and_on_four(finished, tmp_path):
     """SIGTERM to one rank ends both, after a save."""
-    folder, config = untrained(adamw, tmp_path / "two", fsdp=True, accumulate=2, checkpointing=True,
+    folder, config = untrained(finished, tmp_path / "two", fsdp=True, accumulate=2, checkpointing=True,
                                preview_every=4)
     codes, said = launch(folder, 2, ["--resume"], config, wound=(1, 5, signal.SIGTERM))
     assert codes == [143, 143] and "saved at step 6" in said and "cut up among them" in said, said
@@ -179,7 +179,7 @@ def test_cut_up_among_two_it_learns_the_same_is_saved_on_two_and_goes_on_on_one_
                              dataclasses.replace(config, out=str(copy), accumulate=1))
         assert codes == [0] * world and "going on at step 6" in said, said
         assert f"ranks 2, now {world}" in said
-        assert_equal(adamw, copy)
+        assert_equal(finished, copy)
 
 
 def stopped(finished, folder, **changes):
@@ -198,11 +198,11 @@ def test_what_one_process_saved_two_go_on_from(finished, tmp_path):
 
 
 @fsdp
-def test_what_one_process_saved_goes_on_cut_up_among_two(adamw, tmp_path):
-    folder, config = stopped(adamw, tmp_path / "run")
+def test_what_one_process_saved_goes_on_cut_up_among_two(finished, tmp_path):
+    folder, config = stopped(finished, tmp_path / "run")
     codes, said = launch(folder, 2, ["--resume"], dataclasses.replace(config, fsdp=True))
     assert codes == [0, 0] and "going on at step 6" in said, said
-    assert_equal(adamw, folder)
+    assert_equal(finished, folder)
 
 
 def test_a_killed_rank_ends_the_job_and_resumed_it_ends_where_an_undisturbed_one_does(finished, tmp_path):
@@ -222,7 +222,6 @@ def test_a_killed_rank_ends_the_job_and_resumed_it_ends_where_an_undisturbed_one
 @pytest.mark.parametrize("flags, cause", [
     (["--flow-batch", "6", "--accumulate", "2"], "a batch of 6 does not divide among 2 ranks in 2 pieces"),
     (["--vae-batch", "3"], "--vae-batch: a batch of 3 does not divide among 2 ranks: try 4"),
-    (["--fsdp"], "--muon-rate 0"),
     (["--data", "no/such/folder"], "no/such/folder"),
 ])
 def test_bad_input_ends_all_ranks_with_code_2_and_one_line(tmp_path, flags, cause):
