@@ -335,6 +335,8 @@ class Saver:
         except BaseException as e:
             if self.ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
+            for rank, (cause, _) in getattr(e, "failures", {}).items():     # the others', of which it tells
+                e = f"rank {rank}: {cause}"
             raise OSError(f"{temporary} could not be written ({e})".replace("\n", " ")) from None
         return manifest["stage"], manifest["step"]
 
