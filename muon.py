@@ -106,8 +106,8 @@ def at_once(found):
 def taken_apart(found):
     """(parameter, group, this rank's rows) of all -> the same with these rows of U V^T.
 
-    Of N matrices of one shape each of the N ranks is sent one, whole, and sends back to each its rows: nothing
-    is computed twice, and a rank has one matrix in memory beside its shards."""
+    Of N matrices of one shape each of the N ranks is sent one, whole, and sends back to each its rows:
+    nothing is computed twice, and a rank has one matrix in memory beside its shards."""
     shapes = {}
     for p, group, x in found:
         shapes.setdefault(p.shape, []).append((p, group, x))
@@ -124,7 +124,7 @@ def taken_apart(found):
             p, group, _ = lot[min(mesh.get_local_rank(), len(lot) - 1)]     # without one, zeros
             [(*_, piece)] = at_once([(p, group, mine.view(-1, columns)[:total])])
             out = F.pad(piece, (0, 0, 0, N * rows - total)).contiguous().view(torch.half)
-            mine = torch.empty_like(out)        # as float16, since gloo knew no bfloat16 for long: bits only move
+            mine = torch.empty_like(out)        # bits only move, and gloo has known float16 for longer
             dist.all_to_all_single(mine, out, group=ranks)
             for (p, group, x), piece in zip(lot, mine.view(piece.dtype).view(N, rows, columns)):
                 yield p, group, piece[:len(x)]

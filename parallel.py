@@ -6,7 +6,8 @@ of a batch, for sums over all ranks and for agreement among them. The work is Py
     torchrun --nproc-per-node N train.py ...         starts N processes; each runs train.py from top to end
 
     of a step     rank 0                rank 1
-    draws         of the whole batch    of the whole batch     from (seed, stage, step): the same everywhere
+    draws         of the whole batch    of the whole batch     from (seed, stage, step): the same everywhere,
+                                                               but noise of latents for a rank's rows alone
     rows          the first half        the second half        Ranks.rows
     loss          its part              its part               parts add up to the batch's loss: Ranks.add
     gradients     ------- added up over ranks in the backward pass -------                     by DDP or FSDP2
@@ -23,8 +24,8 @@ Nor is the whole transformer ever in one rank's main memory at its start: it is 
 What to know
 - One process without torchrun takes none of this: Ranks() answers for itself, and nothing communicates.
 - DDP and FSDP2 average gradients over ranks, and here they must be added: so each loss is multiplied by N.
-- Draws are made for the whole batch on every rank, as a row's noise must not depend on N. On a CPU that costs
-  a few ns a number on each rank, which becomes visible for batches of thousands.
+- What a row draws must not depend on N. So most draws are made for the whole batch on every rank; the noise
+  of latents, which would cost seconds in a batch of thousands, has a generator a row (stages.flow_stage).
 - With --accumulate K a rank's rows go through the model in K pieces. Under DDP only the last communicates.
   Under FSDP2 each does: kept back, a rank's gradients would be as large as the whole model again.
 - Only rank 0 prints and writes, but each rank writes shards of checkpoints (checkpoints.py) and files of
@@ -251,7 +252,7 @@ class Later(TorchDispatchMode):
 
     def note(self, x: torch.Tensor, how) -> None:
         """how() gives all of x, in main memory."""
-        self.notes[x.untyped_storage()._cdata] = x, how         # x: so that its storage's address stays its own
+        self.notes[x.untyped_storage()._cdata] = x, how         # x: for its address must stay its own
 
     def maker(self, x: torch.Tensor):
         return self.notes[x.untyped_storage()._cdata][1]
@@ -263,7 +264,7 @@ class Later(TorchDispatchMode):
         if not (isinstance(x, torch.Tensor) and x.is_meta and func._schema.is_mutable):
             return func(*args, **kwargs)
         if func is torch.ops.aten.copy_.default and x.shape == args[1].shape:
-            source = args[1]                                                # of a file: it is read when touched
+            source = args[1]                                    # one of a file is read when it is touched
             self.note(x, self.maker(source) if source.is_meta else lambda: source)
         elif func.overloadpacket.__name__ in ("uniform_", "normal_", "fill_", "zero_"):
             again = partial(filled, func, x.shape, x.dtype, args[1:], kwargs, torch.get_rng_state())
@@ -283,13 +284,13 @@ def filled(func, shape, dtype, args, kwargs, random_numbers) -> torch.Tensor:
 def rows_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Of a whole x what this rank holds of `like`, which is cut up."""
     mesh = like.device_mesh
-    rank, parts = mesh.get_local_rank(), x.chunk(mesh.size())   # as FSDP2 cuts; of few rows, the last get none
+    rank, parts = mesh.get_local_rank(), x.chunk(mesh.size())   # as FSDP2 does; of few rows some get none
     return parts[rank] if rank < len(parts) else x[:0]
 
 
 def shard(model, dtype: torch.dtype, device: torch.device, later: Later) -> None:
-    """Cut an MMDiT's tensors among all ranks, in place, and make those that were put off, on `device`. A block
-    is a unit, whose weights are gathered before it computes and let go after.
+    """Cut an MMDiT's tensors among all ranks, in place, and make those that were put off, on `device`. A
+    block is a unit, whose weights are gathered before it computes and let go after.
 
     Weights travel in `dtype`, that of matrix products; gradients are added in float32. Inputs stay as they
     are: rounded to bfloat16, a time near 1 would be off by 1/500."""

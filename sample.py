@@ -538,7 +538,8 @@ def demo() -> None:
     """An untrained pipeline cannot draw, but it must keep its promises about seeds, batches and sizes."""
     from tempfile import TemporaryDirectory
     from stages import build
-    from train import TrainConfig, make_tokenizers
+    from settings import TrainConfig
+    from stages import make_tokenizers
 
     torch.manual_seed(0)
     with TemporaryDirectory() as folder:

@@ -35,11 +35,12 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(os.name != "posix" or not torch.distributed.is_available(),
                                 reason="needs POSIX signals and torch.distributed")
 MICRO = dict(size=32, pictures=24, vae_steps=3, vae_batch=4, clip_steps=3, clip_batch=8, t5_steps=3,
-             t5_batch=8, flow_steps=8, flow_batch=8, preview_every=0, save_every=1000, dtype="float32", device="cpu",
-             vae_critic=0.1, minutes=0)
+             t5_batch=8, flow_steps=8, flow_batch=8, preview_every=0, save_every=1000, dtype="float32",
+             device="cpu", vae_critic=0.1, minutes=0)
 VERSION = tuple(int(x) for x in torch.__version__.split(".")[:2])
 fsdp = pytest.mark.skipif(VERSION < (2, 8), reason="FSDP2 cannot average gradients over gloo in this torch")
-thorough = pytest.mark.skipif(settings.default.max_examples < 100, reason="with --hypothesis-profile=thorough")
+thorough = pytest.mark.skipif(settings.default.max_examples < 100,
+                              reason="with --hypothesis-profile=thorough only")
 
 
 def small(preset=MMDiTConfig.preset):
