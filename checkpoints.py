@@ -304,12 +304,17 @@ class Saver:
         self.thread = ThreadPoolExecutor(1) if ranks.world > 1 else None
 
     def save(self, state: State, facts: dict) -> None:
-        """OSError: the state could not be written. Or the one before; then this one was not tried."""
+        """OSError: the state could not be written, or the one before, which this one does not wait for."""
         if self.ranks.world == 1:
             save_state(self.run, state, facts)
             self.saved = state.stage, state.step
             return
-        self.settle()
+        try:
+            self.settle()
+        finally:                                # there may be room again
+            self.begin(state, facts)
+
+    def begin(self, state: State, facts: dict) -> None:
         tensors, manifest = tensors_of(state), manifest_of(state, facts, self.ranks)
         try:
             from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -246,7 +247,7 @@ def test_a_killed_rank_ends_the_job_and_resumed_it_ends_where_an_undisturbed_one
 
 @fsdp
 def test_where_one_rank_has_no_room_for_its_shard_all_train_on_and_save_later(finished, tmp_path):
-    """A save is known to have failed when the next is due, which then is not tried."""
+    """That a save has failed is known when the next is due, which is tried all the same."""
     folder, config = untrained(finished, tmp_path / "full", save_every=2, fsdp=True)
     codes, said = launch(folder, 2, config=config,
                          wounds={(1, 1): "full", (1, 4): "room", (0, 6): signal.SIGTERM})
@@ -265,7 +266,8 @@ def test_stopped_without_room_for_a_shard_all_end_with_code_2_and_keep_what_was_
     codes, said = launch(folder, 2, config=config, wounds={(1, 4): "full", (0, 4): signal.SIGTERM})
     assert codes == [2, 2] and "stopped at step 5 of flow, which could not be saved" in said, said
     assert "Traceback" not in said
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["flow-000002", "flow-000004"]
+    kept = {p.name for p in (folder / "checkpoints").iterdir()}
+    assert "flow-000002" in kept <= {"flow-000002", "flow-000004"}      # which may have been under way
 
 
 # -------------------------------------------------------------------------------------- what is cut up, alone
@@ -341,45 +343,52 @@ def test_muon_moves_matrices_that_are_cut_up_as_if_they_were_whole(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- torchrun
 
-def torchrun(folder, *argv):
-    """-> (process, the file that all of it is said into)"""
+@contextmanager
+def torchrun(folder):
+    """The run, gone on with by two processes that torchrun starts -> (torchrun, the file they speak into)."""
     said = Path(folder).parent / "said.txt"
     command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 train.py".split()]
     with open(said, "w") as out:
-        return subprocess.Popen([*command, *argv], cwd=ROOT, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"}), said
+        process = subprocess.Popen([*command, "--resume", "--out", str(folder)], cwd=ROOT, stdout=out, stderr=out,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        yield process, said
+    finally:
+        process.terminate()                     # it ends the others
+        process.wait(60)
+
+
+def first_save(folder, process, said, seconds=100):
+    end = time.monotonic() + seconds
+    while not checkpoints_of(folder, "flow"):
+        assert process.poll() is None and time.monotonic() < end, said.read_text()
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("cut_up", [pytest.param(False, marks=thorough), pytest.param(True, marks=fsdp)])
 def test_torchrun_ends_where_a_rank_is_killed_and_the_same_line_goes_on(finished, tmp_path, cut_up):
     """Rank 0 is: its lock must stop nobody."""
-    folder, config = untrained(finished, tmp_path / "run", flow_steps=12, save_every=1, fsdp=cut_up)
-    process, said = torchrun(folder, "--resume", "--out", str(folder))
-    end = time.monotonic() + 100
-    while not checkpoints_of(folder, "flow"):
-        assert process.poll() is None and time.monotonic() < end, said.read_text()
-        time.sleep(0.01)
-    os.kill(int(re.match(r"process (\d+) on", (folder / "lock").read_text())[1]), signal.SIGKILL)
-    assert process.wait(60) == 1 and "Signal 9 (SIGKILL)" in said.read_text(), said.read_text()
+    folder, config = untrained(finished, tmp_path / "run", save_every=1, fsdp=cut_up, muon_rate=0.0)
+    with torchrun(folder) as (process, said):
+        first_save(folder, process, said)
+        os.kill(int(re.match(r"process (\d+) on", (folder / "lock").read_text())[1]), signal.SIGKILL)
+        assert process.wait(60) == 1 and "Signal 9 (SIGKILL)" in said.read_text(), said.read_text()
     kept = int(checkpoints_of(folder, "flow")[-1].name[-6:])
-    process, said = torchrun(folder, "--resume", "--out", str(folder))
-    assert process.wait(100) == 0, said.read_text()
+    with torchrun(folder) as (process, said):
+        assert process.wait(100) == 0, said.read_text()
     said = said.read_text()
     assert f"going on at step {kept}" in said and "2 processes share" in said and said.count("done in") == 1
-    assert [int(row["step"]) for row in rows_of(folder, "flow")] == list(range(1, 13))
+    assert [int(row["step"]) for row in rows_of(folder, "flow")] == list(range(1, 9))
     assert (folder / "mmdit.safetensors").exists() and not (folder / "checkpoints").exists()
 
 
 @thorough
 def test_sigterm_to_torchrun_saves_on_all_ranks(finished, tmp_path):
-    folder, config = untrained(finished, tmp_path / "run", flow_steps=2000, save_every=1)
-    process, said = torchrun(folder, "--resume", "--out", str(folder))
-    end = time.monotonic() + 100
-    while not checkpoints_of(folder, "flow"):
-        assert process.poll() is None and time.monotonic() < end, said.read_text()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0 and "flow: saved at step" in said.read_text(), said.read_text()
+    folder, config = untrained(finished, tmp_path / "run", flow_steps=2000, save_every=1, muon_rate=0.0)
+    with torchrun(folder) as (process, said):
+        first_save(folder, process, said)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) != 0 and "flow: saved at step" in said.read_text(), said.read_text()
 
 
 # ----------------------------------------------------------------------------------- input, cache, arithmetic
