@@ -143,6 +143,8 @@ def device_refuses(device: torch.device) -> str | None:
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
         return f"it needs a CUDA GPU, and this tensor is on {device} (for a test, set TRITON_INTERPRET=1)"
+    if torch.version.hip:
+        return "its tiles were cut for NVIDIA's GPUs, and this one is AMD's"
     if torch.cuda.get_device_properties(device).major < 8:
         return "this GPU is older than compute capability 8.0"
     return None

@@ -9,9 +9,10 @@ then the models, whose "triton" is by then the faster of the two attentions:
 
     python kernels/bench.py --pixels 1024 --batch 1 --minutes 9
 
-It begins nothing that will take longer than what is left, but one case at least, and goes on from the rows that are in --out or in
-kernels/results/. A case that fails becomes a row "failed" with its reason, and is not tried again until that
-row is deleted; where a failure leaves the GPU unusable, the program starts itself anew behind it.
+It begins one case at least, and then nothing that will take longer than what is left; and goes on from the
+rows in --out and in kernels/results/. A case that fails becomes a row "failed" with its reason, and is not
+tried again until that row is deleted; where a failure leaves the GPU unusable, the program starts itself anew
+behind it.
 
 Rivals, all doing the whole operation, norms and concatenation counted:
 
@@ -515,7 +516,7 @@ def arguments(argv):
     p.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8])
     p.add_argument("--operation", default="", help="only those whose name contains this; model: whole ones")
     p.add_argument("--model", default="", choices=("", *MODELS), help="only this model's shapes")
-    p.add_argument("--minutes", type=float, default=math.inf, help="begin nothing that would end after so many")
+    p.add_argument("--minutes", type=float, default=math.inf, help="begin nothing that would end later")
     p.add_argument("--out", type=Path, default=kernels.RESULTS)
     p.add_argument("--smoke", action="store_true", help="tiny shapes on any device; needs --out elsewhere")
     a = p.parse_args(argv)

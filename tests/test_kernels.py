@@ -374,7 +374,7 @@ def h100(monkeypatch):
     return gpu
 
 
-def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(h100, capsys):
+def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(h100, capsys, monkeypatch):
     assert kernels.choose("auto", "modulate", x=OnGpu()) == "triton"
     assert capsys.readouterr().err == ""
     for _ in range(3):
@@ -387,6 +387,9 @@ def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(h100, caps
     assert kernels.choose("auto", "modulate", x=OnGpu()) == "torch"
     assert "older than compute capability 8.0" in capsys.readouterr().err
     with pytest.raises(ValueError, match="older than compute capability 8.0"):
+        kernels.choose("triton", "modulate", x=OnGpu())
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(ValueError, match="cut for NVIDIA's GPUs"):
         kernels.choose("triton", "modulate", x=OnGpu())
 
 
@@ -410,13 +413,13 @@ def test_a_later_measurement_replaces_an_earlier_one(tmp_path):
 
 
 def test_what_was_wrong_or_failed_where_it_was_measured_is_not_taken(tmp_path):
-    rows = ["torch,3,0.004", "triton,1,0.06", "triton+sdpa,2,0.004", "failed,nan,nan"]
-    (tmp_path / "A.csv").write_text("\n".join([HEADER, *(f"A,attention,float16,64,forward,8,{r}" for r in rows),
-                                               *(f"A,modulate,float16,0,forward,8,{r}" for r in (
-                                                   "torch,3,0.004", "triton,1,nan"))]), encoding="utf-8")
+    rows = [f"A,attention,float16,64,forward,8,{r}"
+            for r in ("torch,3,0.004", "triton,1,0.06", "triton+sdpa,2,0.004", "failed,nan,nan")]
+    rows += [f"A,modulate,float16,0,forward,8,{r}" for r in ("torch,3,0.004", "triton,1,nan")]
+    (tmp_path / "A.csv").write_text("\n".join([HEADER, *rows]), encoding="utf-8")
     found = kernels.read_results(tmp_path)
-    assert found["A", "attention", "float16", 64, "forward", False][0][1] == ("triton+sdpa", "torch", "triton")
-    assert found["A", "modulate", "float16", 0, "forward", False][0][1] == ("torch", "triton")
+    orders = {key[1]: order for key, [(_, order)] in found.items()}
+    assert orders == {"attention": ("triton+sdpa", "torch", "triton"), "modulate": ("torch", "triton")}
 
 
 @pytest.mark.parametrize("bad, reason", [

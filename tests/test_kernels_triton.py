@@ -551,7 +551,7 @@ def test_shapes_can_be_had_without_computing_anything():
     assert modulate(flat, flat[:, 0], flat[:, 1], backend="triton").shape == flat.shape
 
 
-# ------------------------------------------------------------------------- what shows on a GPU, or in long runs
+# ----------------------------------------------------------------------- what shows on a GPU, or in long runs
 
 def every_operation(B=2, M=3, N=5, hd=16):
     """name -> (operator, its arguments), with leaves for gradients."""
@@ -712,8 +712,9 @@ def test_the_bench_writes_what_the_dispatch_reads_and_repeats_nothing(tmp_path, 
     with path.open(newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert path.with_suffix(".png").stat().st_size > 10_000
-    assert {*"gpu date torch triton operation model pixels B M N nh hd dtype pass provider ms ms_20 ms_80 tflops "
-            "gbps share error intensity reason peak_tflops peak_gbps elements head_dim".split()} <= {*rows[0]}
+    columns = ("gpu date torch triton operation model pixels B M N nh hd dtype pass provider ms ms_20 ms_80 "
+               "tflops gbps share error intensity reason peak_tflops peak_gbps elements head_dim").split()
+    assert {*columns} <= {*rows[0]}
     assert {r["provider"] for r in rows} >= {"torch", "torch compiled", "triton", "triton+sdpa", "simple",
                                              "triton compiled"}
     assert all(float(r["ms"]) > 0 and float(r["error"]) < 1e-5 for r in rows)
