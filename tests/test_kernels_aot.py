@@ -19,7 +19,8 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}    # bytes for a program
-ODD = "no text", "one token, one head", "dead text", "no norm", "text lengths", "one token of text"
+ODD = ("one token, no text", "no text", "one token each", "dead text", "no norm", "text lengths",
+       "one token of text")                             # the first by default
 TENSOR = {90: "HGMMA", 100: "UTCHMMA"}                                                  # else HMMA
 # Instructions of the image loop for one 128 x 128 tile of scores, all warps together, at head dim 64: counted
 # in 2026-11 with Triton 3.9.0, and a tenth more (3.6.0 needs 16 % more in one). A change that needs more has
@@ -81,14 +82,14 @@ def compile_for(architecture: int, cases: list) -> list[dict]:
     for case in cases:
         dtype, hd, width = getattr(torch, case[0]), *case[1:]
         if hd:
-            M, N, nh = {"one token, one head": (1, 1, 1), "one token of text": (1, 4096, 2)}.get(
-                width, (154, 4096, 2))
+            M, N, nh = {"one token, no text": (0, 1, 1), "one token each": (1, 1, 1),
+                        "one token of text": (1, 4096, 2)}.get(width, (154, 4096, 2))
             lengths = torch.empty(1, dtype=torch.int64) if width == "text lengths" else None
             x = [y for L in (M, N) for y in torch.empty(1, L, 3, nh, hd, dtype=dtype).unbind(2)]
             w = [None] * 4 if width == "no norm" else [torch.empty(hd) for _ in range(4)]
             out = [torch.empty(1, L, nh, hd, dtype=dtype) for L in (M, N)]
-            if width in ("no text", "dead text"):
-                absent = 3 if width == "no text" else 1
+            if width in ("one token, no text", "no text", "dead text"):
+                absent = 1 if width == "dead text" else 3
                 x[:absent], w[:absent - 1], out[0] = [None] * absent, [None] * (absent - 1), out[0][:, :0]
             attention.launch_forward(*x, w, lengths, 1e-6)
             attention.launch_backward(*out, *out, torch.empty(1, nh, M + N), *x, w, lengths, 1e-6)
@@ -105,7 +106,8 @@ def compile_for(architecture: int, cases: list) -> list[dict]:
 
 
 def describe(name, case, kwargs, binary) -> dict:
-    loops = [[op.split(".")[0] for op in loop] for loop in inner_loops(binary.asm["sass"])]
+    sass = "" if case[2] in ODD else binary.asm["sass"]                 # to take it apart is half of the time
+    loops = [[op.split(".")[0] for op in loop] for loop in inner_loops(sass)]
     loops = [loop for loop in loops if len(loop) > 40]  # not the waits
     return {"kernel": name, "case": case, "shared": binary.metadata.shared,
             "tensor memory": getattr(binary.metadata, "tmem_size", 0) or 0,         # Blackwell's, in columns
@@ -113,8 +115,8 @@ def describe(name, case, kwargs, binary) -> dict:
             "loops": [len(loop) for loop in loops],
             "spills": sum(op in ("LDL", "STL") for loop in loops for op in loop),
             "tensor": {op: sum(op in loop for loop in loops) for op in ("HMMA", "HGMMA", "UTCHMMA")},
-            "wide loads": len(re.findall(r"LDG\.E\S*\.128", binary.asm["sass"])),
-            "narrow loads": len(re.findall(r"LDG\.E\S*\.U16", binary.asm["sass"]))}
+            "wide loads": len(re.findall(r"LDG\.E\S*\.128", sass)),
+            "narrow loads": len(re.findall(r"LDG\.E\S*\.U16", sass))}
 
 
 # ------------------------------------------------------------------------------------------------- the claims
@@ -149,7 +151,7 @@ DEFAULT = (86, 90)
 def everything(tmp_path_factory):
     """In each architecture's process the models' own; in one, the oddities too."""
     cases = {a: MODELS for a in (sorted(SHARED) if thorough() else DEFAULT)}
-    cases[90] = MODELS + [("bfloat16", 16, odd) for odd in (ODD if thorough() else ODD[:2])]
+    cases[90] = MODELS + [("bfloat16", 16, odd) for odd in (ODD if thorough() else ODD[:1])]
     return compiled_apart(cases, tmp_path_factory.mktemp("cache"))
 
 
@@ -188,7 +190,7 @@ def test_the_image_loop_stays_within_its_budget_of_instructions(found):
 def test_what_is_left_out_or_single_compiles_too(odd, everything):
     """Where a kernel chooses between two tensors both must be of one dtype, also if one is a stand-in; and
     numbers that are 1 are known when it is compiled."""
-    if not thorough() and odd not in ODD[:2]:
+    if not thorough() and odd != ODD[0]:
         pytest.skip("compiled with --hypothesis-profile=thorough only")
     names = {k["kernel"] for k in everything[90] if k["case"][2] == odd}
     assert names >= {"attend_forward", "attend_backward_keys", "attend_backward_queries", "norm_layout_tile"}
