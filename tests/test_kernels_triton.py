@@ -749,6 +749,65 @@ def test_a_case_that_fails_is_written_down_and_the_others_go_on(tmp_path, capsys
     assert {k[1] for k in kernels.read_results(tmp_path)} == {"gate_residual_modulate"}
 
 
+def test_where_a_failure_leaves_the_gpu_unusable_the_bench_goes_on_in_a_new_process(tmp_path, monkeypatch):
+    def another(program, words):
+        started.append(words)
+        raise KeyboardInterrupt                                     # this process is gone
+
+    started = []
+    monkeypatch.setattr(bench, "measure", lambda *a: [][0])
+    monkeypatch.setattr(bench, "usable", lambda device: False)
+    monkeypatch.setattr(bench.os, "execv", another)
+    monkeypatch.setattr(sys, "argv", ["kernels/bench.py", "--minutes", "9"])
+    run = ["--smoke", "--out", str(tmp_path), "--minutes"]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main([*run, "9"])
+    assert started[0][:4] == [sys.executable, "kernels/bench.py", "--minutes", "9"]
+    assert started[0][4] == "--minutes" and 8 < float(started[0][5]) < 9        # of two the later counts
+    with pytest.raises(SystemExit, match="the same command goes on"):           # no time is left
+        bench.main([*run, "0.5"])
+    assert len(next(tmp_path.glob("*.csv")).read_text().splitlines()) == 3      # two failed, each tried once
+
+
+@pytest.mark.skipif(CUDA, reason="plays a GPU")
+def test_times_are_taken_while_the_gpu_sleeps_and_are_percentiles(monkeypatch):
+    class Event:
+        made = 0
+
+        def __init__(self, enable_timing):
+            Event.made += 1
+            self.number = Event.made // 2
+
+        def record(self):
+            order.append("record")
+
+        def elapsed_time(self, end):
+            return float(self.number)
+
+    order = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: torch.zeros(1))
+    times = bench.milliseconds(lambda: order.append("run"), "cuda")
+    assert times == pytest.approx([40, 100, 160], abs=2)            # of 0, 1, 2 ... 199
+    assert order == ["run"] * 3 + ["sleep", "record", "run", "record"] * 200
+    order.clear()
+    bench.milliseconds(lambda: order.append("run"), "cuda", asleep=False)
+    assert "sleep" not in order
+
+
+def test_a_gradient_that_is_no_number_is_an_error_in_the_bench():
+    def poisoned(x, shift, scale):
+        nothing = (shift - shift.detach()).abs().sqrt().sum()       # 0, whose root has no slope
+        return adaln.modulate_reference(x, shift, scale) + nothing
+
+    case = bench.cases(smoke=True)[2]
+    args = bench.inputs(case, DEVICE)
+    assert case["operation"] == "modulate" and bench.error(poisoned, args, case, False) < 1e-5
+    assert math.isnan(bench.error(poisoned, args, case, True))
+
+
 def test_a_kernel_that_computes_something_else_is_reported_by_the_bench_and_not_taken(tmp_path, capsys,
                                                                                        monkeypatch):
     right = kernels.modulate
