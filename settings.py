@@ -110,9 +110,6 @@ class TrainConfig:
         if self.encoders and not self.cache:
             raise ValueError("published encoders only make caches: add --cache DIR, made by  python train.py "
                              f"cache --model {self.encoders} --data DIR --size SIDE")
-        if self.fsdp and self.muon_rate:
-            raise ValueError("--fsdp cuts matrices into pieces, and Muon needs whole ones: add "
-                             "--muon-rate 0, and AdamW trains them")
         MMDiTConfig.preset(self.model)
         flow.t_density(self.density, torch.tensor(0.5))
         flow.shift_t(0.5, self.shift)

@@ -89,20 +89,20 @@ def make_tokenizers(folder: Path, c, captions: list[str], short: list[str]) -> d
     return load_tokenizers(folder, c.clip_length)
 
 
-def build(c, tokenizers: dict) -> dict[str, nn.Module]:
-    """Every part, untrained, under the name of its file; of published encoders names and shapes alone. The
-    transformer's config follows from the others'."""
+def build(c, tokenizers: dict, later=nullcontext()) -> dict[str, nn.Module]:
+    """Every part, untrained, under the name of its file; of published encoders names and shapes alone; the
+    transformer, whose config follows from the others', inside `later` (parallel.Later)."""
     torch.manual_seed(c.seed)
     if c.encoders:
         bare = bare_encoders(c.encoders)
-        return bare | {"mmdit": build_mmdit(c, *(bare[name].config for name in ("vae", *ENCODERS)))}
+        return bare | {"mmdit": build_mmdit(c, *(bare[name].config for name in ("vae", *ENCODERS)), later)}
     vae = AutoencoderKL(VAEConfig.preset("tiny"))
     clip_l = CLIPTextConfig.preset(
         "tiny_l", vocab_size=tokenizers["clip_l"].vocab_size, context_length=c.clip_length)
     clip_g = CLIPTextConfig.preset(
         "tiny_g", vocab_size=tokenizers["clip_g"].vocab_size, context_length=c.clip_length)
     t5 = T5Config.preset("tiny", vocab_size=tokenizers["t5"].vocab_size)
-    mmdit = build_mmdit(c, vae.config, clip_l, clip_g, t5)
+    mmdit = build_mmdit(c, vae.config, clip_l, clip_g, t5, later)
     return {"vae": vae, "clip_l": CLIPTextEncoder(clip_l), "clip_g": CLIPTextEncoder(clip_g),
             "clip_l_image": CLIPImageEncoder(CLIPImageConfig.preset("tiny", projection_dim=clip_l.width)),
             "clip_g_image": CLIPImageEncoder(
@@ -110,14 +110,16 @@ def build(c, tokenizers: dict) -> dict[str, nn.Module]:
             "t5": T5Encoder(t5), "mmdit": mmdit}
 
 
-def build_mmdit(c, vae, clip_l, clip_g, t5) -> MMDiT:
+def build_mmdit(c, vae, clip_l, clip_g, t5, later=nullcontext()) -> MMDiT:
     """The transformer for what an autoencoder and encoders of these configs give."""
     tokens = c.size // (2 * vae.factor)                                     # along a side of a picture
-    mmdit = MMDiT(MMDiTConfig.preset(
+    config = MMDiTConfig.preset(
         c.model, in_channels=vae.z_channels, context_dim=t5.width,
         pooled_dim=sum(clip.projection_dim or clip.width for clip in (clip_l, clip_g)),
-        pos_max=max(32, 4 * tokens), pos_sample=tokens, pos_base=tokens))
-    mmdit.context_embedder = WhiteLinear(mmdit.context_embedder)            # until all is learned
+        pos_max=max(32, 4 * tokens), pos_sample=tokens, pos_base=tokens)
+    with later:
+        mmdit = MMDiT(config)
+        mmdit.context_embedder = WhiteLinear(mmdit.context_embedder)        # until all is learned
     return mmdit
 
 
