@@ -62,7 +62,7 @@ def numbers(name, shape, config, dtype, block):
     if len(shape) == 1 and name.endswith("weight"):
         return torch.ones(shape, dtype=dtype)
     n, fan_in = torch.Size(shape).numel(), torch.Size(shape[1:]).numel()
-    return (block * fan_in ** -0.5).repeat(-(-n // len(block)))[:n].view(shape).to(dtype)
+    return (block[:n] * fan_in ** -0.5).repeat(-(-n // len(block)))[:n].view(shape).to(dtype)
 
 
 def entries(part, config, recipe, dtype):
