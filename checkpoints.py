@@ -2,7 +2,8 @@
 
 A run is a folder that `train.py` fills and `sample.py` reads:
 
-    config.json                    how it was trained: every field of TrainConfig
+    config.json                    how it was trained: every field of TrainConfig. Where `encoders` names
+                                     published weights, those take the place of all parts but mmdit
     tokenizers/clip, tokenizers/t5 vocab.json + merges.txt, tokenizer.json
     vae.safetensors                the four kinds of part, each finished by its own stage; the config that
     clip_l, clip_g, clip_l_image,    shapes a part stands in its file's metadata, so a part can be loaded

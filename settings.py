@@ -190,7 +190,8 @@ def second_phase(given: dict) -> dict:
 def by_published(given: dict) -> dict:
     """Settings of a new transformer that learns from a cache which published encoders made."""
     about = checked_cache(given).index
-    return {"encoders": about.get("encoders", ""), **given,
+    where = given.get("encoders") or about.get("encoders")
+    return {**given, "encoders": str(Path(where).resolve()) if where else "",
             **{name: about[name] for name in ("size", "clip_length", "t5_length")}}
 
 

@@ -206,8 +206,9 @@ def test_one_flag_sets_how_often_synthetic_captions_are_taken_in_clip_and_flow(
 @pytest.fixture(scope="module")
 def first_phase(watched, tmp_path_factory):
     """A transformer that knows four drawings: enough to tell it from an untrained one."""
+    out = tmp_path_factory.mktemp("runs") / "small"
     return train(*parse(["--from", str(watched[0]), *flags_of(
-        pictures=4, flow_steps=60, ema=0.9, save_every=1000, out=tmp_path_factory.mktemp("runs") / "small")]))
+        pictures=4, flow_steps=36, flow_batch=4, ema=0.9, save_every=1000, out=out)]))
 
 
 def losses(folder):
@@ -275,7 +276,7 @@ def test_bad_input_of_a_cache_or_a_second_phase_is_one_line_that_names_the_remed
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.doc").write_text("nothing to see")
-    cache = ["cache", "--run", finished]
+    cache = ["cache", "--run", finished, "--dtype", "float32"]
     assert "no-run" in refused(["cache", "--run", "no-run", "--data", "drawn"], capsys)
     assert "name.txt beside" in refused([*cache, "--data", "empty"], capsys)
     assert "no such folder" in refused([*cache, "--data", "gone"], capsys)
@@ -444,7 +445,7 @@ def test_bad_input_about_published_encoders_is_one_line_that_names_the_remedy(
         finished, published, encoded, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out, pictures, _ = encoded
-    cache = ["cache", "--data", pictures]
+    cache = ["cache", "--data", pictures, "--dtype", "float32"]
     assert "--size" in refused([*cache, "--model", published], capsys)
     assert "not allowed with" in refused([*cache, "--model", published, "--run", finished], capsys)
     assert "--run --model" in refused(cache, capsys)
@@ -459,7 +460,7 @@ def test_bad_input_about_published_encoders_is_one_line_that_names_the_remedy(
     file = other / "text_encoders" / "clip_l.safetensors"
     save_file({k: v + 0.5 for k, v in load_file(file).items()}, file)
     assert "made by other text encoders" in refused(
-        ["--cache", out, *flags_of(encoders=other / published.name, out="run", flow_steps=1)], capsys)
+        ["--cache", out, *flags_of(encoders=other / published.name, out="run", dtype="float32")], capsys)
 
 
 # --- A folder in which much is bad ---
