@@ -236,8 +236,10 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
     kinds = {"mmdit": MMDiT, "vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder,
              "t5": T5Encoder}
     with torch.device("meta"):
-        parts = {name: kinds[name](config).to(torch.float32 if name == "vae" else dtype)
-                 for name, config in configs.items()}
+        parts = {name: kinds[name](config).to(
+            torch.float32 if name == "vae" else
+            torch.bfloat16 if name in ENCODERS and dtype == torch.float16 else dtype)   # as they are loaded
+            for name, config in configs.items()}
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     mmdit, c, f = parts["mmdit"], configs["mmdit"], configs["vae"].factor
     whole = {name: sum(t.nbytes for t in tensors_of(part)) for name, part in parts.items()}

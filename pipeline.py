@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import flow
 import offload
@@ -181,9 +181,10 @@ class Pipeline:
         return next((n for n in lengths if not any(tokenizer.truncated(texts, n))), self.t5_longest)
 
     def latent_of(self, image, B, height, width) -> torch.Tensor:
-        """A picture (PIL of any size, or (1 or B, 3, height, width) in [0, 1]) as the flow model sees it."""
+        """A picture as the flow model sees it: PIL of any size, which is cut to shape in its middle, or
+        (1 or B, 3, height, width) in [0, 1]."""
         if not isinstance(image, torch.Tensor):
-            image = image.convert("RGB").resize((width, height), Image.LANCZOS)
+            image = ImageOps.fit(image.convert("RGB"), (width, height), Image.LANCZOS)
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
         if image.ndim != 4 or image.shape[1:] != (3, height, width) or len(image) not in (1, B):
             raise ValueError(f"image {tuple(image.shape)}: needed is (1 or {B}, 3, {height}, {width})")

@@ -105,7 +105,9 @@ def not_found(path, folder, part, what) -> str:
                 "never opened here; get the model as .safetensors")
     holds = "; ".join(f"{name} is {x}" for name, x in list(what.items())[:3]) or "it has no safetensors files"
     beside = f", nor is {BESIDE[part]} there or in text_encoders/" if part in BESIDE else ""
-    return f"{path}: {NAMES[part]} is not in it{beside} ({holds})"
+    remedy = ("" if part not in BESIDE else ": put that file there" if part == "vae" else
+              f": put that file there, or do without it (sample.py --drop {part})")
+    return f"{path}: {NAMES[part]} is not in it{beside} ({holds}){remedy}"
 
 
 # ------------------------------------------------------------------------------------ how large: from shapes
@@ -327,10 +329,11 @@ def load_text_encoders(path, *, device="cpu", dtype=None, drop=(), tokenizers=No
 
     dtype: of all; None: each as its own function says. drop: names that are not loaded; zeros stand in their
     place, as wide as `widths` says. tokenizers: a folder, see find_tokenizers."""
+    lengths = (clip_config(*locate(path, name), name).context_length
+               for name in ("clip_l", "clip_g") if name not in drop)
+    words = find_tokenizers(path, tokenizers, drop, next(lengths, 77))          # before 12 GB are read
     clips = [None if name in drop else load_clip(path, name, device=device, dtype=dtype)
              for name in ("clip_l", "clip_g")]
-    length = next((clip.config.context_length for clip in clips if clip), 77)
-    words = find_tokenizers(path, tokenizers, drop, length)             # before the 10 GB of T5 are read
     t5 = None if "t5" in drop else load_t5(path, device=device, dtype=dtype)
     return TextEncoders(*clips, t5, words, widths)
 
@@ -376,7 +379,7 @@ def no_tokenizer(base, name) -> str:
     what, folder = (("tokenizer.json", "tokenizer_3") if name == "t5" else
                     ("vocab.json and merges.txt, or tokenizer.json,", "tokenizer"))
     return (f"no tokenizer for {NAMES[name]} in {base}; files of weights hold none: put {what} into "
-            f"{base / folder}, or name a folder that has the tokenizers")
+            f"{base / folder}, or name a folder that has it (sample.py --tokenizers)")
 
 
 # ----------------------------------------------------------------------------------------------------- saving

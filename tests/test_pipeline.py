@@ -550,6 +550,14 @@ def test_too_little_main_memory_is_told_before_anything_is_read(folder, tmp_path
         assert words in err, err
 
 
+def test_in_float16_the_encoders_are_bfloat16_in_the_prediction_as_in_the_pipeline(folder, tmp_path):
+    needs = [offload.need(SMALL, height=64, width=64, dtype=d) for d in (torch.float16, torch.bfloat16)]
+    assert needs[0] == needs[1]
+    pipe = Pipeline.from_pretrained(folder, device="cpu", dtype=torch.float16)
+    kinds = [next(part.parameters()).dtype for part in (pipe.mmdit, pipe.encoders.t5, pipe.vae)]
+    assert kinds == [torch.float16, torch.bfloat16, torch.float32]
+
+
 def test_large_pictures_are_decoded_one_by_one(pipe, monkeypatch):
     seen, decode = [], AutoencoderKL.decode
     monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: seen.append(len(z)) or decode(self, z))
@@ -604,7 +612,7 @@ def test_a_dry_run_needs_no_weights_and_knows_folders_too(folder, capsys):
     (["--left-out"], "--drop-t5"), (["--drop", "clip"], "clip_l"), (["--offload", "disk"], "block"),
     (["--model", "sd3.5-large"], "--dry-run"), (["--shift", "-1"], "shift"),
     (["--dtype", "int8"], "bfloat16"),
-    (["--tokenizers", "nowhere"], "nowhere"), (["--t5-length", "1000"], None),
+    (["--tokenizers", "nowhere"], "nowhere"), (["--t5-length", "1000"], None), (["--out", "new/"], None),
     (["--dry-run", "--height", "30"], "multiple of 16"), (["--dry-run", "--model", "nothing"], "nothing"),
 ])
 def test_bad_requests_end_with_one_line_and_exit_code_2(flags, cause, folder, tmp_path, monkeypatch, capsys):
@@ -617,6 +625,76 @@ def test_bad_requests_end_with_one_line_and_exit_code_2(flags, cause, folder, tm
         assert out.strip().endswith(".png") and not err
     else:
         assert cause in err and not Path("samples").exists()
+
+
+@pytest.mark.parametrize("flags, cause", [
+    (["--guidance", "nan"], "nan"), (["--shift", "inf"], "inf"), (["--shift", "0"], "shift"),
+    (["--steps", "1000000000"], "10,000"), (["--strength", "0.5"], "--image"),
+    (["--strength", "2", "--image", "begin.png"], "strength is 2"), (["--height", "50"], "multiple of 16"),
+    (["--t5-length", "1"], "--t5-length is 1"), (["--seed", str(2**64)], "seed is"),
+    (["--seed", str(2**63 - 2), "-n", "3"], "seed is"), (["-n", "0"], "-n is 0"),
+    (["--out", "x.jpg"], ".png"),
+    (["--out", "words.txt/x.png"], "words.txt is no folder"), (["--out", "begin.png"], "exists already"),
+    (["--drop", "clip_l", "a ring"], "the prompt comes first"), (["--image", "cut.png"], "cut.png"),
+    (["--image", "."], "no such file"), (["--stpes", "3"], "--stpes"), ([], "no prompt"),
+])
+def test_what_is_wrong_whatever_the_weights_is_told_before_they_are_read(
+        flags, cause, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *a, **k: pytest.fail("read"))
+    Image.new("RGB", (64, 64)).save("begin.png")
+    Path("cut.png").write_bytes(Path("begin.png").read_bytes()[:60])
+    Path("words.txt").write_text("no picture")
+    before = sorted(Path(".").iterdir())
+    out, err = run_main([*["a star"] * bool(flags), "--model", "any", *flags], capsys)
+    assert cause in err and not out and sorted(Path(".").iterdir()) == before
+
+
+def test_only_paths_are_on_standard_output_and_what_has_no_effect_is_told_beside(
+        folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    how = ["--model", folder, "--device", "cpu", "--steps", 1, "--width", 64, "--height", 64]
+    sample.main([str(a) for a in ["\u2606 " + "word " * 300, *how, "--guidance", 1, "--negative", "blue"]])
+    said = capsys.readouterr()
+    assert Path(said.out.strip()).is_file() and len(said.out.splitlines()) == 1
+    assert ["too long" in line and "\u2606" in line for line in said.err.splitlines()][0]
+    assert "--negative has no effect" in said.err.splitlines()[-1]
+
+
+def test_pictures_go_into_a_given_folder_under_new_names_each_time(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        run_main(["a star", "--model", folder, "--device", "cpu", "--steps", 1, "--width", 64, "--height", 64,
+                  "--out", "pictures/", "-n", 2], capsys)
+    assert sorted(p.name for p in Path("pictures").iterdir()) == [
+        "a-star-0-1.png", "a-star-0.png", "a-star-1-1.png", "a-star-1.png"]
+
+
+def test_ctrl_c_ends_without_a_traceback_or_half_a_picture(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(SystemExit) as end:
+        sample.main(["a star", "--model", str(folder), "--device", "cpu", "--steps", "1", "--width", "64",
+                     "--height", "64"])
+    assert end.value.code == 130 and not list(Path("samples").iterdir()) and not capsys.readouterr().err
+
+
+def test_a_picture_to_begin_with_is_cut_not_stretched_upright_and_white_where_transparent(pipe, tmp_path):
+    Image.new("RGBA", (64, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert sample.open_picture(tmp_path / "clear.png").getpixel((3, 3)) == (255, 255, 255)
+    turned = Image.new("RGB", (64, 32), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6                                            # to be turned by 90 degrees
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert sample.open_picture(tmp_path / "turned.jpg").size == (32, 64)
+    begin = Image.new("RGB", (192, 64), "red")                  # the outer thirds are not seen
+    begin.paste((0, 0, 255), (64, 0, 128, 64))
+    blue = Image.new("RGB", (64, 64), (0, 0, 255))
+    assert torch.equal(pipe.latent_of(begin, 1, 64, 64), pipe.latent_of(blue, 1, 64, 64))
 
 
 def test_encoders_of_another_model_are_refused_before_they_are_read(folder, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Claims about sampling: reproducible pictures of any multiple of 16, prompts of any kind,
 nothing overwritten, clear errors."""
 import json
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -199,6 +201,7 @@ def test_what_is_no_number_after_decoding_is_an_error_and_no_black_picture(pipe,
 
 def test_the_last_run_draws_and_the_png_tells_its_settings(run, monkeypatch, capsys):
     monkeypatch.chdir(run.parent.parent)
+    monkeypatch.setattr(socket, "socket", lambda *a, **k: pytest.fail("the network was asked"))
     sample.main(["a réd ☆ star", "--steps", "2", "-n", "2", "--seed", "8", "--width", "96",
                  "--device", "cpu"])
     paths = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
@@ -239,6 +242,15 @@ def test_an_existing_file_is_never_overwritten(run, tmp_path, capsys):
 def test_a_prompt_can_not_choose_its_folder_or_break_the_file_system(prompt, seed):
     path = free_path(None, prompt, seed, 1)
     assert path.parent == Path("samples") and len(path.name.encode()) < 200 and "\0" not in path.name
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.characters(exclude_categories=()), max_size=60))
+def test_any_prompt_comes_back_from_the_pngs_text(tmp_path, monkeypatch, prompt):
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    sample.save_picture(Image.new("RGB", (16, 16)), tmp_path / "x.png", {"prompt": prompt})
+    with Image.open(tmp_path / "x.png") as image:
+        assert json.loads(image.text["parameters"]) == {"prompt": prompt}
 
 
 @pytest.mark.parametrize("argv, cause", [

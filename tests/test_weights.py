@@ -797,7 +797,7 @@ def test_clip_of_an_unusual_width_needs_its_config(good, tmp_path):
 def test_missing_paths_and_empty_folders_say_what_to_give(tmp_path):
     refuses(lambda: load_mmdit(tmp_path / "nothing"), "does not exist", "folder of a model")
     refuses(lambda: load_mmdit(tmp_path), "no safetensors files")
-    refuses(lambda: load_t5(tmp_path), "t5xxl*.safetensors", "text_encoders/")
+    refuses(lambda: load_t5(tmp_path), "t5xxl*.safetensors", "text_encoders/", "put that file", "--drop t5")
 
 
 def test_too_little_memory_is_told_before_anything_is_read(good, monkeypatch):
@@ -832,7 +832,7 @@ def test_tokenizers_are_found_in_a_models_folder_or_where_it_is_said(tmp_path):
 
 
 def test_a_folder_without_tokenizers_says_what_to_put_there(tmp_path):
-    refuses(lambda: find_tokenizers(tmp_path), "CLIP-L", "vocab.json and merges.txt", "tokenizer")
+    refuses(lambda: find_tokenizers(tmp_path), "CLIP-L", "vocab.json and merges.txt", "--tokenizers")
     shutil.copytree(PARITY / "pipeline" / "tokenizer", tmp_path / "tokenizer")
     refuses(lambda: find_tokenizers(tmp_path / "x.safetensors"), "T5", str(tmp_path / "tokenizer_3"))
     (tmp_path / "tokenizer_3").mkdir()
@@ -844,13 +844,16 @@ def test_a_folder_without_tokenizers_says_what_to_put_there(tmp_path):
     refuses(lambda: find_tokenizers(tmp_path, tmp_path / "nowhere"), "there is no folder")
 
 
-def test_dropped_encoders_are_neither_looked_for_nor_loaded(tmp_path):
+def test_dropped_encoders_are_neither_looked_for_nor_loaded(tmp_path, monkeypatch):
     single_file(tmp_path / "x.safetensors", ("clip_l", "clip_g"))
     shutil.copytree(PARITY / "pipeline" / "tokenizer", tmp_path / "tokenizer")
     encoders = load_text_encoders(tmp_path, drop=("t5",), widths=(64, 128, 192), **F32)
     said = encoders(["a cat"], t5_length=5)
     assert encoders.t5 is None and said.context.shape == (1, 82, 192) and not said.context[:, 77:].any()
     refuses(lambda: load_text_encoders(tmp_path), "T5")
+    single_file(tmp_path / "x.safetensors")
+    monkeypatch.setattr(Source, "read", lambda *_: pytest.fail("read before the tokenizers were looked for"))
+    refuses(lambda: load_text_encoders(tmp_path), "no tokenizer for a T5 encoder")
 
 
 # ------------------------------------------------------------------------------------- the size of real files
