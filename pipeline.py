@@ -20,8 +20,8 @@ while they are not needed is offload.py's business.
 Each picture has its own generator on the CPU, seeded with its own number: picture i does not depend on the
 batch it is drawn in or on the device (up to the rounding of the device's arithmetic).
 
-A dropped encoder is zeros, as in training. For T5 there is a second convention, no tokens at all (ComfyUI's;
-t5_length=0): it gives another picture.
+A dropped encoder is zeros, as in training. There is a second convention, ComfyUI's, which gives another
+picture (left_out): a dropped T5 has no tokens, nor has CLIP where both are dropped; one of them is zeros.
 
 DIFFERS: for runs trained here the empty prompt means zeros in the place of all text, since that is what
 dropped text was in training; released SD3 weights are given the encoded empty string.
@@ -111,15 +111,15 @@ class Pipeline:
 
     @torch.no_grad()
     def __call__(self, prompt, *, negative="", height=None, width=None, steps=None, guidance=None, seed=0,
-                 noise=None, t5_length=None, drop=(), image=None, strength=0.6, method="euler", output="pil",
-                 callback=None):
+                 noise=None, t5_length=None, drop=(), left_out=False, image=None, strength=0.6,
+                 method="euler", output="pil", callback=None):
         """Pictures for a prompt or a list of B prompts.
 
         negative: a text, or one for each prompt.
         seed: picture i is drawn from seed + i, or give a list of B seeds.
         noise (B, C, H/8, W/8) replaces the seeds' (only the sde method draws more).
         Sides are multiples of 16 pixels.
-        t5_length: tokens of T5; 0 leaves them out. drop: names of encoders that give zeros.
+        t5_length: tokens of T5. drop: names of encoders that give zeros, or no tokens if left_out.
         image: begin with this picture (PIL, or a tensor (1 or B, 3, H, W) in [0, 1]) under noise; of the
             steps the share `strength` is left.
         output: "pil": list of images; "tensor": (B, 3, H, W) in [0, 1]; "latent": what the VAE's from_latent
@@ -140,7 +140,8 @@ class Pipeline:
         weaker = skipping(ts, *self.skip_layers) if self.skip_layers else None
 
         with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            cond, uncond = self.conditions(prompts, negatives if guidance != 1 else prompts, t5_length, drop)
+            cond, uncond = self.conditions(prompts, negatives if guidance != 1 else prompts, t5_length, drop,
+                                           left_out)
             noise = noise.to(device)
             if image is not None:
                 ts = flow.part_way(ts, strength)
@@ -154,22 +155,26 @@ class Pipeline:
             images = (self.decode(latent) / 2 + 0.5).clamp(0, 1)
         return images if output == "tensor" else to_pil(images)
 
-    def conditions(self, prompts, negatives, t5_length, drop) -> list[dict]:
+    def conditions(self, prompts, negatives, *how) -> list[dict]:
         """What the transformer is given for the prompts and for the negatives: encoded together, once."""
-        said = vars(self.encode(prompts + negatives, t5_length, drop))
+        said = vars(self.encode(prompts + negatives, *how))
         return [dict(zip(said, half)) for half in zip(*(x.split(len(prompts)) for x in said.values()))]
 
-    def encode(self, prompts: list[str], t5_length=None, drop=()) -> Conditioning:
+    def encode(self, prompts: list[str], t5_length=None, drop=(), left_out=False) -> Conditioning:
         """Prompts -> Conditioning on the transformer's device. Equal texts are encoded once, also when they
         come again in the next call."""
         texts, drop = list(dict.fromkeys(prompts)), tuple(drop)
+        absent = {name for name in ENCODERS if name in drop or getattr(self.encoders, name) is None}
         length = self.t5_tokens(texts, drop) if t5_length is None else t5_length
-        if self.encoded[0] != (texts, length, drop):
+        length = 0 if left_out and "t5" in absent else length
+        if self.encoded[0] != (texts, length, drop, left_out):
             said = self.encoders(texts, length, drop)
+            if left_out and length and absent == {"clip_l", "clip_g"}:
+                said = Conditioning(said.context[:, self.encoders.clip_length:], said.pooled)
             if self.zero_empty:
                 filled = torch.tensor([bool(p.strip()) for p in texts], device=said.context.device)
                 said = Conditioning(said.context * filled[:, None, None], said.pooled * filled[:, None])
-            self.encoded = (texts, length, drop), said
+            self.encoded = (texts, length, drop, left_out), said
         rows, said = [texts.index(p) for p in prompts], self.encoded[1]
         return Conditioning(*(x[rows].to(self.places.device) for x in (said.context, said.pooled)))
 

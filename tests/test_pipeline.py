@@ -132,6 +132,19 @@ def test_without_t5_zeros_stand_in_its_place_and_left_out_it_has_no_place(pipe):
         assert not said.pooled[:, (0, 16)[i]:(16, 48)[i]].any() and said.pooled.any()
 
 
+@pytest.mark.parametrize("dropped, tokens", [
+    ((), 77 + 80), (("t5",), 77), (("clip_l",), 77 + 80), (("clip_l", "clip_g"), 80), (("clip_g", "t5"), 77),
+    (("clip_l", "clip_g", "t5"), 77)])
+def test_what_is_left_out_has_no_tokens_as_in_comfyui(pipe, dropped, tokens):
+    zeros, left = (pipe.encode(["a star"], 80, dropped, out) for out in (False, True))
+    assert zeros.context.shape[1] == 157 and left.context.shape[1] == tokens
+    kept = zeros.context[:, 77:] if tokens == 80 else zeros.context[:, :tokens]
+    assert torch.equal(left.context, kept) and torch.equal(left.pooled, zeros.pooled)
+    pictures = [pipe("a star", steps=1, drop=dropped, left_out=out, t5_length=80, output="latent")
+                for out in (False, True)]
+    assert torch.equal(*pictures) == (tokens == 157)
+
+
 def test_a_long_prompt_gets_the_tokens_of_t5_that_it_needs_and_no_more_than_t5_longest(pipe):
     for words in (1, 30, 60, 200):
         prompt = "red " * words
@@ -593,8 +606,8 @@ def test_the_command_line_draws_with_a_folder_and_the_png_tells_how(folder, tmp_
     with Image.open(paths[1]) as image:
         told = json.loads(image.text["parameters"])
         assert image.size == (96, 64)
-    assert (told["height"], told["width"], told["t5_length"], told["drop"], told["seed"], told["strength"],
-            told["schedule"], told["shift"], told["int8"]) == (64, 96, 0, ["t5"], 1, 0.5, "clean", 2, True)
+    assert (told["height"], told["width"], told["left_out"], told["drop"], told["seed"], told["strength"],
+            told["schedule"], told["shift"], told["int8"]) == (64, 96, True, ["t5"], 1, 0.5, "clean", 2, True)
 
 
 def test_a_dry_run_needs_no_weights_and_knows_folders_too(folder, capsys):
@@ -609,7 +622,8 @@ def test_a_dry_run_needs_no_weights_and_knows_folders_too(folder, capsys):
     (["--strength", "0", "--image", "begin.png"], "strength is 0"),
     (["--strength", "1.5", "--image", "begin.png"], "strength is 1.5"),
     (["--image", "nothing.png"], "nothing.png"), (["--image", "words.txt"], "words.txt"),
-    (["--left-out"], "--drop-t5"), (["--drop", "clip"], "clip_l"), (["--offload", "disk"], "block"),
+    (["--left-out"], "--drop-t5"), (["--left-out", "--drop", "clip_g"], "--drop clip_l clip_g"),
+    (["--drop", "clip"], "clip_l"), (["--offload", "disk"], "block"),
     (["--model", "sd3.5-large"], "--dry-run"), (["--shift", "-1"], "shift"),
     (["--dtype", "int8"], "bfloat16"),
     (["--tokenizers", "nowhere"], "nowhere"), (["--t5-length", "1000"], None), (["--out", "new/"], None),

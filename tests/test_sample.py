@@ -103,6 +103,12 @@ def test_without_t5_zeros_stand_in_its_place(run, pipe):
     assert draw(lean, "a star").isfinite().all()
 
 
+@pytest.mark.parametrize("dropped", [("clip_l",), ("clip_l", "clip_g"), ("clip_l", "clip_g", "t5")])
+def test_a_run_without_some_encoders_draws_what_it_draws_with_zeros_in_their_place(run, pipe, dropped):
+    lean = Pipeline.from_pretrained(run, device="cpu", drop=dropped)
+    assert torch.equal(draw(lean, "a red star"), draw(pipe, "a red star", drop=dropped))
+
+
 @pytest.mark.parametrize("mode", ["model", "block"])
 def test_a_run_draws_the_same_bits_wherever_its_weights_wait_and_nearly_the_same_in_8_bits(run, pipe, mode):
     away = Pipeline.from_pretrained(run, device="cpu", offload=mode)
