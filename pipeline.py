@@ -280,20 +280,14 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
         free = torch.cuda.mem_get_info(device)[0]
         mode = offload.choose(mode, name, configs, free, int8, **about)
     mode = "none" if mode == "auto" else mode
-    home = device if mode == "none" and not int8 else torch.device("cpu")
+    home = device if mode == "none" else torch.device("cpu")
     if home.type == "cpu":
         offload.check_main_memory(name, configs, free_memory(home), int8, works=device.type == "cpu", **about)
     encoders = load_text_encoders(
         path, device=home, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, tokenizers=tokenizers,
-        drop=drop, widths=text_widths(configs))
-    if int8 and encoders.t5:
-        quantise_t5(encoders.t5)                    # before the transformer comes, too, in full size
+        drop=drop, int8=int8, widths=text_widths(configs))
     parts = {"vae": load_vae(path, device=home, dtype=torch.float32),
-             "mmdit": load_mmdit(path, device=home, dtype=dtype), "encoders": encoders}
-    if int8:
-        quantise_mmdit(parts["mmdit"])
-    if mode == "none":
-        parts = {name: part.to(device) for name, part in parts.items()}
+             "mmdit": load_mmdit(path, device=home, dtype=dtype, int8=int8), "encoders": encoders}
     scheduler = path / "scheduler" / "scheduler_config.json"
     shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
     return parts | how | {"shift": shift, "t5_longest": 256, "size": (side, side), "offload": mode}

@@ -523,7 +523,7 @@ def test_what_main_memory_has_no_room_for_is_told_with_what_each_flag_makes_of_i
         remembered, room, eight, full, works):
     how = dict(height=64, width=64, dtype=torch.float32 if full else torch.bfloat16)
     needs = offload.need(SMALL, **how, int8=eight)
-    taken = max(needs["main"], (sum(needs["weights"].values()) + max(needs["work"].values())) * works)
+    taken = sum(needs["weights"].values()) + max(needs["work"].values()) * works
     if room >= 1:
         return offload.check_main_memory("it", SMALL, int(room * taken), eight, works, **how)
     with pytest.raises(ValueError) as e:
@@ -532,14 +532,6 @@ def test_what_main_memory_has_no_room_for_is_told_with_what_each_flag_makes_of_i
     assert "main memory" in said and "--drop-t5 makes it 0.0 GB" in said and len(said.splitlines()) == 1
     assert ("--dtype bfloat16" in said) == full and "end other programs" in said
     offload.check_main_memory("it", SMALL, None, eight, works, **how)           # where nobody can tell
-
-
-def test_in_8_bits_the_parts_still_arrive_whole_one_after_the_other():
-    plain, small = (offload.need(SMALL, height=64, width=64, int8=int8) for int8 in (False, True))
-    assert plain["main"] == sum(plain["weights"].values())
-    assert small["main"] == max(                                # while the last, or the largest, arrives
-        sum(small["weights"].values()) - small["weights"]["mmdit"] + plain["weights"]["mmdit"],
-        small["weights"]["clip_l"] + small["weights"]["clip_g"] + plain["weights"]["t5"])
 
 
 @pytest.mark.parametrize("parts, n", [(("mmdit",), 4), (("vae",), 3)])
@@ -556,7 +548,7 @@ def test_several_pictures_at_once_and_one_to_begin_with_are_in_the_prediction(pa
 
 def test_too_little_main_memory_is_told_before_anything_is_read(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: 10_000_000)
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1_000_000)
     monkeypatch.setattr(pipeline, "load_text_encoders", lambda *a, **k: pytest.fail("read"))
     _, err = run_main(["a star", "--model", folder, "--device", "cpu"], capsys)
     for words in ("GB of main memory in float32", "--dtype bfloat16 makes it", "0.0 GB are free"):

@@ -29,6 +29,7 @@ import make_fake_checkpoint
 import tensor_files
 import weights
 from conftest import refuses
+from kernels.int8 import quantise_mmdit, quantise_t5
 from layouts import IGNORED, NAMES, clip_openclip, mmdit_folder, take_apart, vae_folder
 from mmdit import MMDiT, MMDiTConfig
 from sample import Pipeline
@@ -530,6 +531,18 @@ def test_without_a_wish_parts_come_in_the_dtype_that_is_safe_for_them(tmp_path, 
     assert not module.training and not any(p.requires_grad for p in module.parameters())
 
 
+@pytest.mark.parametrize("kind, smaller", [("mmdit", quantise_mmdit), ("t5", quantise_t5)])
+def test_int8_is_made_of_each_tensor_as_it_arrives_with_the_same_bits_as_of_the_whole(good, kind, smaller):
+    load = loaders(good[kind][1])[kind]
+    small_, whole = load(dtype=torch.bfloat16, int8=True), smaller(load(dtype=torch.bfloat16))
+    assert equal(small_, whole) and not any(p.requires_grad for p in small_.parameters())
+    assert sum(t.dtype == torch.int8 for t in small_.state_dict().values()) > 6
+    assert not any(t.is_meta for t in small_.state_dict().values())
+    meta = load(dtype=torch.bfloat16, int8=True, device="meta")
+    assert {k: (t.shape, t.dtype) for k, t in meta.state_dict().items()} == {
+        k: (t.shape, t.dtype) for k, t in whole.state_dict().items()}
+
+
 @pytest.mark.parametrize("float8", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_float8_is_cast(tmp_path, float8):
     save_file({k: v.to(float8) for k, v in with_prefix("t5", "").items()}, tmp_path / "t5xxl_fp8.safetensors")
@@ -803,9 +816,14 @@ def test_missing_paths_and_empty_folders_say_what_to_give(tmp_path):
 def test_too_little_memory_is_told_before_anything_is_read(good, monkeypatch):
     monkeypatch.setattr(weights, "free_memory", lambda device: 1000)
     monkeypatch.setattr(Source, "read", None)
-    refuses(lambda: load_mmdit(good["mmdit"][1]), "0.0 GB in float16 on cpu", "--int8", "--offload block")
+    refuses(lambda: load_mmdit(good["mmdit"][1]), "0.0 GB in float16 on cpu", "--int8 saves")
+    refuses(lambda: load_mmdit(good["mmdit"][1], **F32), "--dtype bfloat16 half")
     refuses(lambda: load_t5(good["t5"][1]), "--drop-t5", "--int8 saves")
-    refuses(lambda: load_vae(good["vae"][1]), "0.0 GB are free", "--device cpu")
+    refuses(lambda: load_vae(good["vae"][1]), "0.0 GB are free", "end other programs")
+    card = weights.not_enough("x", "mmdit", 4e9, torch.bfloat16, torch.device("cuda"), 1e9, None)
+    assert "--int8 saves about 2.0 GB of it, --offload block nearly all of it" in str(card)
+    card = weights.not_enough("x", "mmdit", 4e9, torch.bfloat16, torch.device("cuda"), 1e9, quantise_mmdit)
+    assert "--int8" not in str(card) and "--offload block" in str(card)
 
 
 def test_free_memory_is_known_on_linux():
