@@ -97,8 +97,8 @@ class Pipeline:
         device: None picks the best. dtype: for a run, of autocast, None for none; else of the weights, None
         for bfloat16 on a card and float32 elsewhere. drop: encoders that are not even loaded, zeros stand in
         their place; t5=False drops "t5". offload: one of offload.MODES; "auto": the fastest that fits the
-        card, for so many pictures of `size` at once. int8: transformer and T5 in 8 bits (kernels/int8.py).
-        tokenizers: a folder, if the model's has none.
+        card, for so many pictures of `size` (see at_once). int8: transformer and T5 in 8 bits (see
+        kernels/int8.py). tokenizers: a folder, if the model's has none.
         Raises CheckpointError where the folder is neither, ValueError where it does not fit.
         """
         device, drop = pick_device(device or "auto"), {*drop, *(() if t5 else ("t5",))}
@@ -275,7 +275,8 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
     c, (name, how) = configs["mmdit"], recognise(configs["mmdit"], path)
     side = side_of(configs)
     height, width = (given or side for given in size or (None, None))
-    about = dict(height=height, width=width, guidance=how["guidance"] != 1, dtype=dtype, pictures=pictures)
+    about = dict(height=height, width=width, guidance=how["guidance"] != 1, dtype=dtype,
+                 pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         mode = offload.choose(mode, name, configs, free, int8, **about)

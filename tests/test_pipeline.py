@@ -546,6 +546,17 @@ def test_several_pictures_at_once_and_one_to_begin_with_are_in_the_prediction(pa
     assert offload.need(SMALL | {"vae": config}, height=64, width=64)["work"]["vae"] >= encode > 0
 
 
+@pytest.mark.parametrize("size, n, expected", [((64, 96), 40, 16), ((64, 96), 3, 3), ((None, 240), 40, 16),
+                                               ((1024, 1024), 5, 1), ((512, 512), 9, 4)])
+def test_the_prediction_is_for_as_many_pictures_as_are_drawn_at_once(folder, monkeypatch, size, n, expected):
+    asked = []
+    monkeypatch.setattr(offload, "check_main_memory",
+                        lambda *_, **how: asked.append(how["pictures"]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Pipeline.from_pretrained(folder, device="cpu", size=size, pictures=n)
+    assert asked == [expected] == [min(n, pipeline.at_once(size[0] or 256, size[1], 8))]
+
+
 def test_too_little_main_memory_is_told_before_anything_is_read(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 1_000_000)
