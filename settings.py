@@ -105,9 +105,6 @@ class TrainConfig:
             raise ValueError("text_drop and ema must lie in [0, 1), decay and synthetic in [0, 1]")
         if self.cache and not self.origin:
             raise ValueError("--cache needs --from RUN, the run whose encoders made it")
-        if self.fsdp and self.muon_rate:
-            raise ValueError("--fsdp cuts matrices into pieces, and Muon needs whole ones: add "
-                             "--muon-rate 0, and AdamW trains them")
         MMDiTConfig.preset(self.model)
         flow.t_density(self.density, torch.tensor(0.5))
         flow.shift_t(0.5, self.shift)

@@ -25,6 +25,7 @@ import copy
 import dataclasses
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,8 +86,8 @@ def make_tokenizers(folder: Path, c, captions: list[str], short: list[str]) -> d
     return load_tokenizers(folder, c.clip_length)
 
 
-def build(c, tokenizers: dict) -> dict[str, nn.Module]:
-    """Every part, untrained, under the name of its file.
+def build(c, tokenizers: dict, later=nullcontext()) -> dict[str, nn.Module]:
+    """Every part, untrained, under the name of its file; the transformer inside `later` (parallel.Later).
     The transformer's config follows from the others'."""
     torch.manual_seed(c.seed)
     vae = AutoencoderKL(VAEConfig.preset("tiny"))
@@ -100,8 +101,9 @@ def build(c, tokenizers: dict) -> dict[str, nn.Module]:
         c.model, in_channels=vae.config.z_channels, context_dim=t5.width,
         pooled_dim=clip_l.width + clip_g.projection_dim,
         pos_max=max(32, 4 * tokens), pos_sample=tokens, pos_base=tokens)
-    mmdit = MMDiT(mmdit)
-    mmdit.context_embedder = WhiteLinear(mmdit.context_embedder)            # until all is learned
+    with later:
+        mmdit = MMDiT(mmdit)
+        mmdit.context_embedder = WhiteLinear(mmdit.context_embedder)        # until all is learned
     return {"vae": vae, "clip_l": CLIPTextEncoder(clip_l), "clip_g": CLIPTextEncoder(clip_g),
             "clip_l_image": CLIPImageEncoder(CLIPImageConfig.preset("tiny", projection_dim=clip_l.width)),
             "clip_g_image": CLIPImageEncoder(

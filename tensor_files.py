@@ -1,4 +1,4 @@
-"""How do tensors lie in files, and how do they get there and back in one piece?
+"""How do tensors lie in files, and come back in one piece? Apart from weights.py, which knows what they mean.
 
     8 bytes: n | n bytes JSON: {"name": {"dtype": "BF16", "shape": [2432, 64], "data_offsets": [a, b]}, ..
     and then nothing but numbers                                          (safetensors: nothing here can run)

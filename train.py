@@ -133,7 +133,7 @@ class Run:
 
     def save_part(self, name: str, module: nn.Module) -> None:
         """All ranks bring their shards together, rank 0 writes, and the others may read from here on."""
-        tensors = {k: whole(v) if self.ranks.rank else whole(v).cpu() for k, v in module.state_dict().items()}
+        tensors = self.ranks.collect(module.state_dict())
         self.ranks.together(
             lambda: None if self.ranks.rank else save_part(self.folder, name, module, tensors))
 
@@ -367,16 +367,20 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
         write_json(folder / "config.json", dataclasses.asdict(config))
         clean_checkpoints(folder, todo)
     run.facts = {"settings": {name: getattr(config, name) for name in SHAPING}, "fingerprint": mark}
-    parts = build(config, tokenizers)
+    cut_up = config.fsdp and ranks.world > 1 and "flow" in todo
+    later = parallel.Later() if cut_up else nullcontext()
+    parts = build(config, tokenizers, later)
     done = [name for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]]
     parts |= {name: load_part(folder, name) for name in done}
     if config.origin and "flow" in todo:
         tokens = config.size // (2 * parts["vae"].config.factor)
-        parts["mmdit"] = grown(load_part(folder / "start", "mmdit"), tokens)
+        start = load_part(folder / "start", "mmdit", later)
+        with later:
+            parts["mmdit"] = grown(start, tokens)
     if config.compile:
         compile_blocks(parts["mmdit"], run.device)
-    if config.fsdp and ranks.world > 1 and "flow" in todo:
-        parallel.shard(parts["mmdit"], run.dtype, run.device)
+    if cut_up:
+        parallel.shard(parts["mmdit"], run.dtype, run.device, later)
     elif config.fsdp:
         print("--fsdp needs several processes (torchrun): this one keeps the whole transformer")
     for name, part in parts.items():
