@@ -13,7 +13,6 @@ from PIL import Image
 
 import data
 import flow
-import pipeline
 import sample
 from checkpoints import load_tensors, save_tensors
 from sample import Pipeline, free_path
@@ -295,8 +294,3 @@ def test_parts_of_two_runs_are_not_mixed(run, tmp_path):
     save_part(mixed, "mmdit", MMDiT(MMDiTConfig.preset("tiny", depth=1, pooled_dim=24)))
     with pytest.raises(CheckpointError, match="mixes two runs"):
         Pipeline.from_pretrained(mixed, device="cpu")
-
-
-def test_the_demo_of_the_pipeline_passes(capsys):
-    pipeline.demo()
-    assert "sizes" in capsys.readouterr().out
