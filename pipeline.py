@@ -272,8 +272,7 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
     files are read last."""
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     configs = published_configs(path, drop)
-    c, (name, how) = configs["mmdit"], recognise(configs["mmdit"], path)
-    side = side_of(configs)
+    (name, how), side = recognise(configs["mmdit"], path), side_of(configs)
     height, width = (given or side for given in size or (None, None))
     about = dict(height=height, width=width, guidance=how["guidance"] != 1, dtype=dtype,
                  pictures=min(pictures, at_once(height, width, configs["vae"].factor)))

@@ -18,7 +18,6 @@ ones over and over, small enough that nothing overflows; pictures made of them s
 """
 import argparse
 import itertools
-import json
 import string
 import sys
 import time

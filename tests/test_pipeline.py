@@ -26,7 +26,7 @@ import sample
 from checkpoints import CheckpointError, load_mmdit, load_text_encoders, load_vae, save_mmdit
 from kernels import int8
 from mmdit import MMDiT, MMDiTConfig
-from pipeline import DEFAULTS, Pipeline, published_configs, recognise, skipping
+from pipeline import DEFAULTS, Pipeline, recognise, skipping
 from text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
 
