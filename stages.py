@@ -343,8 +343,7 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
     batches = cached_batches(run, parts, tokenizers, survey, pictures)
     widths = [parts[name].config.width for name in ENCODERS[:2]]
     prompts = preview_prompts(c, pictures.captions)
-    texts = list(dict.fromkeys([*prompts, ""]))
-    said = preview_text(run, parts, tokenizers, batches.cache, prompts, texts)
+    said = preview_text(run, parts, tokenizers, batches.cache, prompts)
     for name in ("vae", *ENCODERS, "clip_l_image", "clip_g_image"):     # the first comes back for a preview
         parts.pop(name, None)
     pictures.images = pictures.images.new_empty(0)
@@ -372,9 +371,8 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
 
     def preview(step):
         vae = load_vae(c.encoders, dtype=torch.float32) if c.encoders else load_part(run.folder, "vae")
-        pipe = Pipeline(model, vae.to(run.device), None, shift=c.shift, kind="clean", size=(c.size, c.size),
+        pipe = Pipeline(model, vae.to(run.device), said, shift=c.shift, kind="clean", size=(c.size, c.size),
                         dtype=None if run.dtype == torch.float32 else run.dtype)
-        pipe.encoded = (texts, c.t5_length, ()), said                       # its encoders are not needed
         images = pipe(prompts, guidance=3.0, steps=20, t5_length=c.t5_length)   # the same eight seeds always
         row = [(np.asarray(image), [prompt]) for image, prompt in zip(images, prompts)]
         if run.ranks.rank:                                  # it was needed for its shard of the weights only
@@ -385,19 +383,30 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
     return Stage("flow", model, loss, preview, ema=True, finish=finish)
 
 
+class Known:
+    """Stands in for text encoders: what they said of a few texts, and nothing else."""
+    clip_l = clip_g = t5 = True                     # none of them is left out
+
+    def __init__(self, texts, context, pooled):
+        self.texts, self.said = texts, Conditioning(context, pooled)
+
+    def __call__(self, texts, t5_length, drop=()):
+        rows = [self.texts.index(text) for text in texts]
+        return Conditioning(self.said.context[rows], self.said.pooled[rows])
+
+
 @torch.no_grad()
-def preview_text(run, parts, tokenizers, cache, prompts, texts) -> Conditioning:
-    """What the encoders say of the prompts, once each, and zeros for "", the last of texts. Of captions in a
-    given cache it is known."""
-    c = run.config
+def preview_text(run, parts, tokenizers, cache, prompts) -> Known:
+    """What the encoders say of the prompts, and zeros for "". Of captions in a given cache it is known."""
+    c, texts = run.config, list(dict.fromkeys(prompts))
     if c.cache:
-        pictures = np.array([prompts.index(text) for text in texts[:-1]]) * len(cache) // 8
-        context, pooled = cache.text(pictures, torch.zeros(len(pictures), dtype=torch.long))
+        pictures = np.array([prompts.index(text) for text in texts]) * len(cache) // 8
+        said = cache.text(pictures, torch.zeros(len(pictures), dtype=torch.long))
     else:
         encoders = TextEncoders(*(parts[name] for name in ENCODERS), list(tokenizers.values()))
         with run.autocast():
-            context, pooled = vars(encoders(texts[:-1], c.t5_length)).values()
-    return Conditioning(*(torch.cat([x, torch.zeros_like(x[:1])]).float() for x in (context, pooled)))
+            said = vars(encoders(texts, c.t5_length)).values()
+    return Known([*texts, ""], *(torch.cat([x, torch.zeros_like(x[:1])]).float() for x in said))
 
 
 def preview_prompts(c, captions) -> list[str]:
