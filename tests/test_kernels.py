@@ -365,6 +365,7 @@ def h100(monkeypatch):
     gpu, ever = SimpleNamespace(name="H100", major=9), float("inf")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(kernels, "find_spec", lambda name: True)
+    monkeypatch.setattr(kernels, "TORCH", (2, 7))
     monkeypatch.setattr(kernels, "DEFAULT", "auto")
     monkeypatch.setattr(kernels, "MEASURED", {
         ("H100", "modulate", "bfloat16", 0, "forward", False): [(ever, ("triton", "torch"))],
@@ -390,6 +391,9 @@ def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(h100, caps
         kernels.choose("triton", "modulate", x=OnGpu())
     monkeypatch.setattr(torch.version, "hip", "7.0")
     with pytest.raises(ValueError, match="cut for NVIDIA's GPUs"):
+        kernels.choose("triton", "modulate", x=OnGpu())
+    monkeypatch.setattr(kernels, "TORCH", (2, 6))
+    with pytest.raises(ValueError, match="the kernels need 3.3: pip install --upgrade torch"):
         kernels.choose("triton", "modulate", x=OnGpu())
 
 

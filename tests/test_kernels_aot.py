@@ -123,7 +123,8 @@ def describe(name, case, kwargs, binary) -> dict:
 
 def compiled_apart(cases: dict, folder) -> dict:
     """cases by architecture -> descriptions by architecture; a process for each, all at a time."""
-    pytest.importorskip("triton", reason="Triton is not installed: nothing compiles its kernels")
+    pytest.importorskip("triton", minversion="3.3",
+                        reason="Triton is not installed, or too old: nothing compiles its kernels")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     started = {a: subprocess.Popen([sys.executable, __file__, str(a), json.dumps(todo)], env=environment,
