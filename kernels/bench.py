@@ -87,7 +87,7 @@ def cases(pixels=(512, 1024), batches=(1, 2, 4, 8), smoke=False) -> list[dict]:
         return [dict(tiny, operation="joint_attention with norms", norm=True),
                 dict(tiny, operation="joint_attention with norms, no text", norm=True, M=0),
                 dict(tiny, operation="modulate"), dict(tiny, operation="gate_residual_modulate"),
-                dict(tiny, operation="model", nh=3, hd=64, norm=True, N=4)]
+                dict(tiny, operation="model", hd=64, norm=True, N=4)]
     found = []
     for B in batches:
         for p in pixels:
@@ -177,7 +177,7 @@ def with_kernels(backend, function):
 
 
 def model_config(case) -> MMDiTConfig:
-    return MMDiTConfig.preset(case["model"], **(dict(depth=1) if case["model"] == "tiny" else {}))
+    return MMDiTConfig.preset(case["model"], **(dict(depth=1, heads=1) if case["model"] == "tiny" else {}))
 
 
 def model_rivals(case, device) -> dict:
