@@ -42,7 +42,7 @@ import shutil
 import socket
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,12 +51,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mmdit import MMDiT, MMDiTConfig
-from parallel import Ranks, local, whole
+from parallel import Ranks, local, rows_of
+from tensor_files import CheckpointError, sync_folder, write_atomically, write_json
 from text_encoders import (EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder, T5Config,
                            T5Encoder, load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
 from weights import load_clip, load_mmdit, load_t5, load_text_encoders, load_vae, save_mmdit     # noqa: F401
-from weights import CheckpointError, sync_folder, write_atomically, write_json                   # noqa: F401
 
 try:
     import fcntl
@@ -124,7 +124,8 @@ def load_strict(module: torch.nn.Module, tensors: dict, path) -> torch.nn.Module
         if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinity: training diverged or the file is "
                                   "damaged, use an older checkpoint or a smaller learning rate")
-    module.load_state_dict(tensors)
+    for name, x in own.items():
+        x.copy_(tensors[name])
     return module
 
 
@@ -134,8 +135,10 @@ def save_part(run, name: str, module: torch.nn.Module, tensors: dict | None = No
                  {"part": name, "config": asdict(module.config)})
 
 
-def load_part(run, name: str) -> torch.nn.Module:
-    """One of PARTS from a run's folder, built as its own file says, on the CPU, without gradients."""
+def load_part(run, name: str, later=nullcontext()) -> torch.nn.Module:
+    """One of PARTS from a run's folder, built as its own file says, on the CPU, without gradients.
+
+    Inside `later` (parallel.Later) its tensors stay in the file until they are made."""
     path = Path(run, f"{name}.safetensors")
     tensors, about = load_tensors(path)
     module, config = PARTS[name]
@@ -144,11 +147,13 @@ def load_part(run, name: str) -> torch.nn.Module:
             f"{path} was not written as {name!r} by train.py: it cannot be loaded as a part of a run")
     try:
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
-        built = module(config(**settings))
+        with later:
+            built = module(config(**settings))
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(
             f"{path} describes an architecture that this code does not know ({e})") from None
-    return load_strict(built, tensors, path).eval().requires_grad_(False)
+    with later:
+        return load_strict(built, tensors, path).eval().requires_grad_(False)
 
 
 def load_tokenizers(folder, clip_length: int) -> dict:
@@ -299,17 +304,22 @@ class Saver:
         self.thread = ThreadPoolExecutor(1) if ranks.world > 1 else None
 
     def save(self, state: State, facts: dict) -> None:
-        """OSError: the state could not be written. Or the one before; then this one was not tried."""
+        """OSError: the state could not be written, or the one before, which this one does not wait for."""
         if self.ranks.world == 1:
             save_state(self.run, state, facts)
             self.saved = state.stage, state.step
             return
-        self.settle()
+        try:
+            self.settle()
+        finally:                                # there may be room again
+            self.begin(state, facts)
+
+    def begin(self, state: State, facts: dict) -> None:
         tensors, manifest = tensors_of(state), manifest_of(state, facts, self.ranks)
         try:
             from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
         except ImportError:
-            tensors = {k: whole(v) if self.ranks.rank else whole(v).cpu() for k, v in tensors.items()}
+            tensors = self.ranks.collect(tensors)
             self.ranks.together(
                 lambda: None if self.ranks.rank else write_state(self.run, tensors, manifest))
             self.saved = state.stage, state.step
@@ -330,6 +340,8 @@ class Saver:
         except BaseException as e:
             if self.ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
+            for rank, (cause, _) in getattr(e, "failures", {}).items():     # the others', of which it tells
+                e = f"rank {rank}: {cause}"
             raise OSError(f"{temporary} could not be written ({e})".replace("\n", " ")) from None
         return manifest["stage"], manifest["step"]
 
@@ -506,11 +518,12 @@ def fill_state(state: State, manifest: dict, tensors: dict, folder: Path) -> Non
 
 
 def cut_as(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """x on like's device, cut up among ranks if `like` is. Then every rank must call this."""
-    if hasattr(like, "to_local") and not hasattr(x, "to_local"):
-        from torch.distributed.tensor import distribute_tensor
-        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
-    return x.to(like.device)
+    """x on like's device; where `like` is cut up among ranks, this rank's part of x."""
+    if not hasattr(like, "to_local") or hasattr(x, "to_local"):
+        return x.to(like.device)
+    part = torch.empty_like(like.detach())
+    local(part).copy_(rows_of(x, like))
+    return part
 
 
 # ------------------------------------------------------------------------------------------------------ runs

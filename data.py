@@ -71,7 +71,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 # --- The drawn world --------------------------------------------------------------------------------------
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-MIX = dict(single_object=0.06, two_object=0.18, counting=0.20, colors=0.10, position=0.23, color_attr=0.23)
+MIX = dict(single_object=0.10, two_object=0.18, counting=0.17, colors=0.12, position=0.21, color_attr=0.22)
 COLOURS = {"red": (214, 39, 40), "orange": (255, 140, 0), "yellow": (250, 215, 30), "green": (40, 160, 60),
            "blue": (35, 85, 220), "purple": (125, 50, 170), "pink": (255, 130, 190), "brown": (120, 70, 30),
            "black": (20, 20, 20), "white": (252, 252, 252)}

@@ -18,6 +18,7 @@ above about 0.003. They are matrix products only, and exact enough in bfloat16.
 What to know
 - A packed qkv of an attention is three matrices, and each is made orthogonal by itself.
 - Matrices of one shape go through the products as one batch.
+- Where matrices are cut up among processes (parallel.py), each of these makes its share of them orthogonal.
 - Only matrices between hidden activations belong here. Embedders, modulations, the final layer, biases and
   norms are AdamW's.
 - torch.optim.Muon (torch 2.9 and later) is the same rule for unpacked matrices, one at a time.
@@ -27,6 +28,10 @@ DIFFERS: the paper trains with AdamW throughout; --muon-rate 0 does so here.
 Run `python muon.py`: two layers with inputs of very unequal size, learnt by both.
 """
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from parallel import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # steepest at 0 of those that stay within about [0.7, 1.2]
 
@@ -63,7 +68,7 @@ class Muon(torch.optim.Optimizer):
         """As for torch's fused optimizers, a tensor `found_inf` above 0 makes this a step that changes
         nothing, without asking a GPU for its value."""
         bad = getattr(self, "found_inf", torch.zeros(())) > 0
-        shapes = {}                             # (rows, columns) -> what is orthogonalized together
+        found = []                              # (parameter, its group, this rank's rows of the look ahead)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -71,21 +76,58 @@ class Muon(torch.optim.Optimizer):
                 state, m = self.state[p], group["momentum"]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
-                grad = torch.where(bad, state["momentum"], p.grad)          # then the average stays
-                average = state["momentum"].lerp_(grad, 1 - m)
-                ahead = grad.lerp(average, m).view(group["packed"], -1, p.shape[1])
-                tall = ahead.shape[1] > ahead.shape[2]
-                ahead = ahead.mT if tall else ahead
-                shapes.setdefault(ahead.shape[1:], []).append((p, group, tall, ahead))
-        for entries in shapes.values():
-            together = orthogonalize(torch.cat([ahead for *_, ahead in entries]))
-            pieces = together.split([len(ahead) for *_, ahead in entries])
-            for (p, group, tall, _), piece in zip(entries, pieces):
-                rows, columns = p.shape[0] // group["packed"], p.shape[1]
-                rate = torch.where(bad, 0.0, group["lr"])
-                p.mul_(1 - rate * group["weight_decay"])
-                piece = (piece.mT if tall else piece).reshape(p.shape)
-                p.sub_(piece * (rate * max(1, rows / columns) ** 0.5))
+                average = local(state["momentum"])
+                grad = torch.where(bad, average, local(p.grad))             # then the average stays
+                average.lerp_(grad, 1 - m)
+                found.append((p, group, grad.lerp(average, m)))
+        cut_up = any(hasattr(p, "to_local") for p, *_ in found)
+        for p, group, piece in taken_apart(found) if cut_up else at_once(found):
+            rows, columns = p.shape[0] // group["packed"], p.shape[1]
+            rate, mine = torch.where(bad, 0.0, group["lr"]), local(p)
+            mine.mul_(1 - rate * group["weight_decay"])
+            mine.sub_(piece * (rate * max(1, rows / columns) ** 0.5))
+
+
+def at_once(found):
+    """(parameter, group, whole matrix) of all -> the same with U V^T; matrices of one shape as one batch."""
+    shapes = {}                                 # (rows, columns) -> what is orthogonalized together
+    for p, group, x in found:
+        x = x.view(group["packed"], -1, p.shape[1])
+        tall = x.shape[1] > x.shape[2]
+        x = x.mT if tall else x
+        shapes.setdefault(x.shape[1:], []).append((p, group, tall, x))
+    for entries in shapes.values():
+        together = orthogonalize(torch.cat([x for *_, x in entries]))
+        pieces = together.split([len(x) for *_, x in entries])
+        for (p, group, tall, _), piece in zip(entries, pieces):
+            yield p, group, (piece.mT if tall else piece).reshape(p.shape)
+
+
+def taken_apart(found):
+    """(parameter, group, this rank's rows) of all -> the same with these rows of U V^T.
+
+    Of N matrices of one shape each of the N ranks is sent one, whole, and sends back to each its rows:
+    nothing is computed twice, and a rank has one matrix in memory beside its shards."""
+    shapes = {}
+    for p, group, x in found:
+        shapes.setdefault(p.shape, []).append((p, group, x))
+    for (total, columns), entries in shapes.items():
+        mesh = entries[0][0].device_mesh
+        N, ranks = mesh.size(), mesh.get_group()
+        rows = -(-total // N)                   # a rank's; the last have fewer, and send zeros below them
+        for lot in (entries[i:i + N] for i in range(0, len(entries), N)):
+            out = lot[0][2].new_zeros(N, rows, columns)                     # one for each rank
+            for k, (*_, x) in enumerate(lot):
+                out[k, :len(x)] = x
+            mine = torch.empty_like(out)                                    # the rows of mine, from each rank
+            dist.all_to_all_single(mine, out, group=ranks)
+            p, group, _ = lot[min(mesh.get_local_rank(), len(lot) - 1)]     # without one, zeros
+            [(*_, piece)] = at_once([(p, group, mine.view(-1, columns)[:total])])
+            out = F.pad(piece, (0, 0, 0, N * rows - total)).contiguous().view(torch.half)
+            mine = torch.empty_like(out)        # bits only move, and gloo has known float16 for longer
+            dist.all_to_all_single(mine, out, group=ranks)
+            for (p, group, x), piece in zip(lot, mine.view(piece.dtype).view(N, rows, columns)):
+                yield p, group, piece[:len(x)]
 
 
 def split(model: torch.nn.Module) -> tuple[list[dict], list[torch.nn.Parameter]]:

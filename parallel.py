@@ -6,7 +6,8 @@ of a batch, for sums over all ranks and for agreement among them. The work is Py
     torchrun --nproc-per-node N train.py ...         starts N processes; each runs train.py from top to end
 
     of a step     rank 0                rank 1
-    draws         of the whole batch    of the whole batch     from (seed, stage, step): the same everywhere
+    draws         of the whole batch    of the whole batch     from (seed, stage, step): the same everywhere,
+                                                               but noise of latents for a rank's rows alone
     rows          the first half        the second half        Ranks.rows
     loss          its part              its part               parts add up to the batch's loss: Ranks.add
     gradients     ------- added up over ranks in the backward pass -------                     by DDP or FSDP2
@@ -17,11 +18,14 @@ of a batch, for sums over all ranks and for agreement among them. The work is Py
     FSDP2   each rank holds 1/N of every tensor; a block's        --fsdp, for the transformer, whose other
             weights are together only while it computes           parts are small
 
+Nor is the whole transformer ever in one rank's main memory at its start: it is built without its tensors
+(Later), cut up, and then each tensor is made in turn, of which a rank keeps its rows (shard).
+
 What to know
 - One process without torchrun takes none of this: Ranks() answers for itself, and nothing communicates.
 - DDP and FSDP2 average gradients over ranks, and here they must be added: so each loss is multiplied by N.
-- Draws are made for the whole batch on every rank, as a row's noise must not depend on N. On a CPU that costs
-  a few ns a number on each rank, which becomes visible for batches of thousands.
+- What a row draws must not depend on N. So most draws are made for the whole batch on every rank; the noise
+  of latents, which would cost seconds in a batch of thousands, has a generator a row (stages.flow_stage).
 - With --accumulate K a rank's rows go through the model in K pieces. Under DDP only the last communicates.
   Under FSDP2 each does: kept back, a rank's gradients would be as large as the whole model again.
 - Only rank 0 prints and writes, but each rank writes shards of checkpoints (checkpoints.py) and files of
@@ -36,10 +40,12 @@ import sys
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
@@ -120,6 +126,15 @@ class Ranks:
         """action() on rank 0, then on the others, which find what it has written."""
         result = self.together(action if self.rank == 0 else lambda: None)
         return result if self.rank == 0 else action()
+
+    def collect(self, tensors: dict) -> dict:
+        """All of each tensor in rank 0's main memory; the others lend it their shards and get {}."""
+        found = {}
+        for name, x in tensors.items():             # one at a time: all together may not fit on a GPU
+            x = whole(x.detach())
+            if self.rank == 0:
+                found[name] = x.cpu()
+        return found
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """(b, ...) of each rank -> (N b, ...) of all, through which gradients find their way back."""
@@ -225,21 +240,74 @@ def sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "to_local") for p in model.parameters())
 
 
-def shard(model, dtype: torch.dtype, device: torch.device) -> None:
-    """Cut an MMDiT's tensors among all ranks, in place, and move them to `device`: a block is a unit, whose
-    weights are gathered before it computes and let go after.
+class Later(TorchDispatchMode):
+    """Inside, what torch.empty makes takes no memory, and what fills it is noted; `make` does that, whenever.
+
+    Random numbers are drawn at once all the same, so whatever is built after it is what it would have been;
+    and `make` draws them again. For modules' initial values: other changes of such a tensor are refused."""
+
+    def __init__(self):
+        super().__init__()
+        self.notes = {}                             # storage -> (tensor, how its contents are made)
+
+    def note(self, x: torch.Tensor, how) -> None:
+        """how() gives all of x, in main memory."""
+        self.notes[x.untyped_storage()._cdata] = x, how         # x: for its address must stay its own
+
+    def maker(self, x: torch.Tensor):
+        return self.notes[x.untyped_storage()._cdata][1]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, x = kwargs or {}, args[0] if args else None
+        if func is torch.ops.aten.empty.memory_format:
+            return func(*args, **kwargs | {"device": torch.device("meta")})
+        if not (isinstance(x, torch.Tensor) and x.is_meta and func._schema.is_mutable):
+            return func(*args, **kwargs)
+        if func is torch.ops.aten.copy_.default and x.shape == args[1].shape:
+            source = args[1]                                    # one of a file is read when it is touched
+            self.note(x, self.maker(source) if source.is_meta else lambda: source)
+        elif func.overloadpacket.__name__ in ("uniform_", "normal_", "fill_", "zero_"):
+            again = partial(filled, func, x.shape, x.dtype, args[1:], kwargs, torch.get_rng_state())
+            self.note(x, again)
+            func(torch.empty(x.shape, dtype=x.dtype), *args[1:], **kwargs)
+        else:
+            raise NotImplementedError(f"{func} cannot be put off")
+        return x
+
+
+def filled(func, shape, dtype, args, kwargs, random_numbers) -> torch.Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(random_numbers)
+        return func(torch.empty(shape, dtype=dtype), *args, **kwargs)
+
+
+def rows_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Of a whole x what this rank holds of `like`, which is cut up."""
+    mesh = like.device_mesh
+    rank, parts = mesh.get_local_rank(), x.chunk(mesh.size())   # as FSDP2 does; of few rows some get none
+    return parts[rank] if rank < len(parts) else x[:0]
+
+
+def shard(model, dtype: torch.dtype, device: torch.device, later: Later) -> None:
+    """Cut an MMDiT's tensors among all ranks, in place, and make those that were put off, on `device`. A
+    block is a unit, whose weights are gathered before it computes and let go after.
 
     Weights travel in `dtype`, that of matrix products; gradients are added in float32. Inputs stay as they
     are: rounded to bfloat16, a time near 1 would be off by 1/500."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    how = {name: later.maker(p) for name, p in model.named_parameters() if p.is_meta}
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype,
                                   reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.joint_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)      # now with memory
+    for name, p in model.named_parameters():
+        if name in how:
+            local(p.data).copy_(rows_of(how[name]().view(p.shape), p))
 
 
 def let_go(model: nn.Module) -> None:

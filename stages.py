@@ -15,8 +15,8 @@ from that generator, which depends on (seed, stage, step) alone. Each stage uses
 learnt, frozen.
 
 rows says which part of the batch to compute: a process among many, or a machine with little memory, takes
-less than all (parallel.py). Draws are for the whole batch all the same, and what loss returns, numbers for
-the log too, is that part's share of a sum: all rows' shares together are the loss of the batch.
+less than all (parallel.py). What a row draws does not depend on that, and what loss returns, numbers for the
+log too, is that part's share of a sum: all rows' shares together are the loss of the batch.
 
 The flow reads it from a cache on disk (prepare.py). Once that is written the autoencoder and the text
 encoders leave memory, and come back only to draw a sample grid.
@@ -25,8 +25,10 @@ import copy
 import dataclasses
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,8 +42,9 @@ from parallel import local, whole
 from prepare import Batches, Cache, Survey, files_fingerprint, write_cache
 from sample import Pipeline
 from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
-                           T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders, masked_span_loss,
-                           sample_drops)
+                           T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders, load_clip_tokenizer,
+                           load_t5_tokenizer, masked_span_loss, sample_drops, train_clip_tokenizer,
+                           train_t5_tokenizer)
 from vae import (AutoencoderKL, PatchDiscriminator, VAEConfig, discriminator_loss, measure_latents, psnr,
                  vae_loss)
 from watch import loss_by_t
@@ -62,8 +65,29 @@ class Stage:
     finish: object = None                   # () -> None: when all is learned, before it is saved
 
 
-def build(c, tokenizers: dict) -> dict[str, nn.Module]:
-    """Every part, untrained, under the name of its file.
+def make_tokenizers(folder: Path, c, captions: list[str], short: list[str]) -> dict:
+    """CLIP's two (one vocabulary, other padding) and T5's, trained on the captions
+    unless the folder has them.
+
+    Also settles clip_length and t5_length: attention to padding is not free, so CLIP gets as many tokens as
+    the short captions need and T5 as many as all do, up to SD3's 77. Whatever is longer gets cut, as it is
+    there.
+    """
+    words = folder / "tokenizers"
+    if not (words / "t5" / "tokenizer.json").is_file():
+        train_clip_tokenizer(captions, words / "clip", 2048)
+        train_t5_tokenizer(captions, words / "t5", 2048)
+
+    def needed(tokenizer, texts):
+        return int(tokenizer(list(set(texts)), 77).eq(tokenizer.eos).int().argmax(1).max()) + 1
+
+    c.clip_length = c.clip_length or needed(load_clip_tokenizer(words / "clip"), short)
+    c.t5_length = c.t5_length or needed(load_t5_tokenizer(words / "t5"), captions)
+    return load_tokenizers(folder, c.clip_length)
+
+
+def build(c, tokenizers: dict, later=nullcontext()) -> dict[str, nn.Module]:
+    """Every part, untrained, under the name of its file; the transformer inside `later` (parallel.Later).
     The transformer's config follows from the others'."""
     torch.manual_seed(c.seed)
     vae = AutoencoderKL(VAEConfig.preset("tiny"))
@@ -77,8 +101,9 @@ def build(c, tokenizers: dict) -> dict[str, nn.Module]:
         c.model, in_channels=vae.config.z_channels, context_dim=t5.width,
         pooled_dim=clip_l.width + clip_g.projection_dim,
         pos_max=max(32, 4 * tokens), pos_sample=tokens, pos_base=tokens)
-    mmdit = MMDiT(mmdit)
-    mmdit.context_embedder = WhiteLinear(mmdit.context_embedder)            # until all is learned
+    with later:
+        mmdit = MMDiT(mmdit)
+        mmdit.context_embedder = WhiteLinear(mmdit.context_embedder)        # until all is learned
     return {"vae": vae, "clip_l": CLIPTextEncoder(clip_l), "clip_g": CLIPTextEncoder(clip_g),
             "clip_l_image": CLIPImageEncoder(CLIPImageConfig.preset("tiny", projection_dim=clip_l.width)),
             "clip_g_image": CLIPImageEncoder(
@@ -299,22 +324,18 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
         del parts[name]
     pictures.images = pictures.images.new_empty(0)
 
-    drawn = {}                                              # the last step's: its pieces come one by one
-
-    def draw(shape, g):
-        """Of the whole batch, on the CPU: what is added to the latents' means, times, noise, dropped text."""
-        first = flow.draw_noise((c.flow_batch, *shape), g)                          # (B, C, H, W)
-        t = flow.shift_t(flow.sample_t(c.density, c.flow_batch, generator=g), c.shift)
-        return first, t, flow.draw_noise(first.shape, g), sample_drops(c.flow_batch, g, c.text_drop)
-
     def loss(step, g, rows=slice(None)):
         mean, std, context, pooled = batches.at(step, run.device, rows)             # (b, C, H, W)
-        if step not in drawn:
-            drawn.clear()
-            drawn[step] = draw(mean.shape[1:], g)
-        first, t, noise, drops = (x[rows].to(run.device) for x in drawn[step])
+        # times and dropped text of the whole batch, since they are few; noise, in batches of thousands
+        # seconds of work, for these rows alone: each has a generator of its own
+        t = flow.shift_t(flow.sample_t(c.density, c.flow_batch, generator=g), c.shift)[rows].to(run.device)
+        drops = sample_drops(c.flow_batch, g, c.text_drop)[rows].to(run.device)
+        seeds = torch.randint(2**62, (c.flow_batch,), generator=g)[rows].tolist()
+        own = [torch.Generator().manual_seed(seed) for seed in seeds]
+        latents = mean + std * flow.draw_noise(mean.shape, own, run.device)         # of the posterior
+        noise = flow.draw_noise(mean.shape, own, run.device)
         context, pooled = drop_encoders(context, pooled, drops, c.clip_length, widths)
-        losses = flow.loss(model, mean + std * first, t=t, noise=noise, context=context, pooled=pooled)
+        losses = flow.loss(model, latents, t=t, noise=noise, context=context, pooled=pooled)
         return losses.mean() * (len(t) / c.flow_batch), {"by_t": loss_by_t(losses, t)}
 
     some = torch.cat([batches.at(i, run.device)[2].flatten(0, 1) for i in range(32)])       # (tokens, ctx)
@@ -351,11 +372,11 @@ def preview_prompts(c, captions) -> list[str]:
 
 def demo() -> None:
     """A stage's loss depends on its weights and on (seed, stage, step), and on nothing else."""
-    from pathlib import Path
     from tempfile import TemporaryDirectory
 
     from data import load_pictures
-    from train import Run, TrainConfig, make_tokenizers
+    from settings import TrainConfig
+    from train import Run
 
     pictures = load_pictures("drawn", count=32)
     c = TrainConfig(vae_batch=4, clip_batch=8, t5_batch=8, device="cpu", dtype="float32")

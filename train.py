@@ -44,9 +44,7 @@ Order: rate -> loss -> backward -> clip -> judge -> step -> EMA -> log -> previe
 What may go wrong there, and what happens then, is told in watch.py and checkpoints.py; how several processes
 share it, in parallel.py.
 """
-import argparse
 import dataclasses
-import difflib
 import itertools
 import math
 import shutil
@@ -54,7 +52,6 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -63,104 +60,21 @@ from torch import nn
 
 import flow
 import parallel
-from checkpoints import (Saver, State, clean_checkpoints, has_run, last_run, load_part, load_state,
-                         load_tokenizers, read_json, save_part, sole_writer, write_json)
+from checkpoints import (Saver, State, clean_checkpoints, has_run, load_part, load_state,
+                         read_json, save_part, sole_writer, write_json)
 from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
-from mmdit import MMDiT, MMDiTConfig
+from mmdit import MMDiT
 from muon import Muon, split
 from parallel import local, whole
 from prepare import Cache, Survey
 from sample import pick_device
-from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, encoder_prints, flow_stage, grown,
-                    preview_prompts, t5_stage, take_over, vae_stage)
-from text_encoders import (load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
-                           train_t5_tokenizer)
+from settings import SHAPING, TrainConfig, parse, parse_cache
+from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, flow_stage, grown,
+                    make_tokenizers, preview_prompts, t5_stage, take_over, vae_stage)
 from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, add_up, clock, judge, largest_logit,
                    lasting_output, plot_run, read_metrics, roll_back, update)
 
-# settings that say what is trained, and by what
-SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate")
-FREE = ("minutes", "accumulate", "fsdp", "compile")            # settings that a resumed run may change
-SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.95}      # of what --minutes leaves at a stage's start
-
-
-def flag(default, help):
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class TrainConfig:
-    # what
-    data: str = flag("drawn", "drawn | emoji | a folder of captioned pictures")
-    size: int = flag(64, "side of the training pictures in pixels, a multiple of 16")
-    pictures: int = flag(24000, "how many drawings, or the most that are read from a folder")
-    synthetic: float = flag(0.5, "share of synthetic captions, where a picture has some beside the original")
-    buckets: bool = flag(False, "the transformer learns pictures in their own shapes, not as squares")
-    cache: str = flag("", "a folder that  train.py cache  made, for the transformer to learn from")
-    model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
-    # where
-    origin: str = flag("", "a finished run to go on from: its parts are kept, its transformer learns on")
-    out: str = flag("", "folder of the run; default: a new one under runs/")
-    device: str = flag("auto", "auto | cuda | mps | cpu")
-    dtype: str = flag("auto", "auto | bfloat16 | float32, of matrix products")
-    seed: int = flag(0, "repeats a run on the same machine")
-    minutes: float = flag(
-        20.0, "bound on the whole run: where it is too slow, stages get fewer steps; 0: no bound")
-    # how long and how fast, by stage
-    vae_steps: int = flag(700, "steps of the autoencoder")
-    vae_batch: int = flag(16, "pictures a step")
-    vae_rate: float = flag(2e-3, "peak learning rate")
-    vae_critic: float = flag(0.0, "weight of the patch discriminator; 0: none")
-    clip_steps: int = flag(700, "steps of the two CLIP pairs")
-    clip_batch: int = flag(64, "pictures and captions a step")
-    clip_rate: float = flag(2e-3, "peak learning rate")
-    t5_steps: int = flag(1000, "steps of T5")
-    t5_batch: int = flag(64, "texts a step, each all captions of a picture")
-    t5_rate: float = flag(2e-3, "peak learning rate")
-    flow_steps: int = flag(8000, "steps of the transformer")
-    flow_batch: int = flag(64, "latents a step")
-    flow_rate: float = flag(2e-3, "peak learning rate")
-    muon_rate: float = flag(0.02, "of the transformer's matrices, which Muon trains (muon.py); 0: AdamW does")
-    # the text and the flow model
-    clip_length: int = flag(0, "tokens of the CLIP towers; 0: as many as the short captions need, up to 77")
-    t5_length: int = flag(0, "tokens of T5; 0: as many as all captions need, up to 77")
-    density: str = flag("logit_normal", "of training times: uniform | logit_normal | mode | cosmap")
-    shift: float = flag(4.0, "of training and sampling times towards noise; 1: none")
-    text_drop: float = flag(0.464, "probability that an encoder's features are zeroed")
-    ema: float = flag(0.999, "decay of the averaged weights")
-    warmup: int = flag(50, "steps of linear warm-up in each stage")
-    decay: float = flag(0.4, "last part of each stage in which the rate falls to zero")
-    clip_norm: float = flag(1.0, "largest norm of the gradient")
-    checkpointing: bool = flag(
-        False, "recompute activations in the backward pass: less memory, a third slower")
-    accumulate: int = flag(1, "pieces in which the transformer's batch is computed: takes less memory")
-    fsdp: bool = flag(False, "under torchrun: cut up among all GPUs a transformer that does not fit one")
-    compile: bool = flag(False, "compile the transformer's blocks (torch.compile)")
-    preview_every: int = flag(500, "steps between sample grids; 0: none")
-    save_every: int = flag(500, "steps between saves of the unfinished stage")
-
-    def __post_init__(self):
-        positive = ["size", "pictures", "accumulate"]
-        positive += [f"{s}_{k}" for s in STAGES for k in ("steps", "batch", "rate")]
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
-        if self.size % 16:
-            raise ValueError(f"size {self.size} is not a multiple of 16 (8 in the VAE, 2 in the patches): "
-                             f"try {max(16, round(self.size / 16) * 16)}")
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f"no dtype {self.dtype!r}: choose auto, bfloat16 or float32")
-        if not (0 <= self.text_drop < 1 and 0 <= self.ema < 1 and 0 <= self.decay <= 1
-                and 0 <= self.synthetic <= 1):
-            raise ValueError("text_drop and ema must lie in [0, 1), decay and synthetic in [0, 1]")
-        if self.cache and not self.origin:
-            raise ValueError("--cache needs --from RUN, the run whose encoders made it")
-        if self.fsdp and self.muon_rate:
-            raise ValueError("--fsdp cuts matrices into pieces, and Muon needs whole ones: add "
-                             "--muon-rate 0, and AdamW trains them")
-        MMDiTConfig.preset(self.model)
-        flow.t_density(self.density, torch.tensor(0.5))
-        flow.shift_t(0.5, self.shift)
+SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.97}      # of what --minutes leaves at a stage's start
 
 
 # ------------------------------------------------------------------------------------------- device and dtype
@@ -219,7 +133,7 @@ class Run:
 
     def save_part(self, name: str, module: nn.Module) -> None:
         """All ranks bring their shards together, rank 0 writes, and the others may read from here on."""
-        tensors = {k: whole(v) if self.ranks.rank else whole(v).cpu() for k, v in module.state_dict().items()}
+        tensors = self.ranks.collect(module.state_dict())
         self.ranks.together(
             lambda: None if self.ranks.rank else save_part(self.folder, name, module, tensors))
 
@@ -453,16 +367,20 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
         write_json(folder / "config.json", dataclasses.asdict(config))
         clean_checkpoints(folder, todo)
     run.facts = {"settings": {name: getattr(config, name) for name in SHAPING}, "fingerprint": mark}
-    parts = build(config, tokenizers)
+    cut_up = config.fsdp and ranks.world > 1 and "flow" in todo
+    later = parallel.Later() if cut_up else nullcontext()
+    parts = build(config, tokenizers, later)
     done = [name for stage in PARTS_OF if stage not in todo for name in PARTS_OF[stage]]
     parts |= {name: load_part(folder, name) for name in done}
     if config.origin and "flow" in todo:
         tokens = config.size // (2 * parts["vae"].config.factor)
-        parts["mmdit"] = grown(load_part(folder / "start", "mmdit"), tokens)
+        start = load_part(folder / "start", "mmdit", later)
+        with later:
+            parts["mmdit"] = grown(start, tokens)
     if config.compile:
         compile_blocks(parts["mmdit"], run.device)
-    if config.fsdp and ranks.world > 1 and "flow" in todo:
-        parallel.shard(parts["mmdit"], run.dtype, run.device)
+    if cut_up:
+        parallel.shard(parts["mmdit"], run.dtype, run.device, later)
     elif config.fsdp:
         print("--fsdp needs several processes (torchrun): this one keeps the whole transformer")
     for name, part in parts.items():
@@ -579,121 +497,11 @@ def named(source: str) -> str:
     return source if source in ("drawn", "emoji") else Path(source).resolve().name
 
 
-def make_tokenizers(folder: Path, c: TrainConfig, captions: list[str], short: list[str]) -> dict:
-    """CLIP's two (one vocabulary, other padding) and T5's, trained on the captions
-    unless the folder has them.
-
-    Also settles clip_length and t5_length: attention to padding is not free, so CLIP gets as many tokens as
-    the short captions need and T5 as many as all do, up to SD3's 77. Whatever is longer gets cut, as it is
-    there.
-    """
-    words = folder / "tokenizers"
-    if not (words / "t5" / "tokenizer.json").is_file():
-        train_clip_tokenizer(captions, words / "clip", 2048)
-        train_t5_tokenizer(captions, words / "t5", 2048)
-
-    def needed(tokenizer, texts):
-        return int(tokenizer(list(set(texts)), 77).eq(tokenizer.eos).int().argmax(1).max()) + 1
-
-    c.clip_length = c.clip_length or needed(load_clip_tokenizer(words / "clip"), short)
-    c.t5_length = c.t5_length or needed(load_t5_tokenizer(words / "t5"), captions)
-    return load_tokenizers(folder, c.clip_length)
-
-
 # ----------------------------------------------------------------------------------------------- command line
-
-def refuse(message: str, command: str = ""):
-    raise ValueError(f"{message}: see python train.py {command}--help")
-
-
-def flag_of(field: str) -> str:
-    return "--from" if field == "origin" else "--" + field.replace("_", "-")        # `from` is Python's word
-
-
-def parse(argv=None) -> tuple[TrainConfig, bool]:
-    """Flags are the fields of TrainConfig. With --resume the run's own settings count,
-    and only those in FREE may change; with --from the other run's, where no flag says otherwise."""
-    parser = argparse.ArgumentParser(description="train every part of Stable Diffusion 3", allow_abbrev=False,
-                                     epilog="example: python train.py --tiny --data emoji --minutes 60")
-    parser.error = refuse
-    parser.add_argument("--tiny", action="store_true",
-                        help="the sizes that train on a laptop; also the default")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on with the run in --out, or with the last one")
-    for f in dataclasses.fields(TrainConfig):
-        how = {"help": f"{f.metadata['help']} (default: {f.default})", "default": None, "dest": f.name}
-        how |= {"action": "store_true"} if f.type is bool else {"type": type(f.default)}
-        parser.add_argument(flag_of(f.name), **how)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(
-            unknown[0], [s for a in parser._actions for s in a.option_strings], 1)
-        raise ValueError(f"unknown flag {unknown[0]}"
-                         + (f": did you mean {near[0]}?" if near else ": see python train.py --help"))
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)
-             if getattr(args, f.name) is not None}
-    if not args.resume:
-        return TrainConfig(**(second_phase(given) if given.get("origin") else given)), False
-    folder = Path(given.pop("out", "") or last_run())
-    saved = read_json(folder / "config.json")
-    for name, value in given.items():
-        if name not in FREE and saved.get(name) != value:
-            raise ValueError(f"{flag_of(name)} {value} contradicts {folder}/config.json "
-                             f"({saved.get(name)}): a run keeps its settings; "
-                             "leave the flag out or start a new run")
-    try:
-        return TrainConfig(**{**saved, **given, "out": str(folder)}), True
-    except TypeError as e:
-        raise ValueError(f"{folder}/config.json is from another version of train.py ({e}): "
-                         "start a new run") from None
-
-
-def second_phase(given: dict) -> dict:
-    """Settings of a run that goes on from another: the other's, where no flag says otherwise.
-
-    With m pixels in place of n the times move towards noise by sqrt(m / n), paper section 5.3.2."""
-    run = Path(given["origin"])
-    if not (has_run(run) and (run / "mmdit.safetensors").is_file()):
-        raise ValueError(f"--from {run}: no finished run there, it would have config.json and "
-                         "mmdit.safetensors: finish it with  python train.py --resume --out, or name another")
-    saved = read_json(run / "config.json")
-    for name in ("model", "clip_length", "t5_length"):
-        if given.get(name, saved[name]) != saved[name]:
-            raise ValueError(f"{flag_of(name)} {given[name]} contradicts {run}/config.json ({saved[name]}): "
-                             "what is taken over keeps its shape; leave the flag out")
-    made_for = None
-    if given.get("cache"):
-        cache = Cache(given["cache"])
-        cache.compare(*encoder_prints(run))
-        made_for = cache.index["size"]
-    size = given.get("size", made_for or saved["size"])
-    if made_for not in (None, size):
-        raise ValueError(f"--size {size}, but {given['cache']} holds pictures of size {made_for}: leave "
-                         "--size out or make another cache")
-    known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "origin", "cache", "minutes"}
-    kept = {k: v for k, v in saved.items() if k in known}
-    return {**kept, "shift": saved["shift"] * size / saved["size"], **given, "size": size}
-
 
 def cache_command(argv) -> None:
     """python train.py cache: encode once what a run's transformer will learn from."""
-    parser = argparse.ArgumentParser(
-        prog="train.py cache", allow_abbrev=False, description="encode pictures and captions with a run's "
-        "encoders; under torchrun each rank does its share")
-    parser.error = partial(refuse, command="cache ")
-    parser.add_argument("--run", required=True, help="folder of the run whose encoders to use")
-    parser.add_argument("--data", required=True, help="drawn | emoji | a folder of captioned pictures")
-    parser.add_argument("--out", help="folder of the cache (default: runs/cache-DATA-SIZE)")
-    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the run's)")
-    parser.add_argument("--pictures", type=int, help="the most that are taken, or how many drawings "
-                        "(default: all; 24000 drawings)")
-    parser.add_argument("--seed", type=int, default=0, help="of drawings, or which are taken (default: 0)")
-    parser.add_argument("--buckets", action="store_true", help="in their own shapes, not as squares")
-    parser.add_argument("--device", default="auto", help="auto | cuda | mps | cpu (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto | bfloat16 | float32, of matrix products")
-    args = parser.parse_args(argv)
-    if args.size is not None and args.size < 16:
-        parser.error(f"--size {args.size}: at least 16")
+    args = parse_cache(argv)
     rank, world, _ = parallel.launched()                # each makes its files: nothing has to be exchanged
     saved = read_json(Path(args.run, "config.json"))
     size = args.size or saved["size"]

@@ -4,14 +4,15 @@
 """
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # read when Triton is imported, and PyTorch imports it unasked
 torch.set_num_threads(min(2, torch.get_num_threads()))      # small tensors: more threads only wait
@@ -33,6 +34,23 @@ def single_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A whole run, from drawings to transformer, of a few steps a stage; what it said lies beside it in
+    said.txt. Tests copy it before they change anything."""
+    from train import TrainConfig, train
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with single_thread(), open(folder.parent / "said.txt", "w") as said, redirect_stdout(said):
+        return train(TrainConfig(**MICRO, out=str(folder)))
+
+
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch):
+    """Drawing loss.png takes a sixth of so small a run: in `finished` it is drawn, and in test_faults."""
+    if "train" in sys.modules:
+        monkeypatch.setattr("train.plot_run", lambda path: None)
 
 
 @pytest.fixture

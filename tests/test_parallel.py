@@ -11,60 +11,91 @@ import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import parallel
 import train as training
 from checkpoints import checkpoints_of, load_tensors
+from mmdit import MMDiT, MMDiTConfig
+from muon import Muon
 from train import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(os.name != "posix" or not torch.distributed.is_available(),
                                 reason="needs POSIX signals and torch.distributed")
-MICRO = dict(pictures=48, vae_steps=3, vae_batch=4, clip_steps=3, clip_batch=8, t5_steps=3, t5_batch=8,
-             flow_steps=8, flow_batch=8, preview_every=0, save_every=1000, dtype="float32", device="cpu",
-             vae_critic=0.1, minutes=0)
+MICRO = dict(size=32, pictures=24, vae_steps=3, vae_batch=4, clip_steps=3, clip_batch=8, t5_steps=3,
+             t5_batch=8, flow_steps=8, flow_batch=8, preview_every=0, save_every=1000, dtype="float32",
+             device="cpu", vae_critic=0.1, minutes=0)
 VERSION = tuple(int(x) for x in torch.__version__.split(".")[:2])
 fsdp = pytest.mark.skipif(VERSION < (2, 8), reason="FSDP2 cannot average gradients over gloo in this torch")
+thorough = pytest.mark.skipif(settings.default.max_examples < 100,
+                              reason="with --hypothesis-profile=thorough only")
 
 
-def child(rank, world, port, said, argv, config, wound):
-    """One rank's train.py. wound: (rank, step, signal) that this rank sends itself in that step of flow."""
+def small(preset=MMDiTConfig.preset):
+    """The miniature, smaller still."""
+    return lambda name, **changes: preset(name, depth=2, heads=2, head_dim=16, **changes)
+
+
+def blank(path):
+    """In place of the curves, which take longer than the training, and are another file's claim."""
+    Path(path).with_name("loss.png").touch()
+
+
+def child(rank, world, port, said, action, *rest):
+    """One rank, which says what it has to say into a file."""
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{world}", "LOCAL_RANK": f"{rank}",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
     torch.set_num_threads(1)
+    MMDiTConfig.preset, training.plot_run = small(), blank
+    action(*rest)
+
+
+def trained(argv, config, wounds):
+    """A rank's train.py. wounds: what happens at the beginning of a step of flow, {(rank, step): a signal
+    that the rank sends itself, or "full", or "room"}."""
     generator = training.Run.generator
 
     def wounded(self, stage, step):
-        if (rank, stage, step) == (wound[0], "flow", wound[1]):
-            os.kill(os.getpid(), wound[2])
+        wound = wounds.get((self.ranks.rank, step)) if stage == "flow" else None
+        if isinstance(wound, int):
+            os.kill(os.getpid(), wound)
+        elif wound:
+            import resource
+            limit = 20_000 if wound == "full" else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         return generator(self, stage, step)
 
-    if wound:
-        training.Run.generator = wounded
+    training.Run.generator = wounded
     if config:
         training.parse = lambda argv: (config, argv == ["--resume"])
     training.main(argv)
 
 
-def launch(folder, world, argv=(), config=None, wound=None, seconds=120):
-    """-> (exit codes of all ranks, what they said)"""
+def spread(folder, world, action, *rest, seconds=120):
+    """action(*rest) on each of `world` ranks -> (exit codes of all ranks, what they said)"""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     said = Path(folder).parent / f"{Path(folder).name}.txt"
     said.unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")
-    ranks = [context.Process(target=child, args=(r, world, port, str(said), list(argv), config, wound))
+    ranks = [context.Process(target=child, args=(r, world, port, str(said), action, *rest))
              for r in range(world)]
     for process in ranks:
         process.start()
@@ -77,12 +108,19 @@ def launch(folder, world, argv=(), config=None, wound=None, seconds=120):
     return [process.exitcode for process in ranks], said.read_text()
 
 
+def launch(folder, world, argv=("--resume",), config=None, **wounds):
+    return spread(folder, world, trained, list(argv), config, wounds.get("wounds", {}))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def ready():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
         multiprocessing.set_forkserver_preload(["test_parallel", "torch._dynamo"])
         multiprocessing.forkserver.ensure_running()
+        patch.setattr(MMDiTConfig, "preset", small())
+        patch.setattr(training, "plot_run", blank)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +130,6 @@ def finished(tmp_path_factory):
     torch.set_num_threads(1)
     train(TrainConfig(**MICRO, out=str(folder)))
     torch.set_num_threads(before)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adamw(finished, tmp_path_factory):
-    """The transformer of one process again, without Muon."""
-    folder, config = untrained(finished, tmp_path_factory.mktemp("runs") / "adamw", muon_rate=0.0)
-    codes, said = launch(folder, 1, ["--resume"], config)
-    assert codes == [0], said
     return folder
 
 
@@ -150,24 +179,25 @@ def test_two_processes_learn_in_every_stage_what_one_does(finished, tmp_path):
 
 def test_two_processes_in_two_pieces_each_learn_what_one_does_at_once(finished, tmp_path):
     folder, config = untrained(finished, tmp_path / "pieces", accumulate=2, checkpointing=True)
-    codes, said = launch(folder, 2, ["--resume"], config)
+    codes, said = launch(folder, 2, config=config)
     assert codes == [0, 0], said
     assert_equal(finished, folder)
 
 
 def test_one_process_in_four_pieces_learns_what_it_does_at_once(finished, tmp_path):
     folder, config = untrained(finished, tmp_path / "pieces", accumulate=4)
-    codes, said = launch(folder, 1, ["--resume"], config)
+    codes, said = launch(folder, 1, config=config)
     assert codes == [0], said
     assert_equal(finished, folder)
 
 
 @fsdp
-def test_cut_up_among_two_it_learns_the_same_is_saved_on_two_and_goes_on_on_one_and_on_four(adamw, tmp_path):
-    """SIGTERM to one rank ends both, after a save."""
-    folder, config = untrained(adamw, tmp_path / "two", fsdp=True, accumulate=2, checkpointing=True,
+def test_cut_up_among_two_it_learns_the_same_is_saved_on_two_and_goes_on_on_one_and_on_four(
+        finished, tmp_path):
+    """Muon's matrices too. SIGTERM to one rank ends both, after a save."""
+    folder, config = untrained(finished, tmp_path / "two", fsdp=True, accumulate=2, checkpointing=True,
                                preview_every=4)
-    codes, said = launch(folder, 2, ["--resume"], config, wound=(1, 5, signal.SIGTERM))
+    codes, said = launch(folder, 2, config=config, wounds={(1, 5): signal.SIGTERM})
     assert codes == [143, 143] and "saved at step 6" in said and "cut up among them" in said, said
     assert said.count("train.py --resume") == 1 and (folder / "samples" / "000004.png").exists()
     shards = sorted(p.name for p in checkpoints_of(folder, "flow")[0].iterdir())
@@ -175,46 +205,190 @@ def test_cut_up_among_two_it_learns_the_same_is_saved_on_two_and_goes_on_on_one_
     for world in (1, 4):
         copy = tmp_path / f"on{world}"
         shutil.copytree(folder, copy)
-        codes, said = launch(copy, world, ["--resume"],
-                             dataclasses.replace(config, out=str(copy), accumulate=1))
+        codes, said = launch(copy, world, config=dataclasses.replace(config, out=str(copy), accumulate=1))
         assert codes == [0] * world and "going on at step 6" in said, said
         assert f"ranks 2, now {world}" in said
-        assert_equal(adamw, copy)
+        assert_equal(finished, copy)
 
 
-def stopped(finished, folder, **changes):
-    """A run of one process that was stopped after step 6 of its transformer; its config."""
-    folder, config = untrained(finished, folder, **changes)
-    codes, said = launch(folder, 1, ["--resume"], config, wound=(0, 5, signal.SIGTERM))
+@pytest.mark.parametrize("cut_up", [False, pytest.param(True, marks=fsdp)])
+def test_what_one_process_saved_two_go_on_from(finished, tmp_path, cut_up):
+    folder, config = untrained(finished, tmp_path / "run")
+    codes, said = launch(folder, 1, config=config, wounds={(0, 5): signal.SIGTERM})
     assert codes == [143] and "saved at step 6" in said, said
-    return folder, config
-
-
-def test_what_one_process_saved_two_go_on_from(finished, tmp_path):
-    folder, config = stopped(finished, tmp_path / "run")
-    codes, said = launch(folder, 2, ["--resume"], config)
-    assert codes == [0, 0] and "going on at step 6" in said, said
+    codes, said = launch(folder, 2, config=dataclasses.replace(config, fsdp=cut_up))
+    assert codes == [0, 0] and "going on at step 6" in said and ("cut up among" in said) == cut_up, said
     assert_equal(finished, folder)
 
 
 @fsdp
-def test_what_one_process_saved_goes_on_cut_up_among_two(adamw, tmp_path):
-    folder, config = stopped(adamw, tmp_path / "run")
-    codes, said = launch(folder, 2, ["--resume"], dataclasses.replace(config, fsdp=True))
-    assert codes == [0, 0] and "going on at step 6" in said, said
-    assert_equal(adamw, folder)
+def test_a_second_phase_cut_up_among_two_learns_what_one_process_does(finished, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for world, folder in enumerate(folders, 1):
+        flags = ["--from", str(finished), "--size", "48", "--out", str(folder), "--fsdp", "--muon-rate", "0"]
+        codes, said = launch(folder, world, flags)
+        assert codes == [0] * world and ("cut up among" in said) == (world > 1), said
+    assert_equal(*folders)
 
 
-def test_a_killed_rank_ends_the_job_and_resumed_it_ends_where_an_undisturbed_one_does(finished, tmp_path):
-    folder, config = untrained(finished, tmp_path / "killed", save_every=2)
-    codes, said = launch(folder, 2, ["--resume"], config, wound=(1, 6, signal.SIGKILL))
+@pytest.mark.parametrize("cut_up", [False, pytest.param(True, marks=fsdp)])
+def test_a_killed_rank_ends_the_job_and_resumed_it_ends_where_an_undisturbed_one_does(
+        finished, tmp_path, cut_up):
+    folder, config = untrained(finished, tmp_path / "killed", save_every=2, fsdp=cut_up)
+    codes, said = launch(folder, 2, config=config, wounds={(1, 6): signal.SIGKILL})
     assert codes == [2, -signal.SIGKILL], said
     assert "rank 0 has lost another rank" in said and "Traceback" not in said, said
     kept = [int(p.name[-6:]) for p in checkpoints_of(folder, "flow")]
     assert kept and set(kept) <= {2, 4, 6}                      # the save of step 6 may have been under way
-    codes, said = launch(folder, 2, ["--resume"], config)
+    codes, said = launch(folder, 2, config=config)
     assert codes == [0, 0] and f"going on at step {kept[-1]}" in said, said
     assert_equal(finished, folder)
+
+
+@fsdp
+def test_where_one_rank_has_no_room_for_its_shard_all_train_on_and_save_later(finished, tmp_path):
+    """That a save has failed is known when the next is due, which is tried all the same."""
+    folder, config = untrained(finished, tmp_path / "full", save_every=2, fsdp=True)
+    codes, said = launch(folder, 2, config=config,
+                         wounds={(1, 1): "full", (1, 4): "room", (0, 6): signal.SIGTERM})
+    assert codes == [143, 143] and "saved at step 7" in said, said
+    assert said.count("a checkpoint of flow could not be written") == 1, said
+    assert "(rank 1: [Errno 27] File too large)): training goes on" in said, said
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["flow-000006", "flow-000007"]
+    codes, said = launch(folder, 2, config=config)
+    assert codes == [0, 0] and "going on at step 7" in said, said
+    assert_equal(finished, folder)
+
+
+@fsdp
+def test_stopped_without_room_for_a_shard_all_end_with_code_2_and_keep_what_was_saved(finished, tmp_path):
+    folder, config = untrained(finished, tmp_path / "full", save_every=2, fsdp=True)
+    codes, said = launch(folder, 2, config=config, wounds={(1, 4): "full", (0, 4): signal.SIGTERM})
+    assert codes == [2, 2] and "stopped at step 5 of flow, which could not be saved" in said, said
+    assert "Traceback" not in said
+    kept = {p.name for p in (folder / "checkpoints").iterdir()}
+    assert "flow-000002" in kept <= {"flow-000002", "flow-000004"}      # which may have been under way
+
+
+# -------------------------------------------------------------------------------------- what is cut up, alone
+
+def shards_in_little_memory(config):
+    """Of an untrained transformer: its shard's bits, and how much memory it took to make them."""
+    import resource
+
+    with parallel.processes("cpu") as ranks:
+        parallel.shard(MMDiT(MMDiTConfig(1, heads=2, head_dim=8)), torch.float32, torch.device("cpu"),
+                       parallel.Later())                        # imports what it needs
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        torch.manual_seed(0)
+        with (later := parallel.Later()):
+            model = MMDiT(config)
+        after = torch.rand(3)
+        parallel.shard(model, torch.float32, torch.device("cpu"), later)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        torch.manual_seed(0)
+        plain = MMDiT(config)
+        assert torch.equal(torch.rand(3), after)
+        for (name, p), q in zip(plain.named_parameters(), model.parameters()):
+            assert torch.equal(parallel.rows_of(p, q), parallel.local(q)), name
+        of_block = 4 * sum(p.numel() for p in plain.joint_blocks[0].parameters())
+        own = 4 * sum(parallel.local(p).numel() for p in model.parameters())
+        print(f"{grown} {own} {of_block} {own * ranks.world}")
+
+
+@fsdp
+def test_shards_are_those_of_one_process_and_take_little_more_memory_than_they_fill(tmp_path):
+    config = MMDiTConfig(8, pos_max=8, pos_sample=4)
+    codes, said = spread(tmp_path / "x", 2, shards_in_little_memory, config)
+    assert codes == [0, 0], said
+    for line in said.splitlines():
+        grown, own, of_block, total = map(int, line.split())
+        assert own < grown < own + of_block < 0.8 * total, line
+
+
+def muon_on_shards(shapes):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    with parallel.processes("cpu") as ranks:
+        torch.manual_seed(0)
+        mesh, pairs = init_device_mesh("cpu", (ranks.world,)), []
+        for packed, *shape in shapes:
+            value = torch.randn(shape)
+            whole = torch.nn.Parameter(value.clone())
+            pairs.append((packed, whole, torch.nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))))
+        optimizers = [Muon([{"params": [pair[k]], "packed": pair[0]} for pair in pairs], lr=0.1)
+                      for k in (1, 2)]
+        for step in range(3):
+            for _, whole, cut in pairs:
+                whole.grad = torch.randn_like(whole)
+                cut.grad = distribute_tensor(whole.grad, mesh, [Shard(0)])
+            for optimizer in optimizers:
+                optimizer.found_inf = torch.tensor(float(step == 1))
+                optimizer.step()
+        for _, whole, cut in pairs:
+            # products in batches of another size round otherwise
+            assert torch.allclose(parallel.whole(cut), whole, atol=5e-3), tuple(whole.shape)
+            momenta = [o.state[p]["momentum"] for o, p in zip(optimizers, (whole, cut))]
+            assert torch.equal(parallel.whole(momenta[1]), momenta[0]), tuple(whole.shape)
+
+
+@fsdp
+def test_muon_moves_matrices_that_are_cut_up_as_if_they_were_whole(tmp_path):
+    """Also where rows do not divide among ranks, are fewer than ranks, or matrices are."""
+    shapes = [(1, 8, 4), (3, 24, 8), (1, 10, 16), (1, 2, 5), (3, 9, 7), *[(1, 6, 6)] * 5]
+    codes, said = spread(tmp_path / "x", 4, muon_on_shards, shapes)
+    assert codes == [0] * 4, said
+
+
+# ------------------------------------------------------------------------------------------------- torchrun
+
+@contextmanager
+def torchrun(folder):
+    """The run, gone on with by two processes that torchrun starts -> (torchrun, the file they speak into)."""
+    said = Path(folder).parent / "said.txt"
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 train.py".split()]
+    with open(said, "w") as out:
+        process = subprocess.Popen([*command, "--resume", "--out", str(folder)], cwd=ROOT, stdout=out, stderr=out,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        yield process, said
+    finally:
+        process.terminate()                     # it ends the others
+        process.wait(60)
+
+
+def first_save(folder, process, said, seconds=100):
+    end = time.monotonic() + seconds
+    while not checkpoints_of(folder, "flow"):
+        assert process.poll() is None and time.monotonic() < end, said.read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("cut_up", [pytest.param(False, marks=thorough), pytest.param(True, marks=fsdp)])
+def test_torchrun_ends_where_a_rank_is_killed_and_the_same_line_goes_on(finished, tmp_path, cut_up):
+    """Rank 0 is: its lock must stop nobody."""
+    folder, config = untrained(finished, tmp_path / "run", save_every=1, fsdp=cut_up, muon_rate=0.0)
+    with torchrun(folder) as (process, said):
+        first_save(folder, process, said)
+        os.kill(int(re.match(r"process (\d+) on", (folder / "lock").read_text())[1]), signal.SIGKILL)
+        assert process.wait(60) == 1 and "Signal 9 (SIGKILL)" in said.read_text(), said.read_text()
+    kept = int(checkpoints_of(folder, "flow")[-1].name[-6:])
+    with torchrun(folder) as (process, said):
+        assert process.wait(100) == 0, said.read_text()
+    said = said.read_text()
+    assert f"going on at step {kept}" in said and "2 processes share" in said and said.count("done in") == 1
+    assert [int(row["step"]) for row in rows_of(folder, "flow")] == list(range(1, 9))
+    assert (folder / "mmdit.safetensors").exists() and not (folder / "checkpoints").exists()
+
+
+@thorough
+def test_sigterm_to_torchrun_saves_on_all_ranks(finished, tmp_path):
+    folder, config = untrained(finished, tmp_path / "run", flow_steps=2000, save_every=1, muon_rate=0.0)
+    with torchrun(folder) as (process, said):
+        first_save(folder, process, said)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) != 0 and "flow: saved at step" in said.read_text(), said.read_text()
 
 
 # ----------------------------------------------------------------------------------- input, cache, arithmetic
@@ -222,7 +396,6 @@ def test_a_killed_rank_ends_the_job_and_resumed_it_ends_where_an_undisturbed_one
 @pytest.mark.parametrize("flags, cause", [
     (["--flow-batch", "6", "--accumulate", "2"], "a batch of 6 does not divide among 2 ranks in 2 pieces"),
     (["--vae-batch", "3"], "--vae-batch: a batch of 3 does not divide among 2 ranks: try 4"),
-    (["--fsdp"], "--muon-rate 0"),
     (["--data", "no/such/folder"], "no/such/folder"),
 ])
 def test_bad_input_ends_all_ranks_with_code_2_and_one_line(tmp_path, flags, cause):

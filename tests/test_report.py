@@ -15,8 +15,8 @@ import metrics
 import report
 from checkpoints import save_part, write_json
 from sample import Pipeline
-from stages import build
-from train import TrainConfig, make_tokenizers
+from stages import build, make_tokenizers
+from train import TrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,229 @@
+"""What can be set, and whose word counts: a flag, another run's settings, or the defaults?
+
+Its own top-level file, since none of this is training: train.py reads as the loop, and what may be asked of
+it stands here, each setting once. The flags are the fields of TrainConfig, with their help.
+
+    python train.py ...             flags, then defaults                       parse
+    python train.py --resume        the run's config.json; flags only in FREE  parse
+    python train.py --from RUN ...  flags, then that run's, then defaults      second_phase
+    python train.py cache ...       flags of their own                         parse_cache
+
+What to know
+- What cannot be right is refused before anything is read, with the flag and a value that would do.
+- A flag that contradicts what a run was made with is refused, never obeyed halfway.
+
+Run `python settings.py`: it lists every flag with its default, and checks that each can be read back.
+"""
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import flow
+from checkpoints import has_run, last_run, read_json
+from mmdit import MMDiTConfig
+from prepare import Cache
+from stages import STAGES, encoder_prints
+
+# settings that say what is trained, and by what
+SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate")
+FREE = ("minutes", "accumulate", "fsdp", "compile")            # settings that a resumed run may change
+
+
+def flag(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    # what
+    data: str = flag("drawn", "drawn | emoji | a folder of captioned pictures")
+    size: int = flag(64, "side of the training pictures in pixels, a multiple of 16")
+    pictures: int = flag(24000, "how many drawings, or the most that are read from a folder")
+    synthetic: float = flag(0.5, "share of synthetic captions, where a picture has some beside the original")
+    buckets: bool = flag(False, "the transformer learns pictures in their own shapes, not as squares")
+    cache: str = flag("", "a folder that  train.py cache  made, for the transformer to learn from")
+    model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
+    # where
+    origin: str = flag("", "a finished run to go on from: its parts are kept, its transformer learns on")
+    out: str = flag("", "folder of the run; default: a new one under runs/")
+    device: str = flag("auto", "auto | cuda | mps | cpu")
+    dtype: str = flag("auto", "auto | bfloat16 | float32, of matrix products")
+    seed: int = flag(0, "repeats a run on the same machine")
+    minutes: float = flag(
+        20.0, "bound on the whole run: where it is too slow, stages get fewer steps; 0: no bound")
+    # how long and how fast, by stage
+    vae_steps: int = flag(700, "steps of the autoencoder")
+    vae_batch: int = flag(16, "pictures a step")
+    vae_rate: float = flag(2e-3, "peak learning rate")
+    vae_critic: float = flag(0.0, "weight of the patch discriminator; 0: none")
+    clip_steps: int = flag(700, "steps of the two CLIP pairs")
+    clip_batch: int = flag(64, "pictures and captions a step")
+    clip_rate: float = flag(2e-3, "peak learning rate")
+    t5_steps: int = flag(1000, "steps of T5")
+    t5_batch: int = flag(64, "texts a step, each all captions of a picture")
+    t5_rate: float = flag(2e-3, "peak learning rate")
+    flow_steps: int = flag(8000, "steps of the transformer")
+    flow_batch: int = flag(64, "latents a step")
+    flow_rate: float = flag(2e-3, "peak learning rate")
+    muon_rate: float = flag(0.02, "of the transformer's matrices, which Muon trains (muon.py); 0: AdamW does")
+    # the text and the flow model
+    clip_length: int = flag(0, "tokens of the CLIP towers; 0: as many as the short captions need, up to 77")
+    t5_length: int = flag(0, "tokens of T5; 0: as many as all captions need, up to 77")
+    density: str = flag("logit_normal", "of training times: uniform | logit_normal | mode | cosmap")
+    shift: float = flag(4.0, "of training and sampling times towards noise; 1: none")
+    text_drop: float = flag(0.464, "probability that an encoder's features are zeroed")
+    ema: float = flag(0.999, "decay of the averaged weights")
+    warmup: int = flag(50, "steps of linear warm-up in each stage")
+    decay: float = flag(0.4, "last part of each stage in which the rate falls to zero")
+    clip_norm: float = flag(1.0, "largest norm of the gradient")
+    checkpointing: bool = flag(
+        False, "recompute activations in the backward pass: less memory, a third slower")
+    accumulate: int = flag(1, "pieces in which the transformer's batch is computed: takes less memory")
+    fsdp: bool = flag(False, "under torchrun: cut up among all GPUs a transformer that does not fit one")
+    compile: bool = flag(False, "compile the transformer's blocks (torch.compile)")
+    preview_every: int = flag(500, "steps between sample grids; 0: none")
+    save_every: int = flag(500, "steps between saves of the unfinished stage")
+
+    def __post_init__(self):
+        positive = ["size", "pictures", "accumulate"]
+        positive += [f"{s}_{k}" for s in STAGES for k in ("steps", "batch", "rate")]
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        if self.size % 16:
+            raise ValueError(f"size {self.size} is not a multiple of 16 (8 in the VAE, 2 in the patches): "
+                             f"try {max(16, round(self.size / 16) * 16)}")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"no dtype {self.dtype!r}: choose auto, bfloat16 or float32")
+        if not (0 <= self.text_drop < 1 and 0 <= self.ema < 1 and 0 <= self.decay <= 1
+                and 0 <= self.synthetic <= 1):
+            raise ValueError("text_drop and ema must lie in [0, 1), decay and synthetic in [0, 1]")
+        if self.cache and not self.origin:
+            raise ValueError("--cache needs --from RUN, the run whose encoders made it")
+        MMDiTConfig.preset(self.model)
+        flow.t_density(self.density, torch.tensor(0.5))
+        flow.shift_t(0.5, self.shift)
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+def refuse(message: str, command: str = ""):
+    raise ValueError(f"{message}: see python train.py {command}--help")
+
+
+def flag_of(field: str) -> str:
+    return "--from" if field == "origin" else "--" + field.replace("_", "-")        # `from` is Python's word
+
+
+def parse(argv=None) -> tuple[TrainConfig, bool]:
+    """Flags are the fields of TrainConfig. With --resume the run's own settings count,
+    and only those in FREE may change; with --from the other run's, where no flag says otherwise."""
+    parser = argparse.ArgumentParser(description="train every part of Stable Diffusion 3", allow_abbrev=False,
+                                     epilog="example: python train.py --tiny --data emoji --minutes 60")
+    parser.error = refuse
+    parser.add_argument("--tiny", action="store_true",
+                        help="the sizes that train on a laptop; also the default")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out, or with the last one")
+    for f in dataclasses.fields(TrainConfig):
+        how = {"help": f"{f.metadata['help']} (default: {f.default})", "default": None, "dest": f.name}
+        how |= {"action": "store_true"} if f.type is bool else {"type": type(f.default)}
+        parser.add_argument(flag_of(f.name), **how)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(
+            unknown[0], [s for a in parser._actions for s in a.option_strings], 1)
+        raise ValueError(f"unknown flag {unknown[0]}"
+                         + (f": did you mean {near[0]}?" if near else ": see python train.py --help"))
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)
+             if getattr(args, f.name) is not None}
+    if not args.resume:
+        return TrainConfig(**(second_phase(given) if given.get("origin") else given)), False
+    folder = Path(given.pop("out", "") or last_run())
+    saved = read_json(folder / "config.json")
+    for name, value in given.items():
+        if name not in FREE and saved.get(name) != value:
+            raise ValueError(f"{flag_of(name)} {value} contradicts {folder}/config.json "
+                             f"({saved.get(name)}): a run keeps its settings; "
+                             "leave the flag out or start a new run")
+    try:
+        return TrainConfig(**{**saved, **given, "out": str(folder)}), True
+    except TypeError as e:
+        raise ValueError(f"{folder}/config.json is from another version of train.py ({e}): "
+                         "start a new run") from None
+
+
+def second_phase(given: dict) -> dict:
+    """Settings of a run that goes on from another: the other's, where no flag says otherwise.
+
+    With m pixels in place of n the times move towards noise by sqrt(m / n), paper section 5.3.2."""
+    run = Path(given["origin"])
+    if not (has_run(run) and (run / "mmdit.safetensors").is_file()):
+        raise ValueError(f"--from {run}: no finished run there, it would have config.json and "
+                         "mmdit.safetensors: finish it with  python train.py --resume --out, or name another")
+    saved = read_json(run / "config.json")
+    for name in ("model", "clip_length", "t5_length"):
+        if given.get(name, saved[name]) != saved[name]:
+            raise ValueError(f"{flag_of(name)} {given[name]} contradicts {run}/config.json ({saved[name]}): "
+                             "what is taken over keeps its shape; leave the flag out")
+    made_for = None
+    if given.get("cache"):
+        cache = Cache(given["cache"])
+        cache.compare(*encoder_prints(run))
+        made_for = cache.index["size"]
+    size = given.get("size", made_for or saved["size"])
+    if made_for not in (None, size):
+        raise ValueError(f"--size {size}, but {given['cache']} holds pictures of size {made_for}: leave "
+                         "--size out or make another cache")
+    known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "origin", "cache", "minutes"}
+    kept = {k: v for k, v in saved.items() if k in known}
+    return {**kept, "shift": saved["shift"] * size / saved["size"], **given, "size": size}
+
+
+def parse_cache(argv) -> argparse.Namespace:
+    """Flags of  python train.py cache."""
+    parser = argparse.ArgumentParser(
+        prog="train.py cache", allow_abbrev=False, description="encode pictures and captions with a run's "
+        "encoders; under torchrun each rank does its share")
+    parser.error = partial(refuse, command="cache ")
+    parser.add_argument("--run", required=True, help="folder of the run whose encoders to use")
+    parser.add_argument("--data", required=True, help="drawn | emoji | a folder of captioned pictures")
+    parser.add_argument("--out", help="folder of the cache (default: runs/cache-DATA-SIZE)")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the run's)")
+    parser.add_argument("--pictures", type=int, help="the most that are taken, or how many drawings "
+                        "(default: all; 24000 drawings)")
+    parser.add_argument("--seed", type=int, default=0, help="of drawings, or which are taken (default: 0)")
+    parser.add_argument("--buckets", action="store_true", help="in their own shapes, not as squares")
+    parser.add_argument("--device", default="auto", help="auto | cuda | mps | cpu (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto | bfloat16 | float32, of matrix products")
+    args = parser.parse_args(argv)
+    if args.size is not None and args.size < 16:
+        parser.error(f"--size {args.size}: at least 16")
+    return args
+
+
+def demo() -> None:
+    """Every setting, its default, and what it means; and each default given as a flag is the default."""
+    for f in dataclasses.fields(TrainConfig):
+        print(f"{flag_of(f.name):17s} {f.default!s:13s} {f.metadata['help']}")
+        if f.type is not bool and f.name not in ("origin", "cache"):
+            assert parse([flag_of(f.name), str(f.default)]) == (TrainConfig(), False)
+    for wrong in (["--size", "50"], ["--flow-step", "3"], ["--text-drop", "1"]):
+        try:
+            parse(wrong)
+        except ValueError as e:
+            print(f"{' '.join(wrong)}: {e}")
+        else:
+            raise AssertionError(f"{wrong} was taken")
+
+
+# Exercises. (1) Which three flags would you change first for photographs of 256 pixels, and why is `shift` one?
+# (2) Why may --resume change `accumulate` and not `flow_batch`?
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,131 @@
+"""What does training longer buy? The paper's figure 8 in miniature: loss and score against training.
+
+Each point is a whole training of the transformer, warm-up to decay, not a moment of a longer one: before its
+rate falls, a run is worse than a shorter one that is finished. RUN itself is one. The encoders are RUN's for
+every point but those of other seeds, which train everything anew and say how far a figure depends on luck.
+
+    python studies/training_length.py runs/drawn                               four lengths: hours on a laptop
+    python studies/training_length.py runs/drawn --steps 3370 --seeds 1 2      whole runs from other seeds
+
+Everything lies in RUN/lengths/ and is kept: a stopped command goes on where it was, and a later one adds
+points. Beside it, length.csv and length.png hold what has been finished so far.
+
+The paper finds that validation loss falls smoothly with training and that GenEval and human preference follow
+it. Here: the same loss (equidistant t, the same pictures and noise) and the drawn world's score.
+"""
+import argparse
+import csv
+import io
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import report  # noqa: E402
+from checkpoints import read_json, write_atomically, write_json  # noqa: E402
+from data import TASKS  # noqa: E402
+from settings import TrainConfig  # noqa: E402
+from train import train  # noqa: E402
+from watch import read_metrics  # noqa: E402
+
+COLUMNS = ("seed", "steps", "loss", "loss_error", "overall", "error", *TASKS, "shape", "unseen")
+
+
+def trained(run: Path, steps: int, seed: int) -> Path:
+    """A run of that many steps of the transformer; from another seed than RUN's, with encoders of its own."""
+    saved = read_json(run / "config.json")
+    folder = run / "lengths" / f"seed{seed}-steps{steps}"
+    if not (folder / "config.json").is_file():
+        partly = folder.with_name(folder.name + ".part")            # a copy that was interrupted is none
+        shutil.rmtree(partly, ignore_errors=True)
+        partly.mkdir(parents=True)
+        if seed == saved["seed"]:
+            shutil.copytree(run, partly, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
+                "mmdit.safetensors", "lengths*", "pictures", "samples", "scores*", "checkpoints", "lock",
+                "metrics.csv", "loss.png"))
+        known = {k: v for k, v in saved.items() if k not in ("origin", "cache")}
+        write_json(partly / "config.json",
+                   known | {"flow_steps": steps, "seed": seed, "minutes": 0, "out": str(folder)})
+        partly.rename(folder)
+    if not (folder / "mmdit.safetensors").is_file():
+        train(TrainConfig(**read_json(folder / "config.json")), resume=True)
+        shutil.rmtree(folder / "cache")                             # 250 MB that nothing reads any more
+    return folder
+
+
+def scored(folder: Path, prompts: int) -> dict:
+    """One row of the table, from scores.json, which is made where it is missing or is of other prompts."""
+    path = folder / "scores.json"
+    found = read_json(path) if path.is_file() else {}
+    if not {"score", "loss"} <= found.keys() or found["settings"]["n"] != prompts:
+        report.measure(report.parse(["--run", str(folder), "--measures", "drawn,loss", "-n", str(prompts)]))
+        found = read_json(path)
+    steps = [int(row["step"]) for row in read_metrics(folder / "metrics.csv") if row["stage"] == "flow"][-1]
+    return {"seed": read_json(folder / "config.json")["seed"], "steps": steps, "loss": found["loss"]["mean"],
+            "loss_error": found["loss"]["error"], "overall": found["score"]["overall"],
+            "error": found["error"]["overall"], **{task: found["score"][task] for task in TASKS},
+            "shape": found["shape"], "unseen": found["unseen"]}
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    first, seeds = rows[0]["seed"], sorted({r["seed"] for r in rows})
+    line = [r for r in rows if r["seed"] == first]
+    for panel, key, error in ((panels[0], "loss", "loss_error"), (panels[1], "overall", "error")):
+        for seed in seeds:
+            own = [r for r in rows if r["seed"] == seed]
+            panel.errorbar([r["steps"] for r in own], [r[key] for r in own], [r[error] for r in own],
+                           fmt="o-" if seed == first else "x", capsize=2, label=f"seed {seed}")
+    for task in TASKS:
+        panels[2].plot([r["steps"] for r in line], [r[task] for r in line], "o-", ms=3, label=task)
+    for panel, title in zip(panels, ("validation loss", "score, all tasks", f"score by task, seed {first}")):
+        panel.set(title=title, xlabel="steps of the transformer", xscale="log")
+        panel.set_xticks([r["steps"] for r in line], [f"{r['steps']:,}" for r in line])
+        panel.set_xticks([], minor=True)
+        panel.legend(fontsize="small")
+    with io.BytesIO() as png:
+        fig.savefig(png, dpi=100, format="png")
+        plt.close(fig)
+        write_atomically(path, lambda p: p.write_bytes(png.getvalue()))
+
+
+def write_table(rows: list[dict], path: Path) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        table = csv.DictWriter(f, COLUMNS)
+        table.writeheader()
+        table.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description="score and loss against the length of training")
+    p.add_argument("run", type=Path, help="a finished run of drawn pictures, whose encoders are used")
+    p.add_argument("--steps", type=int, nargs="+", default=[750, 1500, 3000, 8000], help="of the transformer")
+    p.add_argument("--seeds", type=int, nargs="+", help="default: RUN's own")
+    p.add_argument("-n", type=int, default=64, help="prompts a task (default: 64)")
+    args = p.parse_args(argv)
+    try:
+        for seed in args.seeds or [read_json(args.run / "config.json")["seed"]]:
+            for steps in args.steps:
+                scored(trained(args.run, steps, seed), args.n)
+        folders = [args.run, *(f.parent for f in (args.run / "lengths").glob("seed*/scores.json"))]
+        rows = [scored(folder, args.n) for folder in folders]
+        own = rows[0]["seed"]
+        rows.sort(key=lambda r: (r["seed"] != own, r["seed"], r["steps"]))
+        write_atomically(args.run / "length.csv", partial(write_table, rows))
+        plot(rows, args.run / "length.png")
+    except (ValueError, FloatingPointError, OSError) as e:
+        print(f"training_length.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    for r in rows:
+        print(f"seed {r['seed']}  {r['steps']:6d} steps  loss {r['loss']:.4f} +- {r['loss_error']:.4f}  "
+              f"score {100 * r['overall']:.1f} +- {100 * r['error']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
