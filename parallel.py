@@ -192,8 +192,9 @@ def processes(device: str):
     from torch.distributed.rendezvous import rendezvous         # not in every PyTorch
     patience = timedelta(hours=12)
     store, *_ = next(rendezvous("env://", timeout=patience))
-    if os.environ.get("LOCAL_WORLD_SIZE") == f"{world}":        # on one machine torchrun can start all again,
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # in the same store
+    if os.environ.get("LOCAL_WORLD_SIZE") == f"{world}":        # one machine: torchrun starts all again
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")     # with a store full of old addresses
+        store = dist.PrefixStore(attempt, store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=store,
                             rank=rank, world_size=world, timeout=patience)
     try:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from hypothesis import settings
 
 import parallel
@@ -68,8 +69,10 @@ def child(rank, world, port, said, action, *rest):
 
 def trained(argv, config, wounds):
     """A rank's train.py. wounds: what happens at the beginning of a step of flow, {(rank, step): a signal
-    that the rank sends itself, or "full", or "room"}."""
+    that the rank sends itself, or "full", or "room"}. "old": it cannot write shards."""
     generator = training.Run.generator
+    if "old" in wounds:                         # as in torch 2.6 and 2.7
+        del torch.distributed.checkpoint.HuggingFaceStorageWriter
 
     def wounded(self, stage, step):
         wound = wounds.get((self.ranks.rank, step)) if stage == "flow" else None
@@ -87,7 +90,7 @@ def trained(argv, config, wounds):
     training.main(argv)
 
 
-def spread(folder, world, action, *rest, seconds=int(os.environ.get("HS_SECONDS", 120))):
+def spread(folder, world, action, *rest, seconds=300):
     """action(*rest) on each of `world` ranks -> (exit codes of all ranks, what they said)"""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -222,6 +225,19 @@ def test_what_one_process_saved_two_go_on_from(finished, tmp_path, cut_up):
 
 
 @fsdp
+@thorough
+def test_where_shards_cannot_be_written_rank_0_writes_all_of_them_together(finished, tmp_path):
+    folder, config = untrained(finished, tmp_path / "run", fsdp=True)
+    codes, said = launch(folder, 2, config=config, wounds={"old": True, (1, 5): signal.SIGTERM})
+    assert codes == [143, 143] and "saved at step 6" in said, said
+    saved = sorted(p.name for p in checkpoints_of(folder, "flow")[0].iterdir())
+    assert saved == ["manifest.json", "state.safetensors"]
+    codes, said = launch(folder, 2, config=config)
+    assert codes == [0, 0] and "going on at step 6" in said, said
+    assert_equal(finished, folder)
+
+
+@fsdp
 def test_a_second_phase_cut_up_among_two_learns_what_one_process_does(finished, tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     for world, folder in enumerate(folders, 1):
@@ -296,7 +312,6 @@ def shards_in_little_memory(config):
         print(f"{grown} {own} {of_block} {own * ranks.world}")
 
 
-@fsdp
 def test_shards_are_those_of_one_process_and_take_little_more_memory_than_they_fill(tmp_path):
     config = MMDiTConfig(8, heads=5, pos_max=8, pos_sample=4)
     codes, said = spread(tmp_path / "x", 2, shards_in_little_memory, config)
@@ -333,7 +348,6 @@ def muon_on_shards(shapes):
             assert torch.equal(parallel.whole(momenta[1]), momenta[0]), tuple(whole.shape)
 
 
-@fsdp
 def test_muon_moves_matrices_that_are_cut_up_as_if_they_were_whole(tmp_path):
     """Also where rows do not divide among ranks, are fewer than ranks, or matrices are."""
     shapes = [(1, 8, 4), (3, 24, 8), (1, 10, 16), (1, 2, 5), (3, 9, 7), *[(1, 6, 6)] * 5]
