@@ -52,11 +52,11 @@ from safetensors.torch import save_file
 
 from mmdit import MMDiT, MMDiTConfig
 from parallel import Ranks, local, rows_of
+from tensor_files import CheckpointError, sync_folder, write_atomically, write_json
 from text_encoders import (EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder, T5Config,
                            T5Encoder, load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
 from weights import load_clip, load_mmdit, load_t5, load_text_encoders, load_vae, save_mmdit     # noqa: F401
-from weights import CheckpointError, sync_folder, write_atomically, write_json                   # noqa: F401
 
 try:
     import fcntl

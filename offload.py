@@ -224,11 +224,14 @@ def count_work(module, call, *shapes) -> int:
     return meter.peak
 
 
-def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfloat16, int8=False) -> dict:
-    """What drawing one picture takes, in bytes, from shapes alone.
+def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfloat16, int8=False,
+         pictures=1) -> dict:
+    """What drawing takes, `pictures` at once, in bytes, from shapes alone.
 
     configs: of the parts, {"mmdit": MMDiTConfig, "vae": ..., "clip_l": ...}; encoders may be missing.
-    -> "parameters", "weights" and "work" by part; "peak" by offload mode: what the card must have.
+    -> "parameters", "weights" and "work" by part; "peak" by offload mode: what the card must have; "main":
+    what main memory must have where all parts wait there. They come one after the other, encoders first, and
+    with int8 each is made smaller when it is there.
     """
     kinds = {"mmdit": MMDiT, "vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder,
              "t5": T5Encoder}
@@ -237,6 +240,7 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
                  for name, config in configs.items()}
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     mmdit, c, f = parts["mmdit"], configs["mmdit"], configs["vae"].factor
+    whole = {name: sum(t.nbytes for t in tensors_of(part)) for name, part in parts.items()}
     if int8:
         quantise_mmdit(mmdit)
         if "t5" in parts:
@@ -244,29 +248,35 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
     size = {name: sum(t.nbytes for t in tensors_of(part)) for name, part in parts.items()}
     blocks = [sum(t.nbytes for t in tensors_of(block)) for block in mmdit.joint_blocks]
 
-    B, h, w, length = 1 + bool(guidance), height // f, width // f, t5_length
+    texts, h, w, length = 1 + bool(guidance), height // f, width // f, t5_length
+    B = texts * pictures
     tokens = length + next((configs[k].context_length for k in ("clip_l", "clip_g") if k in configs), 77)
     inputs = [((B, c.in_channels, h, w), torch.float32), ((B,), torch.float32),
               ((B, tokens, c.context_dim), dtype), ((B, c.pooled_dim), dtype)]
     mmdit.joint_blocks = nn.ModuleList([mmdit.joint_blocks[0], mmdit.joint_blocks[-1]])     # all are alike
     work = dict.fromkeys(parts, 0)                              # the CLIPs' is below 20 MB
     work["mmdit"] = count_work(mmdit, mmdit, *inputs)
-    work["vae"] = count_work(parts["vae"], parts["vae"].decode, ((1, c.in_channels, h, w), torch.float32))
+    vae, latent = parts["vae"], ((pictures, c.in_channels, h, w), torch.float32)
+    work["vae"] = max(count_work(vae, vae.decode, latent),
+                      count_work(vae, vae.encode, ((1, 3, f * h, f * w), torch.float32)))
     if "t5" in parts and length:
         parts["t5"].encoder.block = parts["t5"].encoder.block[:1]
-        work["t5"] = count_work(parts["t5"], parts["t5"], ((B, length), torch.long))
+        work["t5"] = count_work(parts["t5"], parts["t5"], ((texts, length), torch.long))
     others = [size[k] + work[k] for k in parts if k != "mmdit"]
     peak = {"none": sum(size.values()) + max(work.values()),
             "model": max(*others, size["mmdit"] + work["mmdit"]),
             "block": max(*others, size["mmdit"] - sum(blocks) + 2 * max(blocks) + work["mmdit"])}
-    return {"parameters": count, "weights": size, "work": work,
+    order = [name for name in (*ENCODERS, "vae", "mmdit") if name in parts]
+    main = max(whole[name] + sum(size[before] for before in order[:i]) for i, name in enumerate(order))
+    return {"parameters": count, "weights": size, "work": work, "main": main,
             "peak": {mode: n + OVERHEAD for mode, n in peak.items()}}
 
 
 def report(name, configs, free=None, **how) -> str:
     """What `sample.py --dry-run` prints. how: see need, without int8; free: bytes on this machine's card."""
     plain, small = need(configs, **how), need(configs, **how, int8=True)
-    lines = [f"{name}, {how['height']} x {how['width']} pixels, {str(how['dtype']).removeprefix('torch.')}, "
+    several = f"{how['pictures']} at once, " if how.get("pictures", 1) > 1 else ""
+    lines = [f"{name}, {how['height']} x {how['width']} pixels, {several}{short(how['dtype'])}, "
              f"the autoencoder float32; GB are 10^9 bytes",
              f"{'':8s}{'parameters':>15s}{'weights':>11s}{'with --int8':>13s}{'beside them':>13s}"]
     for part, n in plain["parameters"].items():
@@ -277,8 +287,9 @@ def report(name, configs, free=None, **how) -> str:
               f"{'':23s}" + "".join(f"{'--offload ' + mode:>17s}" for mode in MODES)]
     for flag, needs in (("", plain), ("--int8", small)):
         lines.append(f"{flag:23s}" + "".join(f"{needs['peak'][mode] / GB:14.2f} GB" for mode in MODES))
-    lines.append(f"in main memory, with model or block: {sum(plain['weights'].values()) / GB:.2f} GB, "
-                 f"{sum(small['weights'].values()) / GB:.2f} GB with --int8")
+    lines.append(f"in main memory, with model or block: {plain['main'] / GB:.2f} GB; with --int8 "
+                 f"{small['main'] / GB:.2f} GB while they are read, then "
+                 f"{sum(small['weights'].values()) / GB:.2f} GB")
     if free is not None:
         lines.append(f"free on this card: {free / GB:.2f} GB")
     return "\n".join(lines)
@@ -293,17 +304,48 @@ def choose(mode, name, configs, free, int8=False, **how) -> str:
         return fitting[0]
     tried = "block" if mode == "auto" else mode
 
-    def less(flag, parts, int8):
-        n = need(parts, **how, int8=int8)["peak"][tried]
-        return [f"{flag} makes it {n / GB:.1f} GB"] if n < peak[tried] else []
-
-    lean = {k: v for k, v in configs.items() if k != "t5"}
     ways = [f"--offload block makes it {peak['block'] / GB:.1f} GB"] * (peak["block"] < peak[tried])
-    ways += [] if int8 else less("--int8", configs, True)
-    ways += less("--drop-t5", lean, int8) + ([] if int8 else less("--int8 --drop-t5", lean, True))
+    flags = ["--int8"] * (not int8) + ["--drop-t5"] * ("t5" in configs)
+    ways += cheaper(flags, peak[tried], lambda flags: with_flags(flags, configs, int8, how)["peak"][tried])
     raise ValueError(f"{name} needs {peak[tried] / GB:.1f} GB on the card for {how['height']} x "
                      f"{how['width']} pixels with --offload {tried}, and {free / GB:.1f} GB are free: "
                      + ", ".join(ways + ["a smaller --height and --width need less"]))
+
+
+def check_main_memory(name, configs, free, int8=False, works=False, **how) -> None:
+    """ValueError if the parts need more than `free` bytes (None: nobody knows) of main memory; it says what
+    needs less. works: they work there too, as there is no card."""
+    def most(flags):
+        n = with_flags(flags, configs, int8, how)
+        return max(n["main"], n["peak"]["none"] - OVERHEAD) if works else n["main"]
+
+    if free is None or (taken := most([])) <= free:
+        return
+    flags = (["--dtype bfloat16"] * (how["dtype"] == torch.float32) + ["--int8"] * (not int8)
+             + ["--drop-t5"] * ("t5" in configs))
+    raise ValueError(f"{name} needs {taken / GB:.1f} GB of main memory in {short(how['dtype'])}, and "
+                     f"{free / GB:.1f} GB are free: "
+                     + ", ".join(cheaper(flags, taken, most) + ["end other programs"]))
+
+
+def with_flags(flags, configs, int8, how) -> dict:
+    """What `need` says if these flags of sample.py were given, too."""
+    if "--drop-t5" in flags:
+        configs = {part: c for part, c in configs.items() if part != "t5"}
+    if "--dtype bfloat16" in flags:
+        how = how | {"dtype": torch.bfloat16}
+    return need(configs, **how, int8=int8 or "--int8" in flags)
+
+
+def cheaper(flags, taken, measure) -> list[str]:
+    """Which of the flags, alone or all together, need less than `taken` bytes, and how much."""
+    options = [[flag] for flag in flags] + [flags] * (len(flags) > 1)
+    return [f"{' '.join(option)} makes it {n / GB:.1f} GB"
+            for option in options if (n := measure(option)) < taken]
+
+
+def short(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # ----------------------------------------------------------------------------------------------------- demo

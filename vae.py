@@ -24,9 +24,9 @@ Worth knowing before reading on
 - The real weights overflow in float16 (black pictures): decode in float32 or bfloat16.
 - Training uses a sample of the posterior, so that neighbouring codes decode alike; `posterior.mean` is for
   measuring.
-- The decoder's activations, not its weights, fill the memory: large pictures are decoded in overlapping
-  tiles. GroupNorm and the attention then see a tile instead of the picture, so tiles differ a little in
-  colour, and the overlaps are blended; the larger the tile, the closer to the whole.
+- Activations, not weights, fill the memory: large pictures are encoded and decoded in overlapping tiles.
+  GroupNorm and the attention then see a tile instead of the picture, so tiles differ a little in colour, and
+  the overlaps are blended; the larger the tile, the closer to the whole.
 
 DIFFERS: LPIPS, the perceptual loss of the published autoencoders, needs a downloaded network. Here its part
 is played by image gradients (edges) at three scales, and optionally by the same patch discriminator.
@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TILE = 128              # latent cells a side of the most that is decoded at once: SD3's 1024 x 1024 pixels
+TILE = 128              # latent cells a side of the most that is coded at once: SD3's 1024 x 1024 pixels
 
 
 @dataclass(frozen=True)
@@ -245,13 +245,17 @@ class AutoencoderKL(nn.Module):
         with torch.no_grad():
             self.encoder.conv_out.bias[self.config.z_channels:] = -6.0      # logvar: std 0.05, little noise
 
-    def encode(self, x: torch.Tensor) -> Posterior:
-        """Images (B, 3, 8H, 8W) in [-1, 1] -> Posterior of (B, C, H, W). Sides must be multiples of 8."""
+    def encode(self, x: torch.Tensor, tile: int | None = None) -> Posterior:
+        """Images (B, 3, 8H, 8W) in [-1, 1] -> Posterior of (B, C, H, W). Sides must be multiples of 8.
+
+        tile: as in `decode`; means and logarithms of variances are blended alike.
+        """
         f = self.config.factor
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"the VAE encodes (B, 3, height, width) with sides in multiples of {f}, "
                              f"got {tuple(x.shape)}")
-        mean, logvar = self.encoder(x).float().chunk(2, dim=1)
+        moments = in_tiles(self.encoder, x, tile, f, 1, 2 * self.config.z_channels)
+        mean, logvar = moments.float().chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: torch.Tensor, tile: int | None = None) -> torch.Tensor:
@@ -260,24 +264,7 @@ class AutoencoderKL(nn.Module):
         tile: decode pieces of so many latent cells a side where the picture is larger. None: the whole at
         once up to TILE^2 cells (1024 x 1024 pixels of SD3), in pieces of TILE beyond.
         """
-        H, W = z.shape[2:]
-        if tile is None:
-            tile = TILE if H * W > TILE ** 2 else max(H, W)
-        return self.decoder(z) if max(H, W) <= tile else self.decode_tiled(z, tile)
-
-    def decode_tiled(self, z: torch.Tensor, tile: int) -> torch.Tensor:
-        """Each tile by itself, added up under windows that sum to 1: memory for one tile and the picture."""
-        if tile < 2:
-            raise ValueError(f"tile is {tile}: tiles need 2 latent cells a side or more, 32 to look well")
-        f, (B, _, H, W) = self.config.factor, z.shape
-        rows, columns = (tile_windows(size, tile, f, z.device) for size in (H, W))
-        image = torch.zeros(B, 3, f * H, f * W, device=z.device)
-        for top, wy in rows:
-            for left, wx in columns:
-                piece = self.decoder(z[:, :, top:top + tile, left:left + tile]).float()
-                y, x = slice(f * top, f * top + len(wy)), slice(f * left, f * left + len(wx))
-                image[:, :, y, x] += piece.mul_(wy[:, None] * wx)
-        return image
+        return in_tiles(self.decoder, z, tile, 1, self.config.factor, 3)
 
     def to_latent(self, z: torch.Tensor) -> torch.Tensor:
         """Codes -> what the flow model learns: centred, about unit variance."""
@@ -287,12 +274,36 @@ class AutoencoderKL(nn.Module):
         return x / self.config.scale + self.config.shift
 
 
+def in_tiles(net, x: torch.Tensor, tile: int | None, cell: int, out_cell: int, channels: int) -> torch.Tensor:
+    """net(x), at once or in tiles, each by itself, added up under windows that sum to 1: memory for one tile
+    and the result.
+
+    A latent cell is `cell` numbers a side of x and `out_cell` of the result, which has so many channels.
+    tile: in cells, see AutoencoderKL.decode.
+    """
+    H, W = x.shape[2] // cell, x.shape[3] // cell
+    if tile is None:
+        tile = TILE if H * W > TILE ** 2 else max(H, W)
+    if max(H, W) <= tile:
+        return net(x)
+    if tile < 2:
+        raise ValueError(f"tile is {tile}: tiles need 2 latent cells a side or more, 32 to look well")
+    rows, columns = (tile_windows(size, tile, out_cell, x.device) for size in (H, W))
+    whole = torch.zeros(len(x), channels, out_cell * H, out_cell * W, device=x.device)
+    for top, wy in rows:
+        for left, wx in columns:
+            piece = net(x[:, :, cell * top:cell * (top + tile), cell * left:cell * (left + tile)]).float()
+            here = whole[:, :, out_cell * top:, out_cell * left:][:, :, :len(wy), :len(wx)]
+            here += piece.mul_(wy[:, None] * wx)
+    return whole
+
+
 def tile_windows(size: int, tile: int, factor: int, device=None):
     """Cut `size` latent cells into pieces of `tile` that share a quarter or more.
 
-    -> list of (first cell, weights of the piece's pixels); over all pieces the weights of a pixel sum to 1.
-    They rise along the overlap, by at most 1 / (overlap * factor) a pixel: two pieces that disagree by d
-    leave a slope of d over the overlap instead of a step.
+    factor: numbers a cell; -> list of (first cell, weights of the piece's numbers); over all pieces the
+    weights of a number sum to 1. They rise along the overlap, by at most 1 / (overlap * factor) from one to
+    the next: two pieces that disagree by d leave a slope of d over the overlap instead of a step.
     """
     overlap = max(1, tile // 4)
     n = 1 if size <= tile else 1 + math.ceil((size - tile) / (tile - overlap))

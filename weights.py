@@ -15,7 +15,6 @@ device), all names and shapes are compared, and only then each tensor is read, o
 and dtype. Every parameter is filled exactly once; what else is in a file must be listed in layouts.IGNORED.
 
 What surprises
-- Nothing is ever unpickled: .ckpt, .pt and .bin files are refused.
 - SD3 uses CLIP-L's pooled vector before its projection. A text_encoder/ folder says with a projection of its
   own what it wants (the identity, in SD3's); in single and stand-alone files a projection is left unread.
 - T5 in float16 overflows, so does the autoencoder: unless asked otherwise they become bfloat16 and float32.
@@ -27,188 +26,26 @@ Run `python weights.py`: writes a small model in both layouts, loads both, compa
 """
 import json
 import math
-import os
 import re
-import struct
 from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from layouts import (IGNORED, IN_A_FILE, LAYOUTS, NAMES, PREFIXES, Recipe, assemble, assembled_shape,
-                     describe, is_foreign, mmdit_folder, take_apart, why_unknown)
+from layouts import (IGNORED, IN_A_FILE, LAYOUTS, NAMES, PREFIXES, Recipe, assemble, describe, is_foreign,
+                     mmdit_folder, take_apart, why_unknown)
 from mmdit import MMDiT, MMDiTConfig
+from tensor_files import (DTYPES, CheckpointError, Source, files_of_part, read_config, shards, write_json,
+                          write_safetensors, write_shards)
 from text_encoders import (BOS, EOS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder, TextEncoders,
                            load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-SCALES = (".scale_weight", ".weight_scale")         # two spellings of scaled float8
-REOPEN = 256 * 2**20                                # bytes
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2",
            "t5": "text_encoder_3"}
 BESIDE = {"vae": "*vae*.safetensors", "clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
           "t5": "t5xxl*.safetensors"}               # stand-alone files; the largest is the most exact
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be used; the message is one line with cause and remedy."""
-
-
-def write_atomically(path, write) -> None:
-    """write(temporary path), then fsync, rename and fsync of the folder: the file at `path` is the old
-    one or the new one, never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)              # safetensors makes its files readable by their owner alone
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(path) -> None:
-    """A rename survives a power cut only once its folder has reached the disk too."""
-    if os.name == "posix":                      # elsewhere a folder cannot be opened
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def write_json(path, value) -> None:
-    write_atomically(
-        path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8"))
-
-
-# -------------------------------------------------------------------------------------------------- the files
-
-class Source:
-    """The tensors of a part, in one or several safetensors files: names and shapes at once, numbers one by
-    one. index: key without prefix -> (file, shape, dtype's name)."""
-
-    def __init__(self, files, config=None):
-        self.path, self.config, self.prefix = Path(files[0]), config or {}, ""
-        self.index, self.others, self.opened, self.since = {}, set(), None, 0
-        for file in files:
-            with open_safetensors(file) as f:
-                for key in f.keys():
-                    if key in self.index:
-                        raise CheckpointError(f"{key} is in {file} and in {self.index[key][0]}: "
-                                              "the folder mixes two models, download it again")
-                    part = f.get_slice(key)
-                    self.index[key] = (file, tuple(part.get_shape()), part.get_dtype())
-
-    def select(self, prefix):
-        """From now on only the keys with this prefix count, the part's own; the others are remembered."""
-        self.prefix = prefix
-        self.others = {k for k in self.index if not k.startswith(prefix)}
-        self.index = {k[len(prefix):]: v for k, v in self.index.items() if k.startswith(prefix)}
-        return self
-
-    def shape(self, recipe):
-        """Of what the Recipe gives; None if one of its keys is missing."""
-        if any(key not in self.index for key in recipe.keys):
-            return None
-        return assembled_shape(recipe.op, [self.index[key][1] for key in recipe.keys])
-
-    def count(self, pattern) -> int:
-        """One more than the largest number that stands in the place of {} in a key."""
-        found = (re.match(re.escape(pattern).replace(r"\{\}", r"(\d+)"), key) for key in self.index)
-        return max((int(m[1]) + 1 for m in found if m), default=0)
-
-    def scale_key(self, key):
-        """Of scaled float8: the key of what the weight is to be multiplied with."""
-        stem = key.removesuffix(".weight")
-        return next((stem + s for s in SCALES if stem + s in self.index), None) if stem != key else None
-
-    def read(self, key) -> torch.Tensor:
-        """On the CPU, mapped from the file. The mapping is renewed now and then: pages once read count as
-        this process' memory until it is closed, as if the model were there twice."""
-        file = self.index[key][0]
-        if self.opened != file or self.since > REOPEN:
-            self.handle, self.opened, self.since = open_safetensors(file), file, 0
-        t = self.handle.get_tensor(self.prefix + key)
-        self.since += t.numel() * t.element_size()
-        if (scale := self.scale_key(key)) is None:
-            return t
-        scale = self.handle.get_tensor(self.prefix + scale).float()
-        return t.float() * scale.reshape(-1, *[1] * (t.ndim - 1))           # one number, or one for each row
-
-
-def open_safetensors(path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as e:
-        raise CheckpointError(f"{path} {what_is_wrong(Path(path), e)}") from None
-
-
-def what_is_wrong(path, error) -> str:
-    """A file that is no good safetensors file: what is it then, and what to do?"""
-    if not path.is_file():
-        return "is a folder where a file was expected" if path.is_dir() else "is missing, or no ordinary file"
-    try:
-        with open(path, "rb") as f:
-            head = f.read(16)
-    except OSError as e:
-        return f"cannot be read ({e.strerror})"
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        return ("is a pickled file (.ckpt, .pt, .bin): those can run any code and are never opened here; "
-                "get the model as .safetensors")
-    if head[:4] == b"GGUF":
-        return "is a GGUF file, whose quantised formats are not read here: get the model as .safetensors"
-    if head.startswith(b"version https:"):
-        return "is only a pointer to the real file: run  git lfs pull  in its folder"
-    if head.lstrip()[:1] == b"<":
-        return "is a web page: the download needs a login or an accepted licence, do it again with one"
-    n, size = int.from_bytes(head[:8], "little"), path.stat().st_size
-    if head[8:9] == b"{" and n <= 100_000_000:
-        how = "cut short or too long" if size < 8 + n or "IncompleteBuffer" in str(error) else "damaged"
-        return f"is {how} ({size:,} bytes; {error}): download it again"
-    return f"is not a safetensors file ({error}): get the model as .safetensors"
-
-
-def read_config(folder) -> dict:
-    """config.json of a part of a diffusers folder; {} if there is none."""
-    path = Path(folder, "config.json")
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read as JSON ({e}): download it again") from None
-    return config if isinstance(config, dict) else {}
-
-
-def files_of_part(folder) -> list[Path]:
-    """The safetensors files of one part of a diffusers folder, all shards of it; [] if there are none."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        whole = [p for v in ("", ".fp16", ".bf16") if (p := folder / f"{stem}{v}.safetensors").is_file()]
-        indexes = sorted(folder.glob(f"{stem}*safetensors.index*.json"), key=lambda p: len(p.name))
-        if whole and (whole[0].name == f"{stem}.safetensors" or not indexes):
-            return whole[:1]
-        if indexes:
-            return shards(indexes[0])
-    return []
-
-
-def shards(index) -> list[Path]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{index} is no list of shards ({e!r}): download it again") from None
-    for name in names:
-        if Path(str(name)).name != name or not (index.parent / name).is_file():
-            raise CheckpointError(f"{index} names {name}, which is not there: download the folder again")
-    return [index.parent / name for name in sorted(names)]
+SHARD = 10 * 10**9                                  # bytes, as diffusers writes them
 
 
 # ------------------------------------------------------------------------------- which file, in which layout
@@ -544,28 +381,6 @@ def no_tokenizer(base, name) -> str:
 
 # ----------------------------------------------------------------------------------------------------- saving
 
-def write_safetensors(path, shapes, tensors) -> None:
-    """shapes: {key: (dtype's name, shape)}. tensors: one for each key, in this order, made when it is needed:
-    only one has to be in memory at a time."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for key, (dtype, shape) in shapes.items():
-        end = offset + math.prod(shape) * DTYPES[dtype].itemsize
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)                             # tensors begin at a multiple of 8 bytes
-
-    def write(temporary):
-        with open(temporary, "wb") as f:
-            f.write(struct.pack("<Q", len(text)) + text)
-            for (key, (dtype, shape)), t in zip(shapes.items(), tensors, strict=True):
-                if (DTYPES[dtype], tuple(shape)) != (t.dtype, tuple(t.shape)):
-                    raise ValueError(f"{key} is {t.dtype} {tuple(t.shape)}, announced {dtype} {tuple(shape)}")
-                f.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-    write_atomically(path, write)
-
-
 def folder_config(c: MMDiTConfig) -> dict:
     """transformer/config.json, as diffusers reads it."""
     return {"_class_name": "SD3Transformer2DModel", "sample_size": c.pos_sample * c.patch_size,
@@ -582,8 +397,9 @@ def listed(shapes, recipe) -> dict:
             for name, (dtype, shape) in shapes.items() for key in recipe(name).keys}
 
 
-def save_mmdit(model: MMDiT, path, layout="single_file") -> None:
-    """single_file: path is the file. folder: path is a model's folder, written is path/transformer.
+def save_mmdit(model: MMDiT, path, layout="single_file", shard=SHARD) -> None:
+    """single_file: path is the file. folder: path is a model's folder, written is path/transformer, in files
+    of at most `shard` bytes of tensors.
 
     What load_mmdit reads back is equal bit by bit, through either layout."""
     if layout not in ("single_file", "folder"):
@@ -602,7 +418,7 @@ def save_mmdit(model: MMDiT, path, layout="single_file") -> None:
     if layout == "single_file":
         return write_safetensors(path, shapes, tensors)
     folder = Path(path, "transformer")
-    write_safetensors(folder / "diffusion_pytorch_model.safetensors", shapes, tensors)
+    write_shards(folder, "diffusion_pytorch_model", shapes, tensors, shard)
     write_json(folder / "config.json", folder_config(model.config))
 
 
@@ -630,8 +446,7 @@ def demo():
             raise AssertionError("a transformer was loaded as an autoencoder")
 
 
-# Exercises. (1) Let Source.read never open the file anew and watch the process' memory while a large model is
-# loaded. (2) What would go wrong if check_names came after the reading?
+# Exercise: what would go wrong if check_names came after the reading?
 
 if __name__ == "__main__":
     demo()

@@ -143,6 +143,8 @@ def device_refuses(device: torch.device) -> str | None:
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
         return f"it needs a CUDA GPU, and this tensor is on {device} (for a test, set TRITON_INTERPRET=1)"
+    if torch.version.hip:
+        return "its tiles were cut for NVIDIA's GPUs, and this one is AMD's"
     if torch.cuda.get_device_properties(device).major < 8:
         return "this GPU is older than compute capability 8.0"
     return None
@@ -162,20 +164,21 @@ def ranking(operation: str, head_dim: int, tensors: dict, gpu: str) -> tuple[tup
     return order, f"there it was measured to be faster on {gpu}, at this size in {key[2]}"
 
 
-def read_results(folder: Path) -> dict:
-    """kernels/results/*.csv -> {(gpu, operation, dtype, head dim, pass, compiled): [(to size, names)]}, names
+def read_results(*folders: Path) -> dict:
+    """*.csv of all folders -> {(gpu, operation, dtype, head dim, pass, compiled): [(to size, names)]}, names
     from fastest to slowest.
 
     Sizes are elements of the first activation; between two measured ones lies their geometric mean. Of two
-    rows about the same thing, the one in the later file counts.
+    rows about the same thing, the one in the later file counts. A kernel that computed something else there
+    is left out.
     """
     times = {}                                          # key without compiled -> size -> provider -> ms
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted((p for folder in folders for p in folder.glob("*.csv")), key=lambda p: p.name):
         with path.open(newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
                 key = (row["gpu"], row["operation"], row["dtype"], int(row["head_dim"]), row["pass"])
                 sizes = times.setdefault(key, {}).setdefault(int(row["elements"]), {})
-                sizes[row["provider"]] = float(row["ms"])
+                sizes[row["provider"]] = float(row["ms"]) if is_right(row) else float("inf")
     table = {}
     for key, sizes in times.items():
         for compiled, rival in ((False, "torch"), (True, "torch compiled")):
@@ -188,6 +191,11 @@ def read_results(folder: Path) -> dict:
                 upto = [(a * b) ** 0.5 for (a, _), (b, _) in zip(orders, orders[1:])] + [float("inf")]
                 table[key + (compiled,)] = [(u, order) for u, (_, order) in zip(upto, orders)]
     return table
+
+
+def is_right(row: dict) -> bool:
+    """Of a row of the bench: half precision is off by 1 % of the largest value or less."""
+    return float(row["error"]) < 0.05
 
 
 MEASURED = read_results(RESULTS)

@@ -352,8 +352,13 @@ def triton_refuses(tensors: dict) -> str | None:
         if tensor.dim() in (1, 4) and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return (f"{name} {tuple(tensor.shape)} has stride {tensor.stride(-1)} in its last dim, "
                     f"which must be contiguous")
-        if tensor.dim() > 2 and tensor.shape[1] * tensor.stride(1) >= 2 ** 31:
-            return f"{name} spans more than 2^31 numbers in one picture, too many for 32-bit addresses"
+        heads = tensor.shape[2] if tensor.dim() == 4 else 1
+        if tensor.dim() > 2:
+            spans = tensor.shape[1] * tensor.stride(1), tensor.shape[1] * heads * tensor.shape[-1]
+            if max(*spans, heads * tensor.stride(2)) >= 2 ** 31:
+                return f"{name} spans more than 2^31 numbers in one picture, too many for 32-bit addresses"
+            if tensor.shape[0] * heads > 65535:
+                return f"{name} has {tensor.shape[0] * heads} pictures times heads, a GPU takes up to 65535"
         if tensor.dim() == 4 and tensor.shape[-1] > 256:
             return f"{name} has head dim {tensor.shape[-1]}, the kernels go up to 256"
     return None

@@ -1,9 +1,18 @@
 """Are the kernels worth it on this GPU? Times every operation and model at the published models' shapes.
 
+    python kernels/bench.py --smoke --out /tmp/x   tiny shapes on any device, a minute: does all of it run?
     python kernels/bench.py                        everything that kernels/results/ does not hold yet
-    python kernels/bench.py --minutes 9            in pieces: begins nothing new after 9 minutes; run it again
     python kernels/bench.py --pixels 1024 --batch 1 --operation attention --model sd3.5-large
-    python kernels/bench.py --smoke --out /tmp/x   tiny shapes on any device: does all of it run?
+
+For half an hour on a GPU, in pieces of 9 minutes, type the same line three times; the operations come first,
+then the models, whose "triton" is by then the faster of the two attentions:
+
+    python kernels/bench.py --pixels 1024 --batch 1 --minutes 9
+
+It begins one case at least, and then nothing that will take longer than what is left; and goes on from the
+rows in --out and in kernels/results/. A case that fails becomes a row "failed" with its reason, and is not
+tried again until that row is deleted; where a failure leaves the GPU unusable, the program starts itself anew
+behind it.
 
 Rivals, all doing the whole operation, norms and concatenation counted:
 
@@ -16,6 +25,8 @@ Rivals, all doing the whole operation, norms and concatenation counted:
     triton+sdpa         kernels/norm_layout.py in front of PyTorch's attention
 
 and for a whole model (one forward pass): torch and triton, each also compiled, and diffusers if installed.
+Compiled are its blocks, one by one, as by train.py --compile: they are alike, so it takes seconds, not
+minutes.
 
 The CSV goes to kernels/results/, where `kernels` looks: one line a case says whom backend="auto" takes from
 now on. Beside it a roofline as PNG. Each row has the time (median of many, L2 cache flushed before each, with
@@ -30,15 +41,25 @@ the 20th and 80th percentile) and, from the formulas of `work`, with M + N = L t
 Pitfalls
 - Random numbers, not zeros: a GPU draws less power on zeros and runs faster.
 - GPUs slow down when warm: the rivals of a case run one after the other, then again in the opposite order.
+- Launching a short kernel takes the host longer than the kernel runs. An operation is launched while the GPU
+  sleeps, so its time is the GPU's alone, as where many launches are waiting; a model's includes the host.
+- PyTorch keeps what it compiled by the code of the function and by what it noticed while tracing it: which of
+  its attentions is allowed must be said inside, or all of them are the one that was compiled first.
+- Under autocast the stream of activations stays float32 beside branches of half precision: the modulations
+  are measured in that mixture too, with dtype float32, forward + backward.
 - A rival that cannot run a case (flash needs half precision, say) is left out with its reason, once.
 """
 import argparse
+import copy
 import csv
 import datetime
+import gc
 import math
+import os
 import statistics
 import sys
 import time
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,7 +77,7 @@ MODELS = "sd3-medium", "sd3.5-medium", "sd3.5-large"
 TEXT, HD = 154, 64
 SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 PASSES = ("forward", "forward+backward")
-SECONDS = {"attention": 40, "modul": 15, "model": 120}  # one pass of a case: a guess, corrected on the way
+SECONDS = {"attention": 45, "modul": 12, "model": 120}  # one pass of a case: a guess, raised on the way
 
 
 def cases(pixels=(512, 1024), batches=(1, 2, 4, 8), smoke=False) -> list[dict]:
@@ -80,14 +101,22 @@ def cases(pixels=(512, 1024), batches=(1, 2, 4, 8), smoke=False) -> list[dict]:
                     found.append(dict(shape, operation=name + ", no text", M=0))
                 if model != "sd3-medium":                           # of the same width as sd3.5-medium
                     for operation in ("modulate", "gate_residual_modulate"):
-                        found.append(dict(shape, operation=operation, norm=False, M=0))
+                        for dtype in ("bfloat16", "float32"):
+                            found.append(dict(shape, operation=operation, norm=False, M=0, dtype=dtype))
                 if B <= 2:                                          # 2: one picture with guidance
                     found.append(dict(shape, operation="model"))
-    return found
+    return sorted(found, key=lambda c: c["operation"] == "model")
 
 
 def passes(case) -> tuple:
-    return PASSES[:1] if case["operation"] == "model" else PASSES
+    if case["operation"] == "model":
+        return PASSES[:1]
+    return PASSES[1:] if mixed(case) else PASSES
+
+
+def mixed(case) -> bool:
+    """x in float32 and all else in bfloat16, as in training under autocast."""
+    return "modul" in case["operation"] and case["dtype"] == "float32" and case["model"] != "tiny"
 
 
 # ----- the rivals
@@ -100,6 +129,10 @@ def held_to(backend, function):
         with sdpa_kernel(getattr(SDPBackend, backend)):
             return function(*a)
     return run
+
+
+def sdpa_rivals(function, how) -> dict:
+    return {name: torch.compile(held_to(backend, function), **how) for name, backend in SDPA.items()}
 
 
 def flex(*a):
@@ -121,7 +154,7 @@ def rivals(case, device) -> dict:
         plain = by(joint_attention_reference)
         found = {"torch": plain, "torch compiled": torch.compile(plain, **how)}
         if device == "cuda":
-            found |= {n: held_to(b, torch.compile(plain, **how)) for n, b in SDPA.items()}
+            found |= sdpa_rivals(plain, how)
             found["flex"] = torch.compile(flex, **how)
         return found | {"triton+sdpa": by(joint_attention_sdpa), "triton": by(joint_attention_triton)}
     plain = getattr(adaln, case["operation"] + "_reference")
@@ -160,10 +193,11 @@ def model_rivals(case, device) -> dict:
     for p in model.parameters():
         if not p.any():                                             # gates of zero would hide the blocks
             torch.nn.init.normal_(p, std=0.02)
+    compiled = compiled_blocks(model, "joint_blocks", how)
     found = {}
     for backend in ("torch", "triton"):
         found[backend] = with_kernels(backend, model)
-        found[backend + " compiled"] = with_kernels(backend, torch.compile(model, **how))
+        found[backend + " compiled"] = with_kernels(backend, compiled)
     if find_spec("diffusers"):
         from diffusers import SD3Transformer2DModel
         with torch.device(device):
@@ -179,13 +213,23 @@ def model_rivals(case, device) -> dict:
             return lambda x, t, context, pooled: module(x, context, pooled, 1000 * t, return_dict=False)[0]
 
         found["diffusers"] = peer(theirs)
-        found["diffusers compiled"] = peer(torch.compile(theirs, **how))
+        found["diffusers compiled"] = peer(compiled_blocks(theirs, "transformer_blocks", how))
     return found
+
+
+def compiled_blocks(model, name, how):
+    """The same model, of the same parameters, whose blocks are compiled."""
+    kept = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    twin = copy.deepcopy(model, kept)                               # what is in `kept` counts as copied
+    for block in getattr(twin, name):
+        block.compile(**how)
+    return twin
 
 
 def inputs(case, device) -> list:
     """Random, laid out as the Linears of a block leave them: qkv packed, modulation vectors side by side."""
-    dtype, B, M, N, nh, hd = getattr(torch, case["dtype"]), *(case[k] for k in ("B", "M", "N", "nh", "hd"))
+    B, M, N, nh, hd = (case[k] for k in ("B", "M", "N", "nh", "hd"))
+    dtype = torch.bfloat16 if mixed(case) else getattr(torch, case["dtype"])
     torch.manual_seed(0)
 
     def random(*shape):
@@ -202,6 +246,7 @@ def inputs(case, device) -> list:
             txt, weights[:2] = [None] * 3, [None] * min(2, len(weights))
         return [*txt, *img, *weights]
     x, y = random(2, B, N, nh * hd)
+    x = x.to(getattr(torch, case["dtype"]))
     shift, scale, gate, *_ = random(B, 6 * nh * hd).chunk(6, dim=-1)
     return [x, shift, scale] if case["operation"] == "modulate" else [x, y, gate, shift, scale]
 
@@ -229,14 +274,32 @@ def runner(function, args, backward):
 
 # ----- measuring
 
-def milliseconds(run, device) -> list[float]:
-    """20th percentile, median, 80th."""
-    if device == "cuda":
-        from triton.testing import do_bench
-        return do_bench(run, warmup=50, rep=200, quantiles=[0.2, 0.5, 0.8])
-    start = time.perf_counter()                                     # only a smoke run comes here
-    run()
-    return [1e3 * (time.perf_counter() - start)] * 3
+def milliseconds(run, device, asleep=True) -> list[float]:
+    """20th percentile, median, 80th, of about 0.2 seconds. asleep: the GPU sleeps while the host launches."""
+    if device != "cuda":                                            # only a smoke run comes here
+        start = time.perf_counter()
+        run()
+        return [1e3 * (time.perf_counter() - start)] * 3
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        launched = time.perf_counter() - start
+        torch.cuda.synchronize()
+        done = time.perf_counter() - start
+    flush = torch.empty(2 ** 28, dtype=torch.int8, device=device)   # more than any L2 cache
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)]
+              for _ in range(max(5, min(200, int(0.2 / done))))]
+    for begin, end in events:
+        flush.zero_()
+        if asleep:
+            torch.cuda._sleep(int(1.5 * min(launched, 0.01) * 2e9)) # cycles, at 2 GHz
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    fifths = statistics.quantiles((begin.elapsed_time(end) for begin, end in events), n=10)
+    return [fifths[1], fifths[4], fifths[7]]
 
 
 def first(x):
@@ -279,7 +342,7 @@ def error(function, args, case, backward) -> float:
     else:
         with torch.no_grad():
             pairs = list(zip(tensors(function(*args)), tensors(exact(case)(*small))))
-    return max(((first(a).double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    return torch.stack([(first(a).double() - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()
 
 
 def model_operations(c: MMDiTConfig, B, M, N) -> int:
@@ -307,9 +370,10 @@ def work(case, backward) -> tuple[float, float]:
     one = B * (M + N) * nh * hd * size                              # one pass over an activation
     if "attention" in case["operation"]:
         return 4 * B * nh * (M + N) ** 2 * hd * (3.5 if backward else 1), one * (4 + 8 * backward)
-    one = B * N * nh * hd * size
-    passes = (2 + 3 * backward) if case["operation"] == "modulate" else (4 + 6 * backward)
-    return 0.0, one * passes
+    ours, branch = (2 + 3 * backward), 0                            # passes over x's kind, and over y's
+    if case["operation"] != "modulate":
+        ours, branch = (3 + 4 * backward), (1 + 2 * backward)
+    return 0.0, B * N * nh * hd * (ours * size + branch * (2 if mixed(case) else size))
 
 
 def peaks(device) -> tuple[float, float]:
@@ -334,17 +398,17 @@ def measure(case, backward, device, peak, skipped) -> list[dict]:
             runs[name]()
         except Exception as e:                                      # each rival has limits of its own kind
             runs.pop(name, None)
-            if name in ("torch", "triton"):
+            if name in ("torch", "triton") or not usable(device):
                 raise
-            if (name, reason := str(e).strip().splitlines()[0][:90]) not in skipped:
+            if (name, reason := in_short(e)) not in skipped:
                 skipped.add((name, reason))
                 print(f"  {name} left out: {reason}")
+    model = case["operation"] == "model"
     times = {name: [] for name in runs}
     for order in (list(runs), list(runs)[::-1]):
         for name in order:
-            times[name].append(milliseconds(runs[name], device))
+            times[name].append(milliseconds(runs[name], device, asleep=not model))
     flops, moved = work(case, backward)
-    model = case["operation"] == "model"
     reference = runs["torch"]() if model else None
     for name, measured in times.items():
         low, ms, high = (statistics.mean(t) for t in zip(*measured))
@@ -361,6 +425,20 @@ def measure(case, backward, device, peak, skipped) -> list[dict]:
     return rows
 
 
+def in_short(e) -> str:
+    return (str(e).strip() or repr(e)).splitlines()[0][:90]
+
+
+def usable(device) -> bool:
+    """After a write to a wrong address a process gets nothing more out of its GPU."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return True
+    except RuntimeError:
+        return False
+
+
 # ------ reporting
 
 def table(case, name, rows) -> None:
@@ -371,10 +449,15 @@ def table(case, name, rows) -> None:
         print(f"  {r['provider']:19s}{r['ms']:9.4f} ms  {r['tflops']:7.1f} TFLOP/s {r['gbps']:7.0f} GB/s  "
               f"{100 * r['share']:4.0f} % of peak  error {r['error']:.1e}  "
               f"triton {r['ms'] / ms['triton']:5.2f}x")
+    if case["operation"] == "model":
+        return
+    right = {r["provider"] for r in rows if kernels.is_right(r)}
     for rival, where in (("torch", "eager code"), ("torch compiled", "torch.compile")):
-        if rival in ms and case["operation"] != "model":
-            mine = {"torch": ms[rival]} | {n: t for n, t in ms.items() if n.startswith("triton")}
+        if rival in ms:
+            mine = {"torch": ms[rival]} | {n: ms[n] for n in right if n.startswith("triton")}
             print(f"  auto takes {min(mine, key=mine.get)} in {where}")
+    for wrong in sorted({n for n in ms if n.startswith("triton")} - right):
+        print(f"  {wrong} IS WRONG: auto will not take it")
 
 
 def roofline(rows, peak, gpu, path) -> None:
@@ -384,7 +467,7 @@ def roofline(rows, peak, gpu, path) -> None:
     fig, ax = plt.subplots(figsize=(7, 4))
     x = [0.3, peak[0] / peak[1] * 1e3, 1e4]
     ax.plot(x, [x[0] * peak[1] / 1e3, peak[0], peak[0]], color="black", label="measured copy and product")
-    for name in sorted({r["provider"] for r in rows}):
+    for name in sorted({r["provider"] for r in rows} - {"failed"}):
         mine = [(float(r["intensity"]), float(r["tflops"])) for r in rows if r["provider"] == name]
         mine = [point for point in mine if point[0]]
         ax.scatter([i for i, _ in mine], [t for _, t in mine], s=12, label=name)
@@ -395,23 +478,36 @@ def roofline(rows, peak, gpu, path) -> None:
 
 
 CASE = "operation", "model", "pixels", "B", "M", "N", "nh", "hd", "dtype", "pass"      # what tells rows apart
+FIGURES = "ms", "ms_20", "ms_80", "tflops", "gbps", "share", "error", "intensity"
 
 
 def label(row) -> tuple:
     return tuple(str(row[k]) for k in CASE)
 
 
-def measured_before(folder, gpu, versions) -> list[dict]:
+def measured_before(folders, gpu, versions) -> list[dict]:
     """Rows of this GPU and these versions of torch and triton, from every CSV there."""
     rows = []
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(path for folder in folders for path in folder.glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as f:
             rows += [r for r in csv.DictReader(f) if (r["gpu"], r["torch"], r["triton"]) == (gpu, *versions)]
     return rows
 
 
-def seconds(case) -> int:
-    return next(s for name, s in SECONDS.items() if name in case["operation"])
+def append(path, rows) -> list[dict]:
+    """rows, after they were written to the CSV at path."""
+    with path.open("a", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, rows[0])
+        if f.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def seconds(case, took) -> float:
+    """What a pass of the case may take: a guess, or the longest of its kind so far."""
+    kind = next(name for name in SECONDS if name in case["operation"])
+    return max(SECONDS[kind], *(s for operation, s in took if kind in operation), 0)
 
 
 def arguments(argv):
@@ -420,7 +516,7 @@ def arguments(argv):
     p.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8])
     p.add_argument("--operation", default="", help="only those whose name contains this; model: whole ones")
     p.add_argument("--model", default="", choices=("", *MODELS), help="only this model's shapes")
-    p.add_argument("--minutes", type=float, default=math.inf, help="begin no further case after so many")
+    p.add_argument("--minutes", type=float, default=math.inf, help="begin nothing that would end later")
     p.add_argument("--out", type=Path, default=kernels.RESULTS)
     p.add_argument("--smoke", action="store_true", help="tiny shapes on any device; needs --out elsewhere")
     a = p.parse_args(argv)
@@ -432,12 +528,29 @@ def arguments(argv):
         p.error(f"--smoke measures nothing: give it an --out other than {kernels.RESULTS}")
     if refusal := kernels.device_refuses(torch.device(a.device)):
         p.error(f"Triton cannot run here: {refusal}")
-    a.cases = [(c, b, name) for c in cases(a.pixels, a.batch, a.smoke) for b, name in enumerate(passes(c))
+    a.cases = [(c, name) for c in cases(a.pixels, a.batch, a.smoke) for name in passes(c)
                if a.operation in c["operation"] and a.model in c["model"]]
     if not a.cases:
         p.error(f"nothing of {a.model or 'any model'} is called {a.operation!r}: "
                 "try attention, modulate or model")
     return a
+
+
+def attempt(case, name, a, peak, skipped) -> list[dict]:
+    """The rows of a case; of one that fails a single row, which says why."""
+    try:
+        rows = measure(case, name == PASSES[1], a.device, peak, skipped)
+        table(case, name, rows)
+        return [r | {"reason": ""} for r in rows]
+    except Exception as e:                                          # the other cases need not suffer for it
+        traceback.print_exc()
+        print(f"FAILED: {', '.join(label(case | {'pass': name}))}: {in_short(e)}")
+        nothing = dict.fromkeys(FIGURES, math.nan)
+        return [{"provider": "failed", **nothing, "reason": in_short(e)}]
+    finally:
+        gc.collect()                                                # compiled functions hold on to a model
+        if a.device == "cuda" and usable(a.device):
+            torch.cuda.empty_cache()
 
 
 def main(argv=None) -> None:
@@ -447,45 +560,44 @@ def main(argv=None) -> None:
     gpu, versions = (torch.cuda.get_device_name() if a.device == "cuda" else "CPU"), (
         torch.__version__, triton.__version__)
     a.out.mkdir(parents=True, exist_ok=True)
-    everything = measured_before(a.out, gpu, versions)
-    done = {label(r) for r in everything}
-    left = [(c, b, name) for c, b, name in a.cases if label(c | {"pass": name}) not in done]
-    expected = sum(seconds(c) for c, *_ in left)
+    folders = list(dict.fromkeys((kernels.RESULTS.resolve(), a.out.resolve())))
+    everything = measured_before(folders, gpu, versions)
+    done, took, peak, skipped = {label(r) for r in everything}, [], None, set()
+    left = [(c, name) for c, name in a.cases if label(c | {"pass": name}) not in done]
     print(f"{len(a.cases) - len(left)} of {len(a.cases)} measured before; the others will take about "
-          f"{expected / 60:.0f} minutes, most of it compiling", flush=True)
-    if not left:
-        return
-    peak, skipped, spent = peaks(a.device), set(), 0.0
-    print(f"{gpu}, torch {versions[0]}, triton {versions[1]}: "
-          f"bfloat16 product {peak[0]:.0f} TFLOP/s, copy {peak[1]:.0f} GB/s")
+          f"{sum(seconds(c, took) for c, _ in left) / 60:.0f} minutes, most of it compiling", flush=True)
     path = a.out / f"{gpu.replace(' ', '_')}_{today}.csv"
-    with path.open("a", newline="", encoding="utf-8") as f:
-        for i, (case, backward, name) in enumerate(left):
-            if time.monotonic() - start > 60 * a.minutes:
-                print(f"stopped after {a.minutes:g} minutes; the same command does the {len(left) - i} left")
-                break
-            try:
-                rows = measure(case, backward, a.device, peak, skipped)
-            except torch.OutOfMemoryError:
-                print(f"left out, not enough memory: {', '.join(label(case | {'pass': name}))}")
-                continue
-            table(case, name, rows)
-            common = {"gpu": gpu, "date": today, "torch": versions[0], "triton": versions[1], **case,
-                      "pass": name, "head_dim": case["hd"] if "attention" in case["operation"] else 0,
-                      "elements": case["B"] * case["N"] * case["nh"] * case["hd"],
-                      "peak_tflops": peak[0], "peak_gbps": peak[1]}
-            everything += (rows := [common | r for r in rows])
-            writer = csv.DictWriter(f, rows[0])
-            if f.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
-            f.flush()
-            spent += seconds(case)
-            rest = (expected - spent) * (time.monotonic() - start) / spent / 60
-            print(f"{i + 1} of {len(left)} after {(time.monotonic() - start) / 60:.1f} minutes, "
-                  f"about {rest:.0f} to go", flush=True)
-    roofline(everything, peak, gpu, path.with_suffix(".png"))
-    print(path)
+    for case, name in left:
+        spent = time.monotonic() - start
+        if took and spent + seconds(case, took) > 60 * a.minutes:
+            continue                                                # a shorter one may still fit
+        if peak is None:
+            peak = peaks(a.device)
+            print(f"{gpu}, torch {versions[0]}, triton {versions[1]}: "
+                  f"bfloat16 product {peak[0]:.0f} TFLOP/s, copy {peak[1]:.0f} GB/s")
+        if case["operation"] == "model":                            # "triton" is the faster of two
+            kernels.MEASURED = kernels.read_results(*folders)
+        rows = attempt(case, name, a, peak, skipped)
+        took.append((case["operation"], time.monotonic() - start - spent))
+        common = {"gpu": gpu, "date": today, "torch": versions[0], "triton": versions[1], **case,
+                  "pass": name, "head_dim": case["hd"] if "attention" in case["operation"] else 0,
+                  "elements": case["B"] * case["N"] * case["nh"] * case["hd"],
+                  "peak_tflops": peak[0], "peak_gbps": peak[1]}
+        everything += append(path, [common | r for r in rows])
+        print(f"{len(took)} of {len(left)} after {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+        if not usable(a.device):                                    # a new process gets the GPU back
+            rest = a.minutes - (time.monotonic() - start) / 60
+            if rest < 1:
+                sys.exit("the GPU takes nothing more from this process; the same command goes on")
+            os.execv(sys.executable, [sys.executable, *sys.argv, "--minutes", str(rest)])
+    if peak:
+        roofline(everything, peak, gpu, path.with_suffix(".png"))
+        print(path)
+    if len(took) < len(left):
+        print(f"stopped after {a.minutes:g} minutes; the same command does the {len(left) - len(took)} left")
+    failed = {label(r) for r in everything if r["provider"] == "failed"}
+    if failed := sorted(", ".join(x) for x in failed & {label(c | {"pass": name}) for c, name in a.cases}):
+        sys.exit("\n".join(["failed; to try again, delete these rows from the CSV:", *failed]))
 
 
 if __name__ == "__main__":

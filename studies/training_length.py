@@ -1,8 +1,8 @@
 """What does training longer buy? The paper's figure 8 in miniature: loss and score against training.
 
 Each point is a whole training of the transformer, warm-up to decay, not a moment of a longer one: before its
-rate falls, a run is worse than a shorter one that is finished. The encoders are those of RUN for every point
-but those of other seeds, which train everything anew and say how far a figure depends on luck.
+rate falls, a run is worse than a shorter one that is finished. RUN itself is one. The encoders are RUN's for
+every point but those of other seeds, which train everything anew and say how far a figure depends on luck.
 
     python studies/training_length.py runs/drawn                               four lengths: hours on a laptop
     python studies/training_length.py runs/drawn --steps 3370 --seeds 1 2      whole runs from other seeds
@@ -28,6 +28,7 @@ from checkpoints import read_json, write_atomically, write_json  # noqa: E402
 from data import TASKS  # noqa: E402
 from settings import TrainConfig  # noqa: E402
 from train import train  # noqa: E402
+from watch import read_metrics  # noqa: E402
 
 COLUMNS = ("seed", "steps", "loss", "loss_error", "overall", "error", *TASKS, "shape", "unseen")
 
@@ -55,14 +56,15 @@ def trained(run: Path, steps: int, seed: int) -> Path:
 
 
 def scored(folder: Path, prompts: int) -> dict:
-    """One row of the table, from scores.json, which is made where it is missing or had fewer prompts."""
+    """One row of the table, from scores.json, which is made where it is missing or is of other prompts."""
     path = folder / "scores.json"
-    if not path.is_file() or read_json(path)["settings"]["n"] != prompts:
+    found = read_json(path) if path.is_file() else {}
+    if not {"score", "loss"} <= found.keys() or found["settings"]["n"] != prompts:
         report.measure(report.parse(["--run", str(folder), "--measures", "drawn,loss", "-n", str(prompts)]))
-    found, config = read_json(path), read_json(folder / "config.json")
-    loss = found["loss"]
-    return {"seed": config["seed"], "steps": config["flow_steps"], "loss": loss["mean"],
-            "loss_error": loss["error"], "overall": found["score"]["overall"],
+        found = read_json(path)
+    steps = [int(row["step"]) for row in read_metrics(folder / "metrics.csv") if row["stage"] == "flow"][-1]
+    return {"seed": read_json(folder / "config.json")["seed"], "steps": steps, "loss": found["loss"]["mean"],
+            "loss_error": found["loss"]["error"], "overall": found["score"]["overall"],
             "error": found["error"]["overall"], **{task: found["score"][task] for task in TASKS},
             "shape": found["shape"], "unseen": found["unseen"]}
 
@@ -73,16 +75,19 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    first = rows[0]["seed"]
+    first, seeds = rows[0]["seed"], sorted({r["seed"] for r in rows})
     line = [r for r in rows if r["seed"] == first]
     for panel, key, error in ((panels[0], "loss", "loss_error"), (panels[1], "overall", "error")):
-        for own, style in ((line, "o-"), ([r for r in rows if r["seed"] != first], "x")):
+        for seed in seeds:
+            own = [r for r in rows if r["seed"] == seed]
             panel.errorbar([r["steps"] for r in own], [r[key] for r in own], [r[error] for r in own],
-                           fmt=style, capsize=2, label="other seeds" if style == "x" else f"seed {first}")
+                           fmt="o-" if seed == first else "x", capsize=2, label=f"seed {seed}")
     for task in TASKS:
         panels[2].plot([r["steps"] for r in line], [r[task] for r in line], "o-", ms=3, label=task)
     for panel, title in zip(panels, ("validation loss", "score, all tasks", f"score by task, seed {first}")):
         panel.set(title=title, xlabel="steps of the transformer", xscale="log")
+        panel.set_xticks([r["steps"] for r in line], [f"{r['steps']:,}" for r in line])
+        panel.set_xticks([], minor=True)
         panel.legend(fontsize="small")
     with io.BytesIO() as png:
         fig.savefig(png, dpi=100, format="png")
@@ -108,8 +113,10 @@ def main(argv=None) -> None:
         for seed in args.seeds or [read_json(args.run / "config.json")["seed"]]:
             for steps in args.steps:
                 scored(trained(args.run, steps, seed), args.n)
-        folders = [f.parent for f in (args.run / "lengths").glob("seed*/scores.json")]
-        rows = sorted((scored(f, args.n) for f in folders), key=lambda r: (r["seed"], r["steps"]))
+        folders = [args.run, *(f.parent for f in (args.run / "lengths").glob("seed*/scores.json"))]
+        rows = [scored(folder, args.n) for folder in folders]
+        own = rows[0]["seed"]
+        rows.sort(key=lambda r: (r["seed"] != own, r["seed"], r["steps"]))
         write_atomically(args.run / "length.csv", partial(write_table, rows))
         plot(rows, args.run / "length.png")
     except (ValueError, FloatingPointError, OSError) as e:

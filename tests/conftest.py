@@ -4,7 +4,7 @@
 """
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,23 @@ def single_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A whole run, from drawings to transformer, of a few steps a stage; what it said lies beside it in
+    said.txt. Tests copy it before they change anything."""
+    from train import TrainConfig, train
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with single_thread(), open(folder.parent / "said.txt", "w") as said, redirect_stdout(said):
+        return train(TrainConfig(**MICRO, out=str(folder)))
+
+
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch):
+    """Drawing loss.png takes a sixth of so small a run: in `finished` it is drawn, and in test_faults."""
+    if "train" in sys.modules:
+        monkeypatch.setattr("train.plot_run", lambda path: None)
 
 
 @pytest.fixture

@@ -3,20 +3,26 @@
     python tests/make_fake_checkpoint.py FOLDER                             # SD3.5-large and its VAE, 16.5 GB
     python tests/make_fake_checkpoint.py FOLDER --layout folder --dtype float16
     python tests/make_fake_checkpoint.py FOLDER --parts mmdit vae clip_l clip_g t5              # 28 GB
+    python tests/make_fake_checkpoint.py FOLDER --parts mmdit vae clip_l clip_g t5 --layers 2         # 3.2 GB
     python tests/make_fake_checkpoint.py FOLDER --parts mmdit vae clip_l clip_g t5 --config small     # 11 MB
     python tests/make_fake_checkpoint.py FOLDER --measure [--device cuda]   # load what is there: time, memory
+    python sample.py "a star" --model FOLDER/sd3.5-large.safetensors --offload block --steps 2 --width 256
 
 single_file: OUT/<config>.safetensors with transformer and autoencoder, encoders beside it in text_encoders/.
-folder: OUT/transformer, OUT/vae, OUT/text_encoder, ... with their config.json, as diffusers has them. With
-text encoders there are tokenizers too, whose words are made up but whose special tokens have the real ids.
+folder: OUT/transformer, OUT/vae, OUT/text_encoder, ... with their config.json, in shards of 10 GB. With text
+encoders there are tokenizers, too, of the real sizes: CLIP's has as many merges as the real one, of short words
+that are made up, and T5's as many pieces; special tokens have the real ids.
 
 Tensors are made and written one at a time, so 16 GB need no 16 GB of memory. Numbers are a block of normal
 ones over and over, small enough that nothing overflows; pictures made of them show noise.
 """
 import argparse
+import itertools
 import json
+import string
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import weights
 from layouts import PREFIXES, Recipe, mmdit_folder, same_names, vae_folder
 from mmdit import MMDiT, MMDiTConfig, position_table
-from text_encoders import (BOS, EOS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder,
-                           train_clip_tokenizer, train_t5_tokenizer)
+from tensor_files import write_json, write_safetensors, write_shards
+from text_encoders import (BOS, EOS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder, pre_tokenizers,
+                           train_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
 
 ENCODERS = {"clip_l": CLIPTextConfig.preset("clip_l", projection_dim=768),
@@ -88,10 +95,10 @@ def write_model(out, parts, layout, dtype, configs, name) -> list[Path]:
             header, tensors = header | more, [*tensors, made]
         written = [out / f"{name}.safetensors"] if whole else []
         if whole:
-            weights.write_safetensors(written[0], header, (t for made in tensors for t in made))
+            write_safetensors(written[0], header, (t for made in tensors for t in made))
         for part in (p for p in STANDALONE if p in parts):
             written.append(out / "text_encoders" / f"{STANDALONE[part]}.safetensors")
-            weights.write_safetensors(written[-1], *entries(part, configs[part], same_names, dtype))
+            write_safetensors(written[-1], *entries(part, configs[part], same_names, dtype))
         return written
     written = []
     for part in parts:
@@ -99,9 +106,9 @@ def write_model(out, parts, layout, dtype, configs, name) -> list[Path]:
         recipe = {"mmdit": lambda: mmdit_folder(c.depth), "vae": lambda: vae_folder(len(c.ch_mult))}.get(
             part, lambda: same_names)()
         file = "diffusion_pytorch_model" if part in ("mmdit", "vae") else "model"
-        written.append(out / weights.FOLDERS[part] / f"{file}.safetensors")
-        weights.write_safetensors(written[-1], *entries(part, c, recipe, dtype))
-        (written[-1].parent / "config.json").write_text(json.dumps(folder_config(part, c), indent=1))
+        folder = out / weights.FOLDERS[part]
+        written += write_shards(folder, file, *entries(part, c, recipe, dtype), weights.SHARD)
+        write_json(folder / "config.json", folder_config(part, c))
     return written
 
 
@@ -117,14 +124,28 @@ def folder_config(part, c) -> dict:
 
 
 def write_tokenizers(out, configs) -> None:
-    """CLIP's has made-up words up to its size, so that BOS and EOS have the last two ids; T5's is small."""
-    captions = ["a red star left of a blue ring", "a photograph of an astronaut riding a horse"]
-    train_clip_tokenizer(captions, out / "tokenizer", 600)
-    file, size = out / "tokenizer" / "vocab.json", configs["clip_l"].vocab_size
-    words = [w for w in json.loads(file.read_text(encoding="utf-8")) if w not in (BOS, EOS)]
-    words += [f"<unused{i}>" for i in range(size - 2 - len(words))]
-    file.write_text(json.dumps({w: i for i, w in enumerate([*words, BOS, EOS])}), encoding="utf-8")
-    train_t5_tokenizer(captions, out / "tokenizer_3", 400)
+    """BOS and EOS have CLIP's last two ids; T5's table has 28 rows without a piece, as the real one has."""
+    room, letters = configs["clip_l"].vocab_size - 514, string.ascii_lowercase
+    pairs = (("".join(left), right + end)           # "a" "b" -> "ab"; "ab" "c" -> "abc"; </w> ends a word
+             for n in (1, 2, 3) for end in ("", "</w>")
+             for *left, right in itertools.product(letters, repeat=n + 1))
+    merges, signs = list(itertools.islice(pairs, room)), sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*signs, *(sign + "</w>" for sign in signs), *map("".join, merges), BOS, EOS]
+    write_json(out / "tokenizer" / "vocab.json", {word: i for i, word in enumerate(words)})
+    (out / "tokenizer" / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges), encoding="utf-8")
+    captions = ["a red star left of a blue ring", "a photograph of an astronaut riding a horse"] * 2
+    words = itertools.islice(itertools.product(letters, repeat=4), configs["t5"].vocab_size)
+    captions += [" ".join(map("".join, words))]                                         # more than enough
+    train_t5_tokenizer(captions, out / "tokenizer_3", configs["t5"].vocab_size - 28)
+
+
+def with_layers(configs, n) -> dict:
+    """The same with n layers in each part, as wide as they were: the autoencoder stays as it is."""
+    mmdit = configs["mmdit"]
+    return configs | {"mmdit": replace(mmdit, depth=n, heads=mmdit.num_heads,
+                                       dual_blocks=min(n, mmdit.dual_blocks))} | {
+        name: replace(configs[name], layers=n) for name in STANDALONE}
 
 
 def memory(what) -> int:
@@ -157,12 +178,15 @@ def main(argv=None):
     p.add_argument("--layout", default="single_file", choices=("single_file", "folder"))
     p.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     p.add_argument("--parts", nargs="+", default=["mmdit", "vae"], choices=BUILD, help="default: mmdit vae")
+    p.add_argument("--layers", type=int, help="of all parts but the autoencoder (default: as many as in the "
+                   "real ones; with fewer, 2 or more, it takes less room)")
     p.add_argument("--measure", action="store_true", help="write nothing; load OUT's transformer")
     p.add_argument("--device", default="cpu", help="where --measure loads to")
     args = p.parse_args(argv)
     if args.measure:
         return measure(args.out, args.device)
     began, configs = time.perf_counter(), CONFIGS[args.config]
+    configs = with_layers(configs, args.layers) if args.layers else configs
     files = write_model(args.out, args.parts, args.layout, args.dtype, configs, args.config)
     if set(args.parts) >= set(STANDALONE):
         write_tokenizers(args.out, configs)

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import weights
 from conftest import refuses
 from checkpoints import (PARTS, CheckpointError, State, checkpoints_of, clean_checkpoints, has_run, last_run,
                          load_part, load_state, load_strict, load_tensors, read_json, save_part, save_state,
@@ -119,9 +118,9 @@ def test_what_a_killed_process_left_behind_is_neither_read_nor_kept(saved, tmp_p
 
 def test_files_are_flushed_before_they_take_the_place_of_the_old(tmp_path, monkeypatch):
     happened = []
-    monkeypatch.setattr(weights.os, "fsync",
+    monkeypatch.setattr(os, "fsync",
                         lambda fd, real=os.fsync: (happened.append("flush"), real(fd)))
-    monkeypatch.setattr(weights.os, "replace",
+    monkeypatch.setattr(os, "replace",
                         lambda *a, real=os.replace: (happened.append("rename"), real(*a)))
     write_json(tmp_path / "new" / "folder" / "x.json", 1)
     assert happened == ["flush", "rename", "flush"]                     # the last: of the folder
@@ -379,8 +378,8 @@ def test_a_save_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch):
 
 def test_a_checkpoint_takes_its_name_only_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
     happened = []
-    monkeypatch.setattr(weights.os, "fsync", lambda fd, real=os.fsync: (happened.append("flush"), real(fd)))
-    monkeypatch.setattr(weights.os, "replace", lambda a, b, real=os.replace: (
+    monkeypatch.setattr(os, "fsync", lambda fd, real=os.fsync: (happened.append("flush"), real(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (
         happened.append(os.path.basename(b)), real(a, b)))
     Training().save(tmp_path, 1)
     assert happened == ["flush", "state.safetensors", "flush", "flush", "manifest.json", "flush",

@@ -316,18 +316,18 @@ def test_without_a_gpu_the_formulas_run_and_triton_stays_unimported():
     assert re.match("modulate cannot run in Triton: it (needs a CUDA GPU|is not installed)", done.stdout)
 
 
-HEADER = "gpu,operation,dtype,head_dim,pass,elements,provider,ms"
-MEASURED = """H100,modulate,bfloat16,0,forward,1000,torch,1.0
-H100,modulate,bfloat16,0,forward,1000,torch compiled,0.4
-H100,modulate,bfloat16,0,forward,1000,triton,0.5
-H100,modulate,bfloat16,0,forward,4000,torch,1.0
-H100,modulate,bfloat16,0,forward,4000,triton,1.5
-H100,modulate,bfloat16,0,forward,9000,triton,1.5
-H100,joint_attention,bfloat16,64,forward,1000,torch,3.0
-H100,joint_attention,bfloat16,64,forward,1000,triton,2.0
-H100,joint_attention,bfloat16,64,forward,1000,triton+sdpa,1.0
-H100,joint_attention,bfloat16,64,forward,1000,flash,0.5
-H100,joint_attention,bfloat16,64,forward,1000,torch compiled,0.9"""
+HEADER = "gpu,operation,dtype,head_dim,pass,elements,provider,ms,error"
+MEASURED = """H100,modulate,bfloat16,0,forward,1000,torch,1.0,0.004
+H100,modulate,bfloat16,0,forward,1000,torch compiled,0.4,0.004
+H100,modulate,bfloat16,0,forward,1000,triton,0.5,0.004
+H100,modulate,bfloat16,0,forward,4000,torch,1.0,0.004
+H100,modulate,bfloat16,0,forward,4000,triton,1.5,0.004
+H100,modulate,bfloat16,0,forward,9000,triton,1.5,0.004
+H100,joint_attention,bfloat16,64,forward,1000,torch,3.0,0.004
+H100,joint_attention,bfloat16,64,forward,1000,triton,2.0,0.004
+H100,joint_attention,bfloat16,64,forward,1000,triton+sdpa,1.0,0.004
+H100,joint_attention,bfloat16,64,forward,1000,flash,0.5,0.004
+H100,joint_attention,bfloat16,64,forward,1000,torch compiled,0.9,0.004"""
 
 
 def test_auto_follows_what_was_measured_on_this_gpu_at_the_nearest_size(tmp_path, monkeypatch):
@@ -374,7 +374,7 @@ def h100(monkeypatch):
     return gpu
 
 
-def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(h100, capsys):
+def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(h100, capsys, monkeypatch):
     assert kernels.choose("auto", "modulate", x=OnGpu()) == "triton"
     assert capsys.readouterr().err == ""
     for _ in range(3):
@@ -387,6 +387,9 @@ def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(h100, caps
     assert kernels.choose("auto", "modulate", x=OnGpu()) == "torch"
     assert "older than compute capability 8.0" in capsys.readouterr().err
     with pytest.raises(ValueError, match="older than compute capability 8.0"):
+        kernels.choose("triton", "modulate", x=OnGpu())
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(ValueError, match="cut for NVIDIA's GPUs"):
         kernels.choose("triton", "modulate", x=OnGpu())
 
 
@@ -403,10 +406,20 @@ def test_of_the_two_kernels_for_attention_the_one_measured_to_be_faster_runs(h10
 
 def test_a_later_measurement_replaces_an_earlier_one(tmp_path):
     for day, ms in ((1, 0.5), (2, 2.0)):
-        rows = f"A,modulate,float16,0,forward,8,torch,1.0\nA,modulate,float16,0,forward,8,triton,{ms}\n"
+        rows = f"A,modulate,float16,0,forward,8,torch,1,0\nA,modulate,float16,0,forward,8,triton,{ms},0\n"
         (tmp_path / f"A_{day}.csv").write_text(f"{HEADER}\n{rows}", encoding="utf-8")
     assert kernels.read_results(tmp_path) == {
         ("A", "modulate", "float16", 0, "forward", False): [(float("inf"), ("torch", "triton"))]}
+
+
+def test_what_was_wrong_or_failed_where_it_was_measured_is_not_taken(tmp_path):
+    rows = [f"A,attention,float16,64,forward,8,{r}"
+            for r in ("torch,3,0.004", "triton,1,0.06", "triton+sdpa,2,0.004", "failed,nan,nan")]
+    rows += [f"A,modulate,float16,0,forward,8,{r}" for r in ("torch,3,0.004", "triton,1,nan")]
+    (tmp_path / "A.csv").write_text("\n".join([HEADER, *rows]), encoding="utf-8")
+    found = kernels.read_results(tmp_path)
+    orders = {key[1]: order for key, [(_, order)] in found.items()}
+    assert orders == {"attention": ("triton+sdpa", "torch", "triton"), "modulate": ("torch", "triton")}
 
 
 @pytest.mark.parametrize("bad, reason", [
@@ -414,6 +427,10 @@ def test_a_later_measurement_replaces_an_earlier_one(tmp_path):
     (torch.zeros(2, 3, 5, 4).transpose(2, 3), r"x \(2, 3, 4, 5\) has stride 4 in its last dim"),
     (torch.zeros(1, 1, 1, 257), "head dim 257"),
     (torch.empty(1, 2 ** 20, 2 ** 11, device="meta"), "too many for 32-bit"),
+    (torch.empty(1, 1, 1, 2 ** 11, device="meta").expand(1, 2 ** 14, 2 ** 6, 2 ** 11), "too many for 32-bit"),
+    (torch.empty(1, 2 ** 5, 2 ** 20, 2 ** 6, device="meta").transpose(1, 2), "too many for 32-bit"),
+    (torch.empty(2 ** 16, 1, 8, device="meta"), "x has 65536 pictures times heads, a GPU takes up to 65535"),
+    (torch.empty(2 ** 14, 1, 4, 8, device="meta"), "65536 pictures times heads"),
 ])
 def test_tensors_that_no_kernel_takes_are_refused_with_the_reason(bad, reason):
     assert re.search(reason, adaln.triton_refuses({"nothing": None, "x": bad}))
@@ -455,16 +472,23 @@ def test_the_bench_counts_the_operations_that_pytorch_counts(case):
         assert bench.work(case, 1)[0] == forward + flop_counter.sdpa_backward_flop_count(q, q, q, q)
 
 
-@pytest.mark.parametrize("name", ["modulate", "gate_residual_modulate", "joint_attention with norms"])
-def test_the_bench_counts_each_activation_that_goes_in_or_out_once(name):
-    case = next(c for c in bench.cases((512,), (2,)) if c["operation"] == name)
+@pytest.mark.parametrize("name, dtype", [("modulate", "bfloat16"), ("gate_residual_modulate", "bfloat16"),
+                                         ("joint_attention with norms", "bfloat16"),
+                                         ("modulate", "float32"), ("gate_residual_modulate", "float32")])
+def test_the_bench_counts_each_activation_that_goes_in_or_out_once(name, dtype):
+    case = next(c for c in bench.cases((512,), (2,)) if (c["operation"], c["dtype"]) == (name, dtype))
     args = bench.inputs(case, "meta")
     out = bench.tensors(bench.rivals(case, "cpu")["torch"](*args))
     activations = [a for a in args if a.dim() > 2]
-    size = 2 * sum(a.numel() for a in activations + out)
+    assert {a.dtype for a in args[1:]} == {torch.bfloat16} and args[0].dtype == getattr(torch, dtype)
+
+    def moved(tensors):
+        return sum(a.numel() * a.element_size() for a in tensors)
+
+    size = moved(activations + out)
     assert bench.work(case, 0)[1] == size
     # backward: inputs, outputs' gradients and (attention, gated sum) outputs again, and inputs' gradients
     gated = name == "gate_residual_modulate"                        # reads h again, not x
     again = out if "attention" in name else out[:gated]
-    size += 2 * sum(a.numel() for a in activations[gated:] + again + out + activations)
+    size += moved(activations[gated:] + again + out + activations)
     assert bench.work(case, 1)[1] == size

@@ -18,8 +18,8 @@ import flow
 from mmdit import MMDiT, MMDiTConfig
 from sample import Pipeline
 from text_encoders import ENCODERS
-from weights import (CheckpointError, find_tokenizers, load_clip, load_mmdit, load_t5, load_text_encoders,
-                     load_vae, save_mmdit)
+from weights import (SHARD, CheckpointError, find_tokenizers, load_clip, load_mmdit, load_t5,
+                     load_text_encoders, load_vae, save_mmdit)
 
 WHY = "is not installed; pip install -r tests/requirements-peers.txt"
 diffusers = pytest.importorskip("diffusers", reason=f"diffusers {WHY}")
@@ -83,19 +83,27 @@ def test_transformers_of_all_three_kinds_agree_in_every_size(tmp_path_factory, k
     assert error(ours(x, t, context, pooled, skip_layers=without_last), expected) < 1e-5
 
 
+@pytest.mark.parametrize("shard", [SHARD, 600_000])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_diffusers_reads_the_transformers_that_are_written_here(tmp_path, kind):
+def test_diffusers_reads_the_transformers_that_are_written_here_in_shards_too(tmp_path, kind, shard):
     torch.manual_seed(0)
     qk_norm, dual = KINDS[kind]
     ours = randomised(MMDiT(MMDiTConfig(3, context_dim=24, pooled_dim=16, pos_max=6, qk_norm=bool(qk_norm),
                                         dual_blocks=dual)), 0)
-    save_mmdit(ours, tmp_path, layout="folder")
+    save_mmdit(ours, tmp_path, layout="folder", shard=shard)
+    assert (len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1) == (shard != SHARD)
     theirs = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
     x, t, context, pooled = (torch.randn(2, 16, 8, 12), torch.rand(2), torch.randn(2, 9, 24),
                              torch.randn(2, 16))
     expected = theirs(x, context, pooled, 1000 * t, return_dict=False)[0]
     assert error(ours(x, t, context, pooled), expected) < 1e-5
+    theirs.save_pretrained(tmp_path / "theirs" / "transformer", max_shard_size=shard)
+    names = [sorted(p.name for p in (tmp_path / x / "transformer").glob("*.safetensors*"))
+             for x in ("", "theirs")]
+    assert names[0] == names[1]                                 # cut up in the same way, under the same names
+    again = load_mmdit(tmp_path / "theirs").state_dict()
+    assert all(torch.equal(t, again[k]) for k, t in ours.state_dict().items())
 
 
 # ------------------------------------------------------------------------------------------------ autoencoder

@@ -21,11 +21,12 @@ from torch import nn
 
 import flow
 import offload
+import pipeline
 import sample
 from checkpoints import CheckpointError, load_mmdit, load_text_encoders, load_vae, save_mmdit
 from kernels import int8
 from mmdit import MMDiT, MMDiTConfig
-from sample import DEFAULTS, Pipeline, recognise, skipping
+from pipeline import DEFAULTS, Pipeline, published_configs, recognise, skipping
 from text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
 
@@ -153,8 +154,9 @@ def test_equal_texts_are_encoded_once(pipe):
     assert seen == [3, 3]
 
 
-def test_in_single_stability_files_everything_is_found(tmp_path):
-    """All five parts under their prefixes in one file, tokenizers in folders beside it."""
+@pytest.fixture(scope="module")
+def stability():
+    """{prefix in a single file of Stability's: part} of a small model."""
     torch.manual_seed(0)
     parts = {"model.diffusion_model.": MMDiT(MMDiTConfig(2, context_dim=192, pooled_dim=192, pos_max=12)),
              "first_stage_model.": AutoencoderKL(VAEConfig(32, (1, 1, 1, 1), 1)),
@@ -164,17 +166,44 @@ def test_in_single_stability_files_everything_is_found(tmp_path):
                  CLIPTextEncoder(CLIPTextConfig(2014, 128, 2, 2, 128, "gelu", 77, 128)),
              "text_encoders.t5xxl.transformer.": T5Encoder(T5Config(56, 192, 2, 4, 48, 64))}
     nn.init.normal_(parts["model.diffusion_model."].final_layer.linear.weight)
-    save_file({prefix + k: v for prefix, part in parts.items() for k, v in part.state_dict().items()},
-              tmp_path / "sd3.5_large_turbo.safetensors")
+    return parts
+
+
+def in_one_file(parts, path, without=()):
+    """All parts under their prefixes in one file, tokenizers in folders beside it."""
+    save_file({prefix + k: v for prefix, part in parts.items() for k, v in part.state_dict().items()
+               if not any(name in prefix for name in without)}, path)
     for name in ("tokenizer", "tokenizer_3"):
-        shutil.copytree(PARITY / "pipeline" / name, tmp_path / name)
-    found = Pipeline.from_pretrained(tmp_path / "sd3.5_large_turbo.safetensors", device="cpu")
+        shutil.copytree(PARITY / "pipeline" / name, path.parent / name)
+    return path
+
+
+def test_in_single_stability_files_everything_is_found(stability, tmp_path):
+    path = in_one_file(stability, tmp_path / "sd3.5_large_turbo.safetensors")
+    found = Pipeline.from_pretrained(path, device="cpu")
     assert (found.steps, found.guidance, found.shift, found.size) == (4, 1.0, 3.0, (192, 192))
-    mmdit, vae, clip_l, clip_g, t5 = parts.values()
+    mmdit, vae, clip_l, clip_g, t5 = stability.values()
     words = load_text_encoders(PARITY / "pipeline").tokenizers
-    expected = Pipeline(mmdit, vae, sample.TextEncoders(clip_l, clip_g, t5, words), steps=4, guidance=1.0)
+    expected = Pipeline(mmdit, vae, pipeline.TextEncoders(clip_l, clip_g, t5, words), steps=4, guidance=1.0)
     how = dict(height=64, width=48, output="tensor", seed=2)
     assert torch.equal(found("a red star", **how), expected("a red star", **how))
+
+
+@pytest.mark.parametrize("dropped", [("clip_l",), ("clip_g",), ("clip_l", "clip_g"), ("clip_l", "t5"),
+                                     ("clip_l", "clip_g", "t5")])
+def test_dropped_encoders_need_not_be_there_and_give_the_picture_of_zeros(stability, tmp_path, dropped):
+    path = in_one_file(stability, tmp_path / "x.safetensors", without=dropped)
+    lean = Pipeline.from_pretrained(path, device="cpu", drop=dropped)
+    assert [name for name in offload.ENCODERS if getattr(lean.encoders, name) is None] == list(dropped)
+    mmdit, vae, *encoders = stability.values()
+    whole = Pipeline(mmdit, vae, pipeline.TextEncoders(*encoders, load_text_encoders(
+        PARITY / "pipeline").tokenizers))
+    how = dict(height=64, width=48, steps=2, output="latent")
+    assert torch.equal(lean("a star", **how), whole("a star", **how, drop=dropped))
+    with pytest.raises(CheckpointError, match="is not in it"):
+        Pipeline.from_pretrained(path, device="cpu")
+    with pytest.raises(ValueError, match="cannot drop"):
+        Pipeline.from_pretrained(path, device="cpu", drop=("T5",))
 
 
 def test_8_bits_move_the_picture_by_less_than_bfloat16_does(pipe):
@@ -438,15 +467,29 @@ def test_published_models_are_predicted_to_fit_24_16_and_12_gigabytes(name, most
         "t5": 4_762_310_656}
 
 
-SMALL = {"mmdit": MMDiTConfig(2, pooled_dim=24, context_dim=64), "vae": VAEConfig(32, (1, 1), 1),
+SMALL = {"mmdit": MMDiTConfig(2, pooled_dim=24, context_dim=64, pos_max=32), "vae": VAEConfig(32, (1, 1), 1),
          "clip_l": CLIPTextConfig(600, 8, 1, 1, 8, "gelu"),
          "clip_g": CLIPTextConfig(600, 16, 1, 1, 8, "gelu"),
-         "t5": T5Config(30_000, 64, 1, 2, 32, 64)}
+         "t5": T5Config(60_000, 64, 1, 2, 32, 64)}
+
+
+@pytest.fixture
+def remembered(monkeypatch):
+    """What `need` said once is not counted again."""
+    count, known = offload.need, {}
+
+    def need(configs, **how):
+        key = str((sorted(configs), sorted(how.items(), key=str)))
+        known[key] = known.get(key) or count(configs, **how)
+        return known[key]
+
+    monkeypatch.setattr(offload, "need", need)
 
 
 @FAST
 @given(st.floats(0.5, 3.0), st.sampled_from(["auto", *offload.MODES]), st.booleans())
-def test_auto_takes_the_fastest_that_fits_and_what_does_not_fit_says_what_would(room, mode, eight):
+def test_auto_takes_the_fastest_that_fits_and_what_does_not_fit_says_what_would(
+        remembered, room, mode, eight):
     how = dict(height=64, width=64, int8=eight)
     peak, free = offload.need(SMALL, **how)["peak"], room * offload.OVERHEAD
     fitting = [m for m in offload.MODES if peak[m] <= free]
@@ -461,14 +504,60 @@ def test_auto_takes_the_fastest_that_fits_and_what_does_not_fit_says_what_would(
         assert "--drop-t5" in said and ("--int8" in said) == (not eight)
 
 
+@FAST
+@given(st.floats(0, 1.2), st.booleans(), st.booleans(), st.booleans())
+def test_what_main_memory_has_no_room_for_is_told_with_what_each_flag_makes_of_it(
+        remembered, room, eight, full, works):
+    how = dict(height=64, width=64, dtype=torch.float32 if full else torch.bfloat16)
+    needs = offload.need(SMALL, **how, int8=eight)
+    taken = max(needs["main"], (sum(needs["weights"].values()) + max(needs["work"].values())) * works)
+    if room >= 1:
+        return offload.check_main_memory("it", SMALL, int(room * taken), eight, works, **how)
+    with pytest.raises(ValueError) as e:
+        offload.check_main_memory("it", SMALL, int(room * taken), eight, works, **how)
+    said = str(e.value)
+    assert "main memory" in said and "--drop-t5 makes it 0.0 GB" in said and len(said.splitlines()) == 1
+    assert ("--dtype bfloat16" in said) == full and "end other programs" in said
+    offload.check_main_memory("it", SMALL, None, eight, works, **how)           # where nobody can tell
+
+
+def test_in_8_bits_the_parts_still_arrive_whole_one_after_the_other():
+    plain, small = (offload.need(SMALL, height=64, width=64, int8=int8) for int8 in (False, True))
+    assert plain["main"] == sum(plain["weights"].values())
+    assert small["main"] == max(                                # while the last, or the largest, arrives
+        sum(small["weights"].values()) - small["weights"]["mmdit"] + plain["weights"]["mmdit"],
+        small["weights"]["clip_l"] + small["weights"]["clip_g"] + plain["weights"]["t5"])
+
+
+@pytest.mark.parametrize("parts, n", [(("mmdit",), 4), (("vae",), 3)])
+def test_several_pictures_at_once_and_one_to_begin_with_are_in_the_prediction(parts, n, remembered):
+    one, many = (offload.need(SMALL, height=64, width=64, pictures=k)["work"] for k in (1, n))
+    for part in parts:
+        assert 0.9 * n < many[part] / one[part] <= n + 0.01 and many["t5"] == one["t5"]
+    config = VAEConfig(32, (1, 1, 1), 8)                        # its encoder is the larger half
+    with torch.device("meta"):
+        vae = AutoencoderKL(config)
+    encode = offload.count_work(vae, vae.encode, ((1, 3, 64, 64), torch.float32))
+    assert offload.need(SMALL | {"vae": config}, height=64, width=64)["work"]["vae"] >= encode > 0
+
+
+def test_too_little_main_memory_is_told_before_anything_is_read(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 10_000_000)
+    monkeypatch.setattr(pipeline, "load_text_encoders", lambda *a, **k: pytest.fail("read"))
+    _, err = run_main(["a star", "--model", folder, "--device", "cpu"], capsys)
+    for words in ("GB of main memory in float32", "--dtype bfloat16 makes it", "0.0 GB are free"):
+        assert words in err, err
+
+
 def test_large_pictures_are_decoded_one_by_one(pipe, monkeypatch):
     seen, decode = [], AutoencoderKL.decode
     monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: seen.append(len(z)) or decode(self, z))
-    monkeypatch.setattr(sample, "TILE", 16)
+    monkeypatch.setattr(pipeline, "TILE", 16)
     latent = torch.randn(5, 16, 8, 12, generator=torch.Generator().manual_seed(0))
     whole = pipe.decode(latent)
     assert seen == [2, 2, 1]
-    monkeypatch.setattr(sample, "TILE", 4)
+    monkeypatch.setattr(pipeline, "TILE", 4)
     assert torch.allclose(pipe.decode(latent), whole, atol=1e-5) and seen[3:] == [1] * 5
 
 
@@ -534,7 +623,7 @@ def test_encoders_of_another_model_are_refused_before_they_are_read(folder, tmp_
     mixed = tmp_path / "mixed"
     shutil.copytree(folder, mixed)
     save_mmdit(MMDiT(MMDiTConfig(2, context_dim=80, pooled_dim=40, pos_max=4)), mixed, layout="folder")
-    monkeypatch.setattr(sample, "load_text_encoders", lambda *a, **k: pytest.fail("read"))
+    monkeypatch.setattr(pipeline, "load_text_encoders", lambda *a, **k: pytest.fail("read"))
     with pytest.raises(CheckpointError, match="40 pooled numbers"):
         Pipeline.from_pretrained(mixed, device="cpu")
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 import flow
+import pipeline
 import sample
 from checkpoints import load_tensors, save_tensors
 from sample import Pipeline, free_path
@@ -130,6 +131,18 @@ def test_ten_thousand_words_are_drawn_with_a_notice(pipe):
     assert "too long" in pipe.notice(prompt) and pipe.notice("a red star") is None
 
 
+def test_signs_that_t5_does_not_know_are_told_and_no_others(pipe):
+    for prompt, known, strange in (
+            ("a red \u2606 star", ("red", "star"), "\u2606"), ("\U0001f600", (), "\U0001f600"),
+            ("\u05e9", (), "\u05e9"), ("caf\u00e9", ("caf",), "\u00e9")):
+        said = pipe.notice(prompt)
+        assert "T5 does not know" in said and strange in said and said.isprintable()
+        assert not any(word in said.replace(strange, "") for word in known)
+    for prompt in ("", "zxqv", "a\tred \n star", "1 + 1 = 2!", "a\x07\x7fred"):
+        assert pipe.notice(prompt) is None
+    assert pipe.notice("\ud800") is None                        # of no language: it counts as a question mark
+
+
 def test_every_prompt_of_the_drawn_world_is_seen_whole_by_t5(pipe):
     metas = [m["prompt"] for task in data.TASKS for m in data.prompts(task, 30)]
     assert not any(pipe.encoders.tokenizers[2].truncated(metas, pipe.t5_length))
@@ -150,8 +163,10 @@ def test_nan_weights_are_refused_by_name_when_loaded_and_when_they_arise(run, pi
 @pytest.mark.parametrize("how, cause", [
     (dict(height=50), "height 50 is not a multiple of 16"), (dict(width=0), "multiple of 16"),
     (dict(width=-16), "multiple of 16"), (dict(steps=0), "steps is 0"), (dict(steps=-3), "at least 1"),
-    (dict(method="ddim"), "euler"), (dict(output="jpeg"), "pil"),
-    (dict(seed=-1), "seeds"), (dict(seed=2**63), "seeds"), (dict(seed=[1, 2]), "as many seeds"),
+    (dict(steps=10**9), "10,000"), (dict(method="ddim"), "euler"), (dict(output="jpeg"), "pil"),
+    (dict(guidance=float("nan")), "guidance is nan"), (dict(guidance=float("inf")), "guidance is inf"),
+    (dict(seed=-1), "seed is -1"), (dict(seed=2**63), "seed is 9"), (dict(seed=2**64), "seed is 1"),
+    (dict(seed=[1, 2]), "a list of 1"), (dict(seed=[]), "a list of 1"),
     (dict(noise=torch.zeros(1, 4, 8, 8)), "noise"), (dict(height=16 * 40), "positions"),
     (dict(negative=["a", "b"]), "negative"), (dict(image=torch.zeros(1, 3, 32, 64)), "image"),
     (dict(image=torch.zeros(2, 3, 64, 64)), "image"), (dict(drop=["t6"]), "t6"),
@@ -159,8 +174,25 @@ def test_nan_weights_are_refused_by_name_when_loaded_and_when_they_arise(run, pi
 ])
 def test_bad_arguments_raise_one_line_that_names_them(pipe, how, cause):
     with pytest.raises(ValueError, match=cause) as e:
-        draw(pipe, "a star", **{k: v for k, v in how.items() if k != "zero"})
+        draw(pipe, "a star", **how)
     assert len(str(e.value).splitlines()) == 1
+
+
+def test_no_prompts_at_all_are_refused(pipe):
+    with pytest.raises(ValueError, match="0 prompts"):
+        draw(pipe, [])
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 1000.0, -3.0])
+def test_any_guidance_gives_numbers(pipe, guidance):
+    assert draw(pipe, "a star", guidance=guidance).isfinite().all()
+
+
+@pytest.mark.parametrize("output", ["pil", "tensor"])
+def test_what_is_no_number_after_decoding_is_an_error_and_no_black_picture(pipe, output, monkeypatch):
+    monkeypatch.setattr(pipe.vae, "decode", lambda z: torch.full((1, 3, 64, 64), float("nan")))
+    with pytest.raises(FloatingPointError, match="NaN"):
+        draw(pipe, "a star", output=output)
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -247,6 +279,6 @@ def test_parts_of_two_runs_are_not_mixed(run, tmp_path):
         Pipeline.from_pretrained(mixed, device="cpu")
 
 
-def test_the_demo_passes(capsys):
-    sample.main([])
+def test_the_demo_of_the_pipeline_passes(capsys):
+    pipeline.demo()
     assert "sizes" in capsys.readouterr().out

@@ -4,20 +4,12 @@ import shutil
 import sys
 
 import pytest
-from conftest import MICRO, ROOT
+from conftest import ROOT
 from PIL import Image
-
-from train import TrainConfig, train
 
 sys.path.insert(0, str(ROOT / "studies"))
 
 import training_length  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    return train(TrainConfig(**MICRO, out=str(folder)))
 
 
 @pytest.fixture
@@ -35,8 +27,8 @@ def test_each_length_is_a_whole_run_from_the_same_encoders_and_is_made_once(run,
     training_length.main([*flags, "4"])
     with open(run / "length.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    assert [row["steps"] for row in rows] == ["2", "4"]
-    assert rows[0]["loss"] != rows[1]["loss"] and all(0 < float(row["loss"]) < 10 for row in rows)
+    assert [row["steps"] for row in rows] == ["2", "4", "6"]                # and the run itself
+    assert len({row["loss"] for row in rows}) == 3 and all(0 < float(row["loss"]) < 10 for row in rows)
     assert Image.open(run / "length.png").width > 1000
     lengths = [run / "lengths" / f"seed0-steps{n}" for n in (2, 4)]
     assert {(folder / "t5.safetensors").read_bytes() for folder in lengths} == {
@@ -47,7 +39,8 @@ def test_each_length_is_a_whole_run_from_the_same_encoders_and_is_made_once(run,
 def test_another_seed_trains_its_own_encoders(run):
     training_length.main([str(run), "-n", "1", "--steps", "2", "--seeds", "1"])
     other = run / "lengths" / "seed1-steps2"
-    assert (other / "t5.safetensors").read_bytes() != (run / "t5.safetensors").read_bytes()
+    for part in ("t5", "mmdit"):
+        assert (other / f"{part}.safetensors").read_bytes() != (run / f"{part}.safetensors").read_bytes()
 
 
 def test_a_folder_without_a_run_is_named(tmp_path, capsys):

@@ -18,20 +18,13 @@ from PIL import Image
 import flow
 import stages
 import train as training
-from checkpoints import load_part, load_tensors, load_tokenizers
-from conftest import MICRO, single_thread
+from checkpoints import load_tensors, load_tokenizers
+from conftest import MICRO
 from data import load_pictures
 from mmdit import MMDiT, MMDiTConfig
 from train import TrainConfig, parse, rate_at, train
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A whole run, from drawings to transformer, of a few steps a stage."""
-    with single_thread():
-        return train(TrainConfig(**MICRO, out=str(tmp_path_factory.mktemp("runs") / "straight")))
 
 
 def tensors_of(folder):
@@ -61,14 +54,11 @@ def test_a_run_leaves_every_part_the_losses_and_no_unfinished_state(finished):
     assert all(math.isfinite(float(r["loss"])) for r in rows)
 
 
-def test_the_same_seed_repeats_a_run_bit_by_bit_and_another_does_not(finished, tmp_path, one_thread):
-    again = train(TrainConfig(**MICRO, out=str(tmp_path / "again")))
-    assert_same(finished, again)
-    other = train(TrainConfig(**MICRO, seed=1, out=str(tmp_path / "other")))
-    assert not torch.equal(*(load_part(f, "mmdit").final_layer.linear.weight for f in (finished, other)))
+def test_the_same_seed_repeats_a_run_bit_by_bit(finished, tmp_path, one_thread):    # another: test_studies.py
+    assert_same(finished, train(TrainConfig(**MICRO, out=str(tmp_path / "again"))))
 
 
-@pytest.mark.parametrize("stage, at", [("vae", 2), ("flow", 3), ("flow", 4)])
+@pytest.mark.parametrize("stage, at", [("vae", 2), ("flow", 3)])
 def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(
         finished, tmp_path, monkeypatch, one_thread, stage, at):
     original = training.Run.generator
@@ -98,9 +88,9 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in finished.glob("*.safetensors")}
 
 
-def test_earlier_parts_are_frozen_while_later_ones_learn(tmp_path, one_thread):
-    """Train all but the flow, then the flow alone: nothing else moves."""
-    folder = train(TrainConfig(**MICRO, out=str(tmp_path / "run")))
+def test_earlier_parts_are_frozen_while_later_ones_learn(finished, tmp_path, one_thread):
+    """The flow is trained alone: nothing else moves."""
+    folder = shutil.copytree(finished, tmp_path / "run")
     before = {k: v for k, v in tensors_of(folder).items() if k != "mmdit.safetensors"}
     (folder / "mmdit.safetensors").unlink()
     train(*parse(["--resume", "--out", str(folder)]))
@@ -136,15 +126,14 @@ def test_the_learning_rate_warms_up_holds_and_falls_to_nearly_zero(total, decay,
 
 
 def test_minutes_shortens_stages_that_would_not_fit(tmp_path, capsys):
-    folder = train(TrainConfig(**MICRO | dict(flow_steps=100_000, minutes=0.3), out=str(tmp_path / "short")))
+    folder = train(TrainConfig(**MICRO | dict(flow_steps=100_000, minutes=0.12), out=str(tmp_path / "short")))
     rows = [r for r in csv.DictReader(open(folder / "metrics.csv", encoding="utf-8")) if r["stage"] == "flow"]
     assert 60 <= len(rows) < 2000
     assert float(rows[-1]["rate"]) < 0.1 * max(float(r["rate"]) for r in rows)  # still comes down to the end
 
 
-def test_the_start_tells_device_dtype_sizes_and_time_and_the_end_tells_the_next_command(tmp_path, capsys):
-    train(TrainConfig(**MICRO, out=str(tmp_path / "run")))
-    said = capsys.readouterr().out
+def test_the_start_tells_device_dtype_sizes_and_time_and_the_end_tells_the_next_command(finished):
+    said = (finished.parent / "said.txt").read_text(encoding="utf-8")
     for word in ("device: cpu", "float32 (as asked)", "mmdit ", "vae ", "expected:", "python sample.py"):
         assert word in said, word
 

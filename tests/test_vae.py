@@ -41,8 +41,8 @@ def error(a, b):
 
 # ------------------------------------------------------------------------------------------ the published one
 
-@torch.no_grad()
-def test_encoder_and_decoder_agree_with_the_public_implementations():
+def published():
+    """The small autoencoder of the fixtures."""
     c = json.loads((PARITY / "vae" / "config.json").read_text())
     ch = c["block_out_channels"][0]
     vae = AutoencoderKL(VAEConfig(
@@ -50,7 +50,12 @@ def test_encoder_and_decoder_agree_with_the_public_implementations():
         c["norm_num_groups"], c["shift_factor"], c["scaling_factor"]))
     weights = load_file(PARITY / "vae" / "single_file.safetensors")
     vae.load_state_dict({k.removeprefix(PREFIX): v for k, v in weights.items()}, strict=True)
-    io = load_file(PARITY / "vae" / "io.safetensors")
+    return vae
+
+
+@torch.no_grad()
+def test_encoder_and_decoder_agree_with_the_public_implementations():
+    vae, io = published(), load_file(PARITY / "vae" / "io.safetensors")
     posterior = vae.encode(io["image"])
     assert error(posterior.mean, io["mean"]) < 1e-5
     assert error(posterior.logvar, io["logvar"]) < 1e-5
@@ -197,15 +202,17 @@ def test_measured_shift_and_scale_give_latents_of_mean_0_and_variance_1():
 # ------------------------------------------------------------------------------------------------------ tiles
 
 class Local(nn.Module):
-    """A stand-in for the decoder: enlarges two channels, and adds what it is told for its n-th call."""
+    """A stand-in for the decoder: enlarges two channels, and adds what it is told for its n-th call. With
+    `down`, for the encoder: means of 2 x 2 pixels."""
 
-    def __init__(self, offsets=()):
+    def __init__(self, offsets=(), down=False):
         super().__init__()
-        self.offsets, self.seen = list(offsets), []
+        self.offsets, self.seen, self.down = list(offsets), [], down
 
     def forward(self, z):
         self.seen.append(tuple(z.shape[2:]))
-        x = F.interpolate(z[:, :1].expand(-1, 3, -1, -1), scale_factor=2.0, mode="nearest")
+        x = F.avg_pool2d(z[:, [0, 1, 2, 0]], 2) if self.down else F.interpolate(
+            z[:, :1].expand(-1, 3, -1, -1), scale_factor=2.0, mode="nearest")
         return x + (self.offsets[len(self.seen) - 1] if self.offsets else 0.0)
 
 
@@ -215,12 +222,19 @@ def with_decoder(decoder):
     return vae
 
 
+def with_encoder(encoder):
+    vae = small()
+    vae.encoder = encoder
+    return vae
+
+
 @given(st.integers(2, 12), st.integers(1, 12), st.integers(1, 12))
 @torch.no_grad()
 def test_a_picture_that_fits_one_tile_is_decoded_as_without_tiles(tile, H, W):
     vae, z = small(), torch.randn(1, 2, min(H, tile), min(W, tile), generator=seeded())
     assert torch.equal(vae.decode(z, tile), vae.decode(z))
-    assert (vae.decode_tiled(z, tile) - vae.decode(z)).abs().max() < 1e-6
+    image = F.interpolate(z[:, :1].expand(-1, 3, -1, -1), scale_factor=2)
+    assert torch.equal(vae.encode(image, tile).mean, vae.encode(image).mean)
 
 
 @given(st.integers(1, 60), st.integers(2, 20), st.integers(1, 8))
@@ -239,6 +253,9 @@ def test_windows_cover_the_picture_sum_to_one_and_rise_gently(size, tile, factor
 def test_where_the_decoder_looks_at_its_own_place_only_tiles_change_nothing(H, W, tile):
     vae, z = with_decoder(Local()), torch.randn(2, 2, H, W, generator=seeded())
     assert (vae.decode(z, tile) - vae.decode(z, 1000)).abs().max() < 1e-5
+    vae, image = with_encoder(Local(down=True)), torch.randn(2, 3, 2 * H, 2 * W, generator=seeded())
+    tiled, whole = vae.encode(image, tile), vae.encode(image, 1000)
+    assert (tiled.mean - whole.mean).abs().max() < 1e-5 > (tiled.logvar - whole.logvar).abs().max()
 
 
 @given(st.integers(0, 1000), st.integers(9, 40), st.integers(9, 40), st.integers(4, 8))
@@ -250,6 +267,29 @@ def test_tiles_that_disagree_by_d_leave_slopes_below_d_over_the_overlap_and_no_s
     for dim in (-1, -2):
         assert picture.diff(dim=dim).abs().max() <= 1 / (2 * (tile // 4)) + 1e-5    # 2 pixels a cell
     assert picture.abs().max() <= 0.5 + 1e-5 and picture.std() > 0              # and they did disagree
+    vae = with_encoder(Local(offsets, down=True))
+    latent = vae.encode(torch.zeros(1, 3, 2 * H, 2 * W), tile).mean
+    for dim in (-1, -2):
+        assert latent.diff(dim=dim).abs().max() <= 1 / (tile // 4) + 1e-5           # 1 number a cell
+    assert latent.std() > 0
+
+
+@torch.no_grad()
+def test_tiles_of_a_real_encoder_differ_from_the_whole_and_no_more_at_the_seams_than_elsewhere():
+    """The small model of the fixtures, whose weights are random: rougher than any that was trained. With
+    weights like these tiles do differ; what counts is that seams are no worse than the rest."""
+    vae = published()
+    noise = F.interpolate(torch.randn(1, 3, 12, 16, generator=seeded()), scale_factor=16.0, mode="bilinear")
+    image, tile = noise.clamp(-1, 1), 12                                # 24 x 32 cells: 3 x 4 tiles
+    whole, tiled = vae.encode(image), vae.encode(image, tile)
+    off = (tiled.mean - whole.mean).abs().mean((0, 1)) / whole.mean.std()
+    starts = [[s for s, _ in tile_windows(size, tile, 1)] for size in (24, 32)]
+    assert [len(s) for s in starts] == [3, 4]
+    rows, columns = (torch.tensor(s[1:]) for s in starts)               # where a tile begins, others go on
+    at_seams = torch.cat([off[rows].flatten(), off[:, columns].flatten()]).mean()
+    assert 0 < off.mean() < 0.5 and at_seams < 1.5 * off.mean()
+    jump = (tiled.mean - whole.mean).diff(dim=-1).abs().mean((0, 1, 2))
+    assert jump[columns - 1].mean() < 2 * jump.mean()
 
 
 @torch.no_grad()
@@ -260,12 +300,18 @@ def test_from_a_stated_size_on_no_more_than_a_tile_is_decoded_at_once(monkeypatc
         assert vae.decode(torch.randn(1, 2, *shape)).shape == (1, 3, 2 * shape[0], 2 * shape[1])
         seen = vae.decoder.seen
         assert seen == [shape] if whole else len(seen) > 1 and set(seen) == {(8, 8)}
+        vae, pixels = with_encoder(Local(down=True)), tuple(2 * side for side in shape)
+        assert vae.encode(torch.randn(1, 3, *pixels)).mean.shape == (1, 2, *shape)
+        seen = vae.encoder.seen
+        assert seen == [pixels] if whole else len(seen) > 1 and set(seen) == {(16, 16)}
 
 
 @pytest.mark.parametrize("tile", [1, 0, -4])
 def test_a_tile_without_room_for_an_overlap_is_refused(tile):
     with pytest.raises(ValueError, match="tiles need 2 latent cells"):
         small().decode(torch.zeros(1, 2, 8, 8), tile)
+    with pytest.raises(ValueError, match="tiles need 2 latent cells"):
+        small().encode(torch.zeros(1, 3, 16, 16), tile)
 
 
 # ----------------------------------------------------------------------------------------------------- losses

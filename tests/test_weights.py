@@ -1,5 +1,5 @@
-"""Claims about weights.py and layouts.py: published models are found in every layout, read strictly and
-written back bit by bit; what is something else is named.
+"""Claims about weights.py, tensor_files.py and layouts.py: published models are found in every layout, read
+strictly and written back bit by bit; what is something else is named.
 
 fixtures/parity has small random models in Stability's layout. What diffusers wrote of the same weights stands
 in folder_digests.json as a hash of each tensor, so a folder that is made here can be compared bit by bit with
@@ -26,15 +26,17 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 import make_fake_checkpoint
+import tensor_files
 import weights
 from conftest import refuses
 from layouts import IGNORED, NAMES, clip_openclip, mmdit_folder, take_apart, vae_folder
 from mmdit import MMDiT, MMDiTConfig
 from sample import Pipeline
+from tensor_files import CheckpointError, Source, files_of_part, write_safetensors, write_shards
 from text_encoders import ENCODERS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
-from weights import (CheckpointError, Source, find_tokenizers, listed, load_clip, load_mmdit, load_t5,
-                     load_text_encoders, load_vae, save_mmdit, write_safetensors)
+from weights import (find_tokenizers, listed, load_clip, load_mmdit, load_t5, load_text_encoders, load_vae,
+                     save_mmdit)
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"
 MMDITS = ["sd3_medium", "sd3_5_large", "sd3_5_medium"]
@@ -315,8 +317,10 @@ configs = st.builds(
     st.integers(1, 2))
 
 
-@given(configs, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-def test_any_transformer_comes_back_bit_by_bit_from_and_through_both_layouts(tmp_path_factory, config, dtype):
+@given(configs, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+       st.sampled_from([20_000, weights.SHARD]))
+def test_any_transformer_comes_back_bit_by_bit_from_and_through_both_layouts(
+        tmp_path_factory, config, dtype, shard):
     tmp = tmp_path_factory.mktemp("trip")
     torch.manual_seed(0)
     model = MMDiT(config).to(dtype)
@@ -324,13 +328,52 @@ def test_any_transformer_comes_back_bit_by_bit_from_and_through_both_layouts(tmp
         torch.nn.init.normal_(p)
     save_mmdit(model, tmp / "a.safetensors")
     one = load_mmdit(tmp / "a.safetensors")
-    save_mmdit(one, tmp / "folder", layout="folder")
+    save_mmdit(one, tmp / "folder", layout="folder", shard=shard)
     two = load_mmdit(tmp / "folder")
     save_mmdit(two, tmp / "b.safetensors")
     assert equal(model, one) and equal(model, two)
     assert (tmp / "a.safetensors").read_bytes() == (tmp / "b.safetensors").read_bytes()
     found = {**vars(two.config), "heads": two.config.num_heads}
     assert found == {**vars(config), "heads": config.num_heads}
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 12))
+def test_shards_are_filled_in_order_up_to_the_limit_and_the_index_names_each_tensor_once(
+        tmp_path_factory, sizes, most):
+    folder = tmp_path_factory.mktemp("shards")
+    tensors = {f"t{i}": torch.full((n,), i, dtype=torch.float8_e5m2) for i, n in enumerate(sizes)}
+    shapes = {key: ("F8_E5M2", t.shape) for key, t in tensors.items()}
+    files = write_shards(folder, "model", shapes, iter(tensors.values()), most)
+    held = [load_file(f) for f in files]
+    assert [key for shard in held for key in sorted(shard, key=lambda k: int(k[1:]))] == list(tensors)
+    for shard, after in zip(held, [*held[1:], None]):
+        filled = sum(len(t) for t in shard.values())
+        assert filled <= most or len(shard) == 1
+        assert after is None or filled + len(after[min(after, key=lambda k: int(k[1:]))]) > most
+    assert sorted(p.name for p in folder.glob("*.safetensors")) == sorted(f.name for f in files)
+    assert files_of_part(folder) == files and list(Source(files).index) != []
+    if len(files) == 1:
+        assert files[0].name == "model.safetensors"
+    else:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(sizes)
+        assert index["weight_map"] == {k: f.name for f, shard in zip(files, held) for k in shard}
+        assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+
+
+def test_a_folder_that_holds_other_weights_is_left_alone(tmp_path):
+    """Else shards of two models, or an old whole file beside new shards, would be taken for one model."""
+    model, path = small(), tmp_path / "transformer"
+    save_mmdit(model, tmp_path, layout="folder", shard=200_000)
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    assert len(before) > 4
+    for shard in (200_000, 300_000, weights.SHARD):
+        refuses(lambda: save_mmdit(model, tmp_path, layout="folder", shard=shard), "holds", "another folder")
+    assert before == {p.name: p.read_bytes() for p in path.iterdir()}
+    for _ in range(2):                                          # one file takes the place of one file
+        save_mmdit(model, tmp_path / "b", layout="folder")
+    refuses(lambda: save_mmdit(model, tmp_path / "b", layout="folder", shard=200_000), "holds")
+    assert equal(load_mmdit(tmp_path / "b"), model) and equal(load_mmdit(tmp_path), model)
 
 
 def test_exactly_two_modulations_have_their_halves_exchanged():
@@ -495,7 +538,7 @@ def test_float8_is_cast(tmp_path, float8):
                for k, v in module.state_dict().items())
 
 
-@pytest.mark.parametrize("spelling", weights.SCALES)
+@pytest.mark.parametrize("spelling", tensor_files.SCALES)
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("kind", ["mmdit", "t5"])
 def test_scaled_float8_is_multiplied_by_its_scales(tmp_path, kind, rows, spelling):
@@ -826,6 +869,17 @@ def test_random_models_of_real_layouts_can_be_made_and_drawn_with(tmp_path, layo
     assert pipe("a red star", height=32, width=48, steps=1, output="tensor").isfinite().all()
 
 
+def test_made_up_tokenizers_have_the_sizes_and_special_ids_of_the_real_ones(tmp_path):
+    make_fake_checkpoint.write_tokenizers(tmp_path, make_fake_checkpoint.CONFIGS["sd3.5-large"])
+    clip_l, clip_g, t5 = find_tokenizers(tmp_path)
+    assert (clip_l.vocab_size, clip_g.vocab_size, t5.vocab_size) == (49408, 49408, 32100)
+    assert (clip_l.bos, clip_l.eos, clip_l.pad, clip_g.pad, t5.eos, t5.pad) == (49406, 49407, 49407, 0, 1, 0)
+    assert len((tmp_path / "tokenizer" / "merges.txt").read_text().splitlines()) == 1 + 48_894
+    assert t5.tok.token_to_id("<extra_id_0>") == 32099
+    words = "a red cat on the zzz"                              # merges do what they say: a word, a token
+    assert (clip_l(words)[0] == 49407).nonzero()[0] == 1 + 6 and 2 not in t5(words)
+
+
 LOAD = """
 import sys
 sys.path[:0] = sys.argv[2:]
@@ -850,4 +904,4 @@ def test_while_a_model_is_read_there_is_never_a_second_copy_of_it(tmp_path):
     done = subprocess.run([sys.executable, "-c", LOAD, str(path), str(Path(weights.__file__).parent),
                            str(Path(__file__).parent)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert size > 1.5 * weights.REOPEN and int(done.stdout) < 1.05 * size + weights.REOPEN + 60e6
+    assert size > 1.5 * tensor_files.REOPEN and int(done.stdout) < 1.05 * size + tensor_files.REOPEN + 60e6

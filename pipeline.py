@@ -1,0 +1,423 @@
+"""What happens between a prompt and a picture? Apart from sample.py, which is about flags and files.
+
+    prompt --TextEncoders--> context, pooled ---------\\
+    seed   --normal noise--> x at t = 1 ---> [ v = MMDiT(x, t, context, pooled); x <- x + (t' - t) v ] x steps
+           ---> x at t = 0
+    x      --from_latent, VAE decoder--> pixels                    (t = 0 data, t = 1 noise, as everywhere)
+
+    guidance   v = v_uncond + w (v_cond - v_uncond), on all channels; costs a second pass a step;
+               w = 1 switches it off
+    cost       steps x 2 passes of the transformer (4 with heun), then one of the decoder
+    shift      belongs to the weights: a run's is read from its config.json, the PNG's settings tell it
+    a picture  may take the place of the prompt's first steps: it is given noise up to some t < 1, and
+               sampling begins there
+
+Weights are a folder that train.py wrote, or published ones: SD3-medium, SD3.5-medium, SD3.5-large or its
+turbo, as Stability's single file or a diffusers folder (weights.py). Steps and guidance then are those of
+Stability's own scripts (DEFAULTS). Weights of the published models are bfloat16 on a card; where they live
+while they are not needed is offload.py's business.
+
+Each picture has its own generator on the CPU, seeded with its own number: picture i does not depend on the
+batch it is drawn in or on the device (up to the rounding of the device's arithmetic).
+
+A dropped encoder is zeros, as in training. For T5 there is a second convention, no tokens at all (ComfyUI's;
+t5_length=0): it gives another picture.
+
+DIFFERS: for runs trained here the empty prompt means zeros in the place of all text, since that is what
+dropped text was in training; released SD3 weights are given the encoded empty string.
+DIFFERS: a given picture becomes the mean of its posterior, not a sample: it needs no seed of its own.
+
+Run `python pipeline.py`: checks on an untrained pipeline that seeds, batches and sizes behave as promised.
+"""
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import flow
+import offload
+from checkpoints import CheckpointError, load_part, load_tokenizers, read_json
+from kernels.int8 import quantise_mmdit, quantise_t5
+from offload import Places
+from tensor_files import read_config
+from text_encoders import ENCODERS, Conditioning, TextEncoders
+from vae import TILE
+from weights import (clip_config, free_memory, load_mmdit, load_text_encoders, load_vae, locate, mmdit_config,
+                     t5_config, vae_config)
+
+DEFAULTS = {                # of Stability's own scripts. skip_layers: see Pipeline
+    "sd3-medium": {"steps": 50, "guidance": 5.0},
+    "sd3.5-medium": {"steps": 50, "guidance": 5.0, "skip_layers": (2.5, (7, 8, 9), 0.01, 0.2)},
+    "sd3.5-large": {"steps": 40, "guidance": 4.5},
+    "sd3.5-large-turbo": {"steps": 4, "guidance": 1.0}}
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto": cuda, else mps, else cpu. ValueError for a device that this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(
+            f"device {name!r} cannot be used ({str(e).splitlines()[0]}): try --device cpu") from None
+    return torch.device(name)
+
+
+class Pipeline:
+    """The whole of SD3, ready to draw: text encoders, transformer, autoencoder
+    and how they were trained to be used.
+
+    t5_length: tokens of T5; longer prompts get more, up to t5_longest (None: no more).
+    shift, kind: of the sampling schedule (flow.schedule). size: (height, width) by default.
+    zero_empty: an empty prompt is zeros in all text features, not an encoded "".
+    dtype: of autocast; None: none, parts compute in the dtype of their weights.
+    skip_layers: (scale, layers, start, end): from start to end, shares of the steps, the picture is led away
+        from what the transformer says without these layers (flow.guided); None: it is not.
+    offload, device: where the parts are while they rest (offload.py), and where they work.
+    """
+
+    def __init__(self, mmdit, vae, encoders, *, t5_length=77, t5_longest=None, shift=3.0, kind="reference",
+                 size=(1024, 1024), guidance=4.5, steps=28, zero_empty=False, dtype=None, skip_layers=None,
+                 offload="none", device=None):
+        self.mmdit, self.vae, self.encoders = mmdit, vae, encoders
+        self.t5_length, self.t5_longest = t5_length, t5_longest or t5_length
+        self.shift, self.kind, self.size = shift, kind, size
+        self.guidance, self.steps, self.zero_empty, self.dtype = guidance, steps, zero_empty, dtype
+        self.skip_layers, self.encoded = skip_layers, (None, None)
+        self.places = Places(offload, device or next(mmdit.parameters()).device, mmdit, encoders)
+
+    @classmethod
+    def from_pretrained(cls, path, *, device=None, dtype=None, t5=True, offload="auto", int8=False,
+                        tokenizers=None, size=None, drop=(), pictures=1) -> "Pipeline":
+        """A run's folder, as train.py leaves it, or published weights (see the top of this file).
+
+        device: None picks the best. dtype: for a run, of autocast, None for none; else of the weights, None
+        for bfloat16 on a card and float32 elsewhere. drop: encoders that are not even loaded, zeros stand in
+        their place; t5=False drops "t5". offload: one of offload.MODES; "auto": the fastest that fits the
+        card, for so many pictures of `size` at once. int8: transformer and T5 in 8 bits (kernels/int8.py).
+        tokenizers: a folder, if the model's has none.
+        Raises CheckpointError where the folder is neither, ValueError where it does not fit.
+        """
+        device, drop = pick_device(device or "auto"), {*drop, *(() if t5 else ("t5",))}
+        if wrong := drop - set(ENCODERS):
+            raise ValueError(f"cannot drop {sorted(wrong)}: choose from {', '.join(ENCODERS)}")
+        if is_run(path):
+            return cls(**load_run(Path(path), device, dtype, drop, offload, int8, tokenizers), device=device)
+        return cls(**load_published(Path(path), device, dtype, drop, offload, int8, tokenizers, size,
+                                    pictures), device=device)
+
+    @torch.no_grad()
+    def __call__(self, prompt, *, negative="", height=None, width=None, steps=None, guidance=None, seed=0,
+                 noise=None, t5_length=None, drop=(), image=None, strength=0.6, method="euler", output="pil",
+                 callback=None):
+        """Pictures for a prompt or a list of B prompts.
+
+        negative: a text, or one for each prompt.
+        seed: picture i is drawn from seed + i, or give a list of B seeds.
+        noise (B, C, H/8, W/8) replaces the seeds' (only the sde method draws more).
+        Sides are multiples of 16 pixels.
+        t5_length: tokens of T5; 0 leaves them out. drop: names of encoders that give zeros.
+        image: begin with this picture (PIL, or a tensor (1 or B, 3, H, W) in [0, 1]) under noise; of the
+            steps the share `strength` is left.
+        output: "pil": list of images; "tensor": (B, 3, H, W) in [0, 1]; "latent": what the VAE's from_latent
+            takes.
+        callback(i, t, x, x0): see flow.sample.
+        Raises ValueError for bad arguments, FloatingPointError for NaNs.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        height, width = self.size[0] if height is None else height, self.size[1] if width is None else width
+        steps, guidance = (self.steps if steps is None else steps,
+                           self.guidance if guidance is None else guidance)
+        check_request(prompts, negatives, height, width, steps, guidance, output)
+        f, device = self.vae.config.factor, self.places.device
+        shape = (len(prompts), self.mmdit.config.in_channels, height // f, width // f)
+        generators, noise = start(shape, seed, noise)
+        ts = flow.schedule(steps, self.shift, self.kind)
+        weaker = skipping(ts, *self.skip_layers) if self.skip_layers else None
+
+        with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            cond, uncond = self.conditions(prompts, negatives if guidance != 1 else prompts, t5_length, drop)
+            noise = noise.to(device)
+            if image is not None:
+                ts = flow.part_way(ts, strength)
+                x0 = self.latent_of(image, len(prompts), height, width)
+                noise = flow.interpolate(x0, noise, ts[:1].to(device).expand(len(prompts)))
+            with self.places.at_work(self.mmdit):
+                model = flow.guided(self.mmdit, guidance, cond, uncond, weaker)
+                latent = flow.sample(model, noise, ts, method=method, generator=generators, callback=callback)
+            if output == "latent":
+                return latent
+            images = (self.decode(latent) / 2 + 0.5).clamp(0, 1)
+        return images if output == "tensor" else to_pil(images)
+
+    def conditions(self, prompts, negatives, t5_length, drop) -> list[dict]:
+        """What the transformer is given for the prompts and for the negatives: encoded together, once."""
+        said = vars(self.encode(prompts + negatives, t5_length, drop))
+        return [dict(zip(said, half)) for half in zip(*(x.split(len(prompts)) for x in said.values()))]
+
+    def encode(self, prompts: list[str], t5_length=None, drop=()) -> Conditioning:
+        """Prompts -> Conditioning on the transformer's device. Equal texts are encoded once, also when they
+        come again in the next call."""
+        texts, drop = list(dict.fromkeys(prompts)), tuple(drop)
+        length = self.t5_tokens(texts, drop) if t5_length is None else t5_length
+        if self.encoded[0] != (texts, length, drop):
+            said = self.encoders(texts, length, drop)
+            if self.zero_empty:
+                filled = torch.tensor([bool(p.strip()) for p in texts], device=said.context.device)
+                said = Conditioning(said.context * filled[:, None, None], said.pooled * filled[:, None])
+            self.encoded = (texts, length, drop), said
+        rows, said = [texts.index(p) for p in prompts], self.encoded[1]
+        return Conditioning(*(x[rows].to(self.places.device) for x in (said.context, said.pooled)))
+
+    def t5_tokens(self, texts, drop=()) -> int:
+        """As many as they need, between t5_length and t5_longest."""
+        tokenizer, lengths = self.encoders.tokenizers[2], range(self.t5_length, self.t5_longest)
+        if tokenizer is None or "t5" in drop:
+            return self.t5_length
+        return next((n for n in lengths if not any(tokenizer.truncated(texts, n))), self.t5_longest)
+
+    def latent_of(self, image, B, height, width) -> torch.Tensor:
+        """A picture (PIL of any size, or (1 or B, 3, height, width) in [0, 1]) as the flow model sees it."""
+        if not isinstance(image, torch.Tensor):
+            image = image.convert("RGB").resize((width, height), Image.LANCZOS)
+            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+        if image.ndim != 4 or image.shape[1:] != (3, height, width) or len(image) not in (1, B):
+            raise ValueError(f"image {tuple(image.shape)}: needed is (1 or {B}, 3, {height}, {width})")
+        with self.places.at_work(self.vae):
+            pieces = self.few_at_once(image.to(self.places.device) * 2 - 1, self.vae.config.factor)
+            x0 = torch.cat([self.vae.to_latent(self.vae.encode(piece).mean) for piece in pieces])
+        return x0.expand(B, -1, -1, -1)
+
+    def decode(self, latent) -> torch.Tensor:
+        """(B, C, H/8, W/8) -> (B, 3, H, W), about [-1, 1]. FloatingPointError where it is not finite: as
+        pixels, NaN would be black."""
+        with self.places.at_work(self.vae):
+            images = torch.cat([self.vae.decode(z).float()
+                                for z in self.few_at_once(self.vae.from_latent(latent), 1)])
+        if not images.isfinite().all():
+            raise FloatingPointError("the decoder's pictures hold NaN or infinity: "
+                                     "decode in float32 or bfloat16, not float16")
+        return images
+
+    def few_at_once(self, x, cell):
+        """Pieces of a batch with at most TILE^2 latent cells each, of `cell` numbers a side in x."""
+        return x.split(max(1, TILE ** 2 // (x.shape[2] // cell * (x.shape[3] // cell))))
+
+    def notice(self, prompt: str, t5_length=None) -> str | None:
+        """One line if some encoder does not see the whole prompt, or not its every sign."""
+        lengths = (self.encoders.clip_length, self.encoders.clip_length, t5_length or self.t5_longest)
+        there = [(name, length, tokenizer)
+                 for name, length, tokenizer in zip(ENCODERS, lengths, self.encoders.tokenizers)
+                 if tokenizer and getattr(self.encoders, name)]
+        cut = [f"{name} ({length} tokens)" for name, length, tokenizer in there
+               if tokenizer.truncated([prompt], length)[0]]
+        signs = [sign for name, _, tokenizer in there if name == "t5" for sign in unknown(tokenizer, prompt)]
+        said = [f"the end of the prompt is not seen by {', '.join(cut)}: it is too long"] * bool(cut)
+        said += [f"T5 does not know {' '.join(map(repr, signs[:8]))}"] * bool(signs)
+        return f"notice: {'; '.join(said)}" if said else None
+
+
+def unknown(tokenizer, text: str) -> list[str]:
+    """The parts of a text that T5's vocabulary has no token for. (CLIP's has all: it falls back on bytes.)"""
+    text, unk = text.encode("utf-8", "replace").decode(), tokenizer.tok.token_to_id("<unk>")
+    found = tokenizer.tok.encode(text, add_special_tokens=False)
+    return list(dict.fromkeys(text[a:b] for i, (a, b) in zip(found.ids, found.offsets) if i == unk))
+
+
+# -------------------------------------------------------------------------------------------------- loading
+
+def is_run(path) -> bool:
+    return Path(path, "config.json").is_file() and "t5_length" in read_json(Path(path, "config.json"))
+
+
+def load_run(path, device, dtype, drop, mode, int8, tokenizers) -> dict:
+    """The arguments of Pipeline for a run's folder. Runs are small: "auto" leaves all on the device."""
+    if tokenizers:
+        raise ValueError(f"{path} has its own tokenizers: leave out --tokenizers {tokenizers}")
+    config, mode = read_json(path / "config.json"), "none" if mode == "auto" else mode
+    names = ["mmdit", "vae", "clip_l", "clip_g"] + ["t5"] * ("t5" not in drop)
+    parts = {name: load_part(path, name) for name in names}
+    if int8:
+        quantise_mmdit(parts["mmdit"])
+        if "t5" in parts:
+            quantise_t5(parts["t5"])
+    parts = {name: part.to(device if mode == "none" else "cpu") for name, part in parts.items()}
+    c, width = parts["clip_l"].config, parts["mmdit"].config.context_dim
+    words = load_tokenizers(path, c.context_length)
+    widths = c.width, parts["clip_g"].config.width, width
+    encoders = TextEncoders(*(None if name in drop else parts[name] for name in ENCODERS),
+                            list(words.values()), widths)
+    encoders.clip_length = c.context_length                                 # also where both are dropped
+    if encoders.widths[2] != width or sum(encoders.pooled_dims) != parts["mmdit"].config.pooled_dim:
+        raise CheckpointError(
+            f"{path}: the text encoders do not fit mmdit.safetensors: the folder mixes two runs")
+    return {"mmdit": parts["mmdit"], "vae": parts["vae"], "encoders": encoders,
+            "dtype": None if dtype == torch.float32 else dtype, "offload": mode, "zero_empty": True,
+            "t5_length": config["t5_length"], "shift": config["shift"], "kind": "clean", "steps": 20,
+            "guidance": 3.0, "size": (config["size"], config["size"])}
+
+
+def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pictures) -> dict:
+    """The arguments of Pipeline for published weights. What may be missing is looked for first, the largest
+    files are read last."""
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    configs = published_configs(path, drop)
+    c, (name, how) = configs["mmdit"], recognise(configs["mmdit"], path)
+    side = side_of(configs)
+    height, width = (given or side for given in size or (None, None))
+    about = dict(height=height, width=width, guidance=how["guidance"] != 1, dtype=dtype, pictures=pictures)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        mode = offload.choose(mode, name, configs, free, int8, **about)
+    mode = "none" if mode == "auto" else mode
+    home = device if mode == "none" and not int8 else torch.device("cpu")
+    if home.type == "cpu":
+        offload.check_main_memory(name, configs, free_memory(home), int8, works=device.type == "cpu", **about)
+    encoders = load_text_encoders(
+        path, device=home, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, tokenizers=tokenizers,
+        drop=drop, widths=text_widths(configs))
+    if int8 and encoders.t5:
+        quantise_t5(encoders.t5)                    # before the transformer comes, too, in full size
+    parts = {"vae": load_vae(path, device=home, dtype=torch.float32),
+             "mmdit": load_mmdit(path, device=home, dtype=dtype), "encoders": encoders}
+    if int8:
+        quantise_mmdit(parts["mmdit"])
+    if mode == "none":
+        parts = {name: part.to(device) for name, part in parts.items()}
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
+    return parts | how | {"shift": shift, "t5_longest": 256, "size": (side, side), "offload": mode}
+
+
+def published_configs(path, drop=()) -> dict:
+    """The configs of the five parts but those in `drop`, from names and shapes alone; CheckpointError unless
+    they fit each other."""
+    configs = {"mmdit": mmdit_config(*locate(path, "mmdit")), "vae": vae_config(*locate(path, "vae"))}
+    configs |= {name: t5_config(*locate(path, name)) if name == "t5" else
+                clip_config(*locate(path, name), name) for name in ENCODERS if name not in drop}
+    c, t5 = configs["mmdit"], configs.get("t5")
+    if sum(text_widths(configs)[:2]) != c.pooled_dim or (t5 and t5.width != c.context_dim):
+        raise CheckpointError(f"{path}: the text encoders do not fit the transformer, which wants "
+                              f"{c.pooled_dim} pooled numbers and tokens {c.context_dim} wide: they are of "
+                              "another model")
+    if configs["vae"].z_channels != c.in_channels:
+        raise CheckpointError(f"{path}: the autoencoder has {configs['vae'].z_channels} channels, the "
+                              f"transformer {c.in_channels}: they are of different models")
+    return configs
+
+
+def text_widths(configs) -> tuple[int, int, int]:
+    """Of what CLIP-L, bigG and T5 say; a dropped one fills what the others leave of the transformer's."""
+    c, (l, g) = configs["mmdit"], (configs.get(name) for name in ("clip_l", "clip_g"))
+    l, g = (clip and (clip.projection_dim or clip.width) for clip in (l, g))
+    l = max(0, c.pooled_dim - (g or 0)) if l is None else l
+    return l, max(0, c.pooled_dim - l) if g is None else g, c.context_dim
+
+
+def side_of(configs) -> int:
+    """Pixels: 1024, or as many as a smaller model has positions for."""
+    return min(1024, configs["mmdit"].pos_max * configs["mmdit"].patch_size * configs["vae"].factor)
+
+
+def recognise(c, path) -> tuple[str, dict]:
+    """Which published model this is -> its name and its row of DEFAULTS. Turbo has the shapes of the large
+    one: only names tell it."""
+    if "turbo" in f"{Path(path).name} {read_config(Path(path, 'transformer')).get('_name_or_path')}".lower():
+        return "sd3.5-large-turbo", DEFAULTS["sd3.5-large-turbo"]
+    if not c.qk_norm:
+        return "sd3-medium", DEFAULTS["sd3-medium"]
+    medium = c.dual_blocks and c.depth > 9          # small models of its kind lack the layers to skip
+    name = "sd3.5-medium" if medium else "sd3.5-large"
+    return name, DEFAULTS[name]
+
+
+# ------------------------------------------------------------------------------------------------ a request
+
+def start(shape, seed, noise):
+    """(B generators, noise (B, C, H, W)) for a seed or B seeds."""
+    generators = [torch.Generator().manual_seed(s) for s in seeds_of(seed, shape[0])]
+    if noise is not None and noise.shape != shape:
+        raise ValueError(f"noise is {tuple(noise.shape)}: these pictures need {shape}")
+    return generators, flow.draw_noise(shape, generators) if noise is None else noise
+
+
+def seeds_of(seed, n) -> list[int]:
+    """One for each of n pictures: from `seed` on, or those of the list `seed`."""
+    seeds = [seed + i for i in range(n)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != n or not all(0 <= s < 2**63 for s in seeds):
+        raise ValueError(f"seed is {seed}: needed is a number from 0 to 2^63 - {n}, or a list of {n}")
+    return seeds
+
+
+def at_once(height, width, factor) -> int:
+    """How many pictures to draw in one batch: not more than memory for one of TILE^2 cells has room for."""
+    return max(1, min(16, TILE ** 2 * factor ** 2 // max(1, height * width)))
+
+
+def skipping(ts, scale, layers, begin, end):
+    """Skip-layer guidance at the steps i with begin < i / steps < end, as flow.guided wants it."""
+    steps = len(ts) - 1
+    there = [i for i in range(steps) if begin * steps < i < end * steps]
+    if not there:
+        return None
+    high, low = (ts[there[0] - 1] + ts[there[0]]) / 2, (ts[there[-1]] + ts[there[-1] + 1]) / 2
+    return scale, (low.item(), high.item()), {"skip_layers": layers}
+
+
+def check_request(prompts, negatives, height, width, steps, guidance, output) -> None:
+    if not prompts or len(negatives) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts and {len(negatives)} negative prompts: "
+                         "give one or more, and as many of each")
+    for name, side in (("height", height), ("width", width)):
+        if side < 16 or side % 16:
+            raise ValueError(f"{name} {side} is not a multiple of 16 (8 in the VAE, 2 in the patches): "
+                             f"try {max(16, round(side / 16) * 16)}")
+    if not 1 <= steps <= 10_000:
+        raise ValueError(f"steps is {steps}: sampling takes at least 1, and at most 10,000 are of any use")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance is {guidance}: give a number, 1 for none")
+    if output not in ("pil", "tensor", "latent"):
+        raise ValueError(f"no output {output!r}: choose pil, tensor or latent")
+
+
+def to_pil(images: torch.Tensor) -> list:
+    """(B, 3, H, W) in [0, 1] -> PIL images."""
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+def demo() -> None:
+    """An untrained pipeline cannot draw, but it must keep its promises about seeds, batches and sizes."""
+    from tempfile import TemporaryDirectory
+    from settings import TrainConfig
+    from stages import build, make_tokenizers
+
+    torch.manual_seed(0)
+    with TemporaryDirectory() as folder:
+        config = TrainConfig()
+        tokenizers = make_tokenizers(Path(folder), config, ["a red star left of a blue ring"], ["a red star"])
+    parts = build(config, tokenizers)
+    torch.nn.init.normal_(parts["mmdit"].final_layer.linear.weight, std=0.02)   # or all velocities are 0
+    encoders = TextEncoders(parts["clip_l"], parts["clip_g"], parts["t5"], list(tokenizers.values()))
+    pipe = Pipeline(parts["mmdit"], parts["vae"], encoders, t5_length=12, size=(64, 64), steps=4,
+                    zero_empty=True)
+    three = pipe(["a red star", "", "a blue ring"], seed=5, output="tensor")
+    alone = pipe("a blue ring", seed=7, output="tensor")
+    wide = pipe("a red star", height=32, width=96, output="tensor")
+    assert torch.allclose(three[2], alone[0], atol=1e-4) and not torch.allclose(three[0], three[2], atol=1e-2)
+    assert wide.shape == (1, 3, 32, 96)
+    print(f"picture 2 of a batch of three and the same seed alone differ by "
+          f"{(three[2] - alone[0]).abs().max():.1e}; "
+          f"sizes {tuple(three.shape[2:])} and {tuple(wide.shape[2:])} drawn")
+
+
+# Exercises. (1) guidance 0, 1, 3, 8 with one seed: from anything, over the prompt, to over-saturated colours.
+# (2) steps=1: the picture is the mean of all that fit the prompt. How many steps until it is sharp?
+# (3) Use the encoded "" in place of zeros (zero_empty=False) on a run: how much does guidance lose?
+
+if __name__ == "__main__":
+    demo()
