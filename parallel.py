@@ -31,7 +31,7 @@ What to know
 - Only rank 0 prints and writes, but each rank writes shards of checkpoints (checkpoints.py) and files of
   caches (prepare.py): all ranks need the same folders, on one machine or a file system that they share.
 - A rank that ends takes the others along: gloo's and NCCL's calls fail, or torchrun ends them. --resume goes
-  on, with as many ranks as there are then.
+  on, with as many ranks as there are then; torchrun --max-restarts K does so itself where the line has it.
 
 Run `python parallel.py`: two processes and one compute the same gradient.
 """
