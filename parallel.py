@@ -319,7 +319,7 @@ def shard(model, dtype: torch.dtype, device: torch.device, later: Later) -> None
     for name, p in model.named_parameters():
         if name in how:
             local(p.data).copy_(rows_of(how[name]().view(p.shape), p))
-    later.__init__()                                            # and what it held leaves the memory
+    later.notes, later.space = {}, torch.empty(0)               # what it held leaves the memory
 
 
 def let_go(model: nn.Module) -> None:
