@@ -229,18 +229,17 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
     """What drawing takes, `pictures` at once, in bytes, from shapes alone.
 
     configs: of the parts, {"mmdit": MMDiTConfig, "vae": ..., "clip_l": ...}; encoders may be missing.
-    -> "parameters", "weights" and "work" by part; "peak" by offload mode: what the card must have; "main":
-    what main memory must have where all parts wait there. They come one after the other, encoders first, and
-    with int8 each is made smaller when it is there.
+    -> "parameters", "weights" and "work" by part; "peak" by offload mode: what the card must have.
     """
     kinds = {"mmdit": MMDiT, "vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder,
              "t5": T5Encoder}
     with torch.device("meta"):
-        parts = {name: kinds[name](config).to(torch.float32 if name == "vae" else dtype)
-                 for name, config in configs.items()}
+        parts = {name: kinds[name](config).to(
+            torch.float32 if name == "vae" else
+            torch.bfloat16 if name in ENCODERS and dtype == torch.float16 else dtype)   # as they are loaded
+            for name, config in configs.items()}
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     mmdit, c, f = parts["mmdit"], configs["mmdit"], configs["vae"].factor
-    whole = {name: sum(t.nbytes for t in tensors_of(part)) for name, part in parts.items()}
     if int8:
         quantise_mmdit(mmdit)
         if "t5" in parts:
@@ -266,9 +265,7 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
     peak = {"none": sum(size.values()) + max(work.values()),
             "model": max(*others, size["mmdit"] + work["mmdit"]),
             "block": max(*others, size["mmdit"] - sum(blocks) + 2 * max(blocks) + work["mmdit"])}
-    order = [name for name in (*ENCODERS, "vae", "mmdit") if name in parts]
-    main = max(whole[name] + sum(size[before] for before in order[:i]) for i, name in enumerate(order))
-    return {"parameters": count, "weights": size, "work": work, "main": main,
+    return {"parameters": count, "weights": size, "work": work,
             "peak": {mode: n + OVERHEAD for mode, n in peak.items()}}
 
 
@@ -287,9 +284,8 @@ def report(name, configs, free=None, **how) -> str:
               f"{'':23s}" + "".join(f"{'--offload ' + mode:>17s}" for mode in MODES)]
     for flag, needs in (("", plain), ("--int8", small)):
         lines.append(f"{flag:23s}" + "".join(f"{needs['peak'][mode] / GB:14.2f} GB" for mode in MODES))
-    lines.append(f"in main memory, with model or block: {plain['main'] / GB:.2f} GB; with --int8 "
-                 f"{small['main'] / GB:.2f} GB while they are read, then "
-                 f"{sum(small['weights'].values()) / GB:.2f} GB")
+    lines.append(f"in main memory, with model or block: {sum(plain['weights'].values()) / GB:.2f} GB, "
+                 f"{sum(small['weights'].values()) / GB:.2f} GB with --int8")
     if free is not None:
         lines.append(f"free on this card: {free / GB:.2f} GB")
     return "\n".join(lines)
@@ -317,7 +313,7 @@ def check_main_memory(name, configs, free, int8=False, works=False, **how) -> No
     needs less. works: they work there too, as there is no card."""
     def most(flags):
         n = with_flags(flags, configs, int8, how)
-        return max(n["main"], n["peak"]["none"] - OVERHEAD) if works else n["main"]
+        return sum(n["weights"].values()) + works * max(n["work"].values())
 
     if free is None or (taken := most([])) <= free:
         return

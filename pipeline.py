@@ -20,8 +20,8 @@ while they are not needed is offload.py's business.
 Each picture has its own generator on the CPU, seeded with its own number: picture i does not depend on the
 batch it is drawn in or on the device (up to the rounding of the device's arithmetic).
 
-A dropped encoder is zeros, as in training. For T5 there is a second convention, no tokens at all (ComfyUI's;
-t5_length=0): it gives another picture.
+A dropped encoder is zeros, as in training. There is a second convention, ComfyUI's, which gives another
+picture (left_out): a dropped T5 has no tokens, nor has CLIP where both are dropped; one of them is zeros.
 
 DIFFERS: for runs trained here the empty prompt means zeros in the place of all text, since that is what
 dropped text was in training; released SD3 weights are given the encoded empty string.
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import flow
 import offload
@@ -97,8 +97,8 @@ class Pipeline:
         device: None picks the best. dtype: for a run, of autocast, None for none; else of the weights, None
         for bfloat16 on a card and float32 elsewhere. drop: encoders that are not even loaded, zeros stand in
         their place; t5=False drops "t5". offload: one of offload.MODES; "auto": the fastest that fits the
-        card, for so many pictures of `size` at once. int8: transformer and T5 in 8 bits (kernels/int8.py).
-        tokenizers: a folder, if the model's has none.
+        card, for so many pictures of `size` (see at_once). int8: transformer and T5 in 8 bits (see
+        kernels/int8.py). tokenizers: a folder, if the model's has none.
         Raises CheckpointError where the folder is neither, ValueError where it does not fit.
         """
         device, drop = pick_device(device or "auto"), {*drop, *(() if t5 else ("t5",))}
@@ -111,15 +111,15 @@ class Pipeline:
 
     @torch.no_grad()
     def __call__(self, prompt, *, negative="", height=None, width=None, steps=None, guidance=None, seed=0,
-                 noise=None, t5_length=None, drop=(), image=None, strength=0.6, method="euler", output="pil",
-                 callback=None):
+                 noise=None, t5_length=None, drop=(), left_out=False, image=None, strength=0.6,
+                 method="euler", output="pil", callback=None):
         """Pictures for a prompt or a list of B prompts.
 
         negative: a text, or one for each prompt.
         seed: picture i is drawn from seed + i, or give a list of B seeds.
         noise (B, C, H/8, W/8) replaces the seeds' (only the sde method draws more).
         Sides are multiples of 16 pixels.
-        t5_length: tokens of T5; 0 leaves them out. drop: names of encoders that give zeros.
+        t5_length: tokens of T5. drop: names of encoders that give zeros, or no tokens if left_out.
         image: begin with this picture (PIL, or a tensor (1 or B, 3, H, W) in [0, 1]) under noise; of the
             steps the share `strength` is left.
         output: "pil": list of images; "tensor": (B, 3, H, W) in [0, 1]; "latent": what the VAE's from_latent
@@ -140,7 +140,8 @@ class Pipeline:
         weaker = skipping(ts, *self.skip_layers) if self.skip_layers else None
 
         with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            cond, uncond = self.conditions(prompts, negatives if guidance != 1 else prompts, t5_length, drop)
+            cond, uncond = self.conditions(prompts, negatives if guidance != 1 else prompts, t5_length, drop,
+                                           left_out)
             noise = noise.to(device)
             if image is not None:
                 ts = flow.part_way(ts, strength)
@@ -154,22 +155,26 @@ class Pipeline:
             images = (self.decode(latent) / 2 + 0.5).clamp(0, 1)
         return images if output == "tensor" else to_pil(images)
 
-    def conditions(self, prompts, negatives, t5_length, drop) -> list[dict]:
+    def conditions(self, prompts, negatives, *how) -> list[dict]:
         """What the transformer is given for the prompts and for the negatives: encoded together, once."""
-        said = vars(self.encode(prompts + negatives, t5_length, drop))
+        said = vars(self.encode(prompts + negatives, *how))
         return [dict(zip(said, half)) for half in zip(*(x.split(len(prompts)) for x in said.values()))]
 
-    def encode(self, prompts: list[str], t5_length=None, drop=()) -> Conditioning:
+    def encode(self, prompts: list[str], t5_length=None, drop=(), left_out=False) -> Conditioning:
         """Prompts -> Conditioning on the transformer's device. Equal texts are encoded once, also when they
         come again in the next call."""
         texts, drop = list(dict.fromkeys(prompts)), tuple(drop)
+        absent = {name for name in ENCODERS if name in drop or getattr(self.encoders, name) is None}
         length = self.t5_tokens(texts, drop) if t5_length is None else t5_length
-        if self.encoded[0] != (texts, length, drop):
+        length = 0 if left_out and "t5" in absent else length
+        if self.encoded[0] != (texts, length, drop, left_out):
             said = self.encoders(texts, length, drop)
+            if left_out and length and absent == {"clip_l", "clip_g"}:
+                said = Conditioning(said.context[:, self.encoders.clip_length:], said.pooled)
             if self.zero_empty:
                 filled = torch.tensor([bool(p.strip()) for p in texts], device=said.context.device)
                 said = Conditioning(said.context * filled[:, None, None], said.pooled * filled[:, None])
-            self.encoded = (texts, length, drop), said
+            self.encoded = (texts, length, drop, left_out), said
         rows, said = [texts.index(p) for p in prompts], self.encoded[1]
         return Conditioning(*(x[rows].to(self.places.device) for x in (said.context, said.pooled)))
 
@@ -181,9 +186,10 @@ class Pipeline:
         return next((n for n in lengths if not any(tokenizer.truncated(texts, n))), self.t5_longest)
 
     def latent_of(self, image, B, height, width) -> torch.Tensor:
-        """A picture (PIL of any size, or (1 or B, 3, height, width) in [0, 1]) as the flow model sees it."""
+        """A picture as the flow model sees it: PIL of any size, which is cut to shape in its middle, or
+        (1 or B, 3, height, width) in [0, 1]."""
         if not isinstance(image, torch.Tensor):
-            image = image.convert("RGB").resize((width, height), Image.LANCZOS)
+            image = ImageOps.fit(image.convert("RGB"), (width, height), Image.LANCZOS)
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
         if image.ndim != 4 or image.shape[1:] != (3, height, width) or len(image) not in (1, B):
             raise ValueError(f"image {tuple(image.shape)}: needed is (1 or {B}, 3, {height}, {width})")
@@ -266,28 +272,22 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
     files are read last."""
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     configs = published_configs(path, drop)
-    c, (name, how) = configs["mmdit"], recognise(configs["mmdit"], path)
-    side = side_of(configs)
+    (name, how), side = recognise(configs["mmdit"], path), side_of(configs)
     height, width = (given or side for given in size or (None, None))
-    about = dict(height=height, width=width, guidance=how["guidance"] != 1, dtype=dtype, pictures=pictures)
+    about = dict(height=height, width=width, guidance=how["guidance"] != 1, dtype=dtype,
+                 pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         mode = offload.choose(mode, name, configs, free, int8, **about)
     mode = "none" if mode == "auto" else mode
-    home = device if mode == "none" and not int8 else torch.device("cpu")
+    home = device if mode == "none" else torch.device("cpu")
     if home.type == "cpu":
         offload.check_main_memory(name, configs, free_memory(home), int8, works=device.type == "cpu", **about)
     encoders = load_text_encoders(
         path, device=home, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, tokenizers=tokenizers,
-        drop=drop, widths=text_widths(configs))
-    if int8 and encoders.t5:
-        quantise_t5(encoders.t5)                    # before the transformer comes, too, in full size
+        drop=drop, int8=int8, widths=text_widths(configs))
     parts = {"vae": load_vae(path, device=home, dtype=torch.float32),
-             "mmdit": load_mmdit(path, device=home, dtype=dtype), "encoders": encoders}
-    if int8:
-        quantise_mmdit(parts["mmdit"])
-    if mode == "none":
-        parts = {name: part.to(device) for name, part in parts.items()}
+             "mmdit": load_mmdit(path, device=home, dtype=dtype, int8=int8), "encoders": encoders}
     scheduler = path / "scheduler" / "scheduler_config.json"
     shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
     return parts | how | {"shift": shift, "t5_longest": 256, "size": (side, side), "offload": mode}

@@ -14,7 +14,7 @@ pipeline.py does the work. Here are the flags, the files and what may go wrong:
 - The settings of a picture are JSON in its PNG's text chunk "parameters".
 
 --model is a folder that train.py wrote, or published weights. A dropped encoder is not even loaded; zeros
-take its place, as in training. For T5 there is a second convention, no tokens at all (ComfyUI's; --left-out).
+take its place, as in training, or, with --left-out, what ComfyUI does (see pipeline.py).
 """
 import argparse
 import json
@@ -70,8 +70,8 @@ def parse(argv=None):
     text.add_argument("--drop", nargs="+", default=[], type=encoder, metavar="ENCODER",
                       help=f"encoders to do without, of {', '.join(ENCODERS)}: zeros take their place")
     text.add_argument("--drop-t5", action="store_true", help="short for --drop t5")
-    text.add_argument("--left-out", action="store_true",
-                      help="a dropped T5 gives no tokens instead of zeros (ComfyUI's convention)")
+    text.add_argument("--left-out", action="store_true", help="a dropped T5, or both CLIPs dropped, give no "
+                      "tokens instead of zeros (ComfyUI's convention)")
     text.add_argument("--tokenizers", help="folder with tokenizer/ and tokenizer_3/ for published weights "
                       "that have none beside them")
     memory = p.add_argument_group("memory and speed")
@@ -87,9 +87,8 @@ def parse(argv=None):
     args = p.parse_args(argv)
     args.dtype = args.dtype and getattr(torch, args.dtype)
     args.drop = tuple(dict.fromkeys(args.drop + ["t5"] * args.drop_t5))
-    if args.left_out and "t5" not in args.drop:
-        p.error("--left-out is about a dropped T5: add --drop-t5")
-    args.t5_length = 0 if args.left_out else args.t5_length
+    if args.left_out and "t5" not in args.drop and len(args.drop) < 2:
+        p.error("--left-out is about encoders that are dropped: add --drop-t5, or --drop clip_l clip_g")
     return args
 
 
@@ -199,7 +198,8 @@ def draw(args) -> None:
     asked |= {k: v for k in asked if (v := getattr(args, k)) is not None}
     settings = asked | {"prompt": args.prompt, "negative": args.negative, "method": args.method,
                         "shift": pipe.shift, "schedule": pipe.kind, "skip_layers": pipe.skip_layers,
-                        "model": str(folder), "drop": args.drop, "int8": args.int8, "image": args.image,
+                        "model": str(folder), "drop": args.drop, "left_out": args.left_out,
+                        "int8": args.int8, "image": args.image,
                         "strength": strength_of(args) if image else None}
     tell(pipe, args, asked)
     some = at_once(asked["height"], asked["width"], pipe.vae.config.factor)
@@ -208,7 +208,7 @@ def draw(args) -> None:
         seeds = [args.seed + i for i in range(first, min(args.n, first + some))]
         with tqdm(total=steps, unit="step", leave=False, disable=None) as bar:      # on a terminal only
             images = pipe([args.prompt] * len(seeds), negative=args.negative, seed=seeds, method=args.method,
-                          drop=args.drop, image=image, strength=strength_of(args),
+                          drop=args.drop, left_out=args.left_out, image=image, strength=strength_of(args),
                           callback=lambda *_: bar.update(), **asked)
         for picture, seed in zip(images, seeds):
             path = free_path(args.out, args.prompt, seed, args.n)

@@ -19,6 +19,7 @@ What surprises
   own what it wants (the identity, in SD3's); in single and stand-alone files a projection is left unread.
 - T5 in float16 overflows, so does the autoencoder: unless asked otherwise they become bfloat16 and float32.
 - float8 is storage, not arithmetic: it is cast on load, and multiplied by its scale where the file has one.
+- int8 (kernels/int8.py) is made of each tensor as it arrives: the model is never there in its full size.
 - FLUX's autoencoder has exactly the shapes of SD3's. Only a config.json can tell them apart.
 - The table of positions is read like a weight and never computed: diffusers' formula gives another one.
 
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import torch
 
+from kernels.int8 import Int8Linear, quantise, quantise_mmdit, quantise_t5
 from layouts import (IGNORED, IN_A_FILE, LAYOUTS, NAMES, PREFIXES, Recipe, assemble, describe, is_foreign,
                      mmdit_folder, take_apart, why_unknown)
 from mmdit import MMDiT, MMDiTConfig
@@ -105,7 +107,9 @@ def not_found(path, folder, part, what) -> str:
                 "never opened here; get the model as .safetensors")
     holds = "; ".join(f"{name} is {x}" for name, x in list(what.items())[:3]) or "it has no safetensors files"
     beside = f", nor is {BESIDE[part]} there or in text_encoders/" if part in BESIDE else ""
-    return f"{path}: {NAMES[part]} is not in it{beside} ({holds})"
+    remedy = ("" if part not in BESIDE else ": put that file there" if part == "vae" else
+              f": put that file there, or do without it (sample.py --drop {part})")
+    return f"{path}: {NAMES[part]} is not in it{beside} ({holds}){remedy}"
 
 
 # ------------------------------------------------------------------------------------ how large: from shapes
@@ -244,13 +248,15 @@ def free_memory(device):
     return None
 
 
-def not_enough(path, part, numbers, dtype, device, free) -> CheckpointError:
-    need, GB = numbers * dtype.itemsize, 1e9
-    int8 = f"sample.py --int8 saves {(need - numbers) / GB:.1f} GB of it"
-    ways = {"mmdit": f"{int8}, --offload block nearly all of it", "t5": f"{int8}, --drop-t5 does without it"}
+def not_enough(path, part, need, dtype, device, free, int8) -> CheckpointError:
+    saved = need * (1 - 1 / dtype.itemsize) / 1e9
+    ways = [f"sample.py --int8 saves about {saved:.1f} GB of it"] * (part in ("mmdit", "t5") and not int8)
+    ways += ["--offload block nearly all of it"] * (part == "mmdit" and device.type != "cpu")
+    ways += ["--dtype bfloat16 half of it"] * (part != "vae" and dtype == torch.float32)
+    ways += ["--drop-t5 does without it"] * (part == "t5")
     return CheckpointError(
-        f"{path}: {NAMES[part]} needs {need / GB:.1f} GB in {str(dtype).removeprefix('torch.')} on {device}, "
-        f"where {free / GB:.1f} GB are free: {ways.get(part, 'end other programs, or take --device cpu')}")
+        f"{path}: {NAMES[part]} needs {need / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} on "
+        f"{device}, where {free / 1e9:.1f} GB are free: {', '.join(ways or ['end other programs'])}")
 
 
 def read_tensor(source, recipe, shape, device, dtype) -> torch.Tensor:
@@ -267,9 +273,11 @@ def read_tensor(source, recipe, shape, device, dtype) -> torch.Tensor:
     return out
 
 
-def fill(source, recipe, build, config, part, device, dtype) -> torch.nn.Module:
+def fill(source, recipe, build, config, part, device, dtype, smaller=None) -> torch.nn.Module:
     """The module with its tensors from the source, on `device`, ready to be used. Everything is compared
-    before anything is read; on the way there is never more than one tensor beside the model."""
+    before anything is read; on the way there is never more than one tensor beside the model.
+
+    smaller: quantise_mmdit or quantise_t5."""
     device = torch.device(device)
     try:
         with torch.device("meta"):
@@ -279,26 +287,35 @@ def fill(source, recipe, build, config, part, device, dtype) -> torch.nn.Module:
     own = {name: (t.shape, recipe(name)) for name, t in module.state_dict().items()}
     check_names(source, own, part)
     dtype = own_dtype(source, own, part, dtype)
+    module = (smaller or (lambda module: module))(module.to(dtype)).eval().requires_grad_(False)
     if device.type == "meta":                       # only to compare: nothing is read
-        return module.to(dtype).eval().requires_grad_(False)
-    numbers, free = sum(shape.numel() for shape, _ in own.values()), free_memory(device)
-    if free is not None and numbers * dtype.itemsize > free:
-        raise not_enough(source.path, part, numbers, dtype, device, free)
+        return module
+    need, free = sum(t.nbytes for t in module.state_dict().values()), free_memory(device)
+    if free is not None and need > free:
+        raise not_enough(source.path, part, need, dtype, device, free, smaller)
+    in_int8 = {name for name, layer in module.named_modules() if isinstance(layer, Int8Linear)}
+    tensors = {}
     try:
-        tensors = {name: read_tensor(source, r, shape, device, dtype) for name, (shape, r) in own.items()}
+        for name, (shape, r) in own.items():
+            t, (layer, _, leaf) = read_tensor(source, r, shape, device, dtype), name.rpartition(".")
+            if layer in in_int8 and leaf == "weight":
+                t, tensors[f"{layer}.scale"] = quantise(t)
+            tensors[name] = t
     except torch.OutOfMemoryError:
-        raise not_enough(source.path, part, numbers, dtype, device, free_memory(device) or 0) from None
+        raise not_enough(source.path, part, need, dtype, device, free_memory(device) or 0, smaller) from None
     module.load_state_dict(tensors, assign=True)
-    return module.eval().requires_grad_(False)
+    return module.requires_grad_(False)
 
 
-def load_mmdit(path, *, device="cpu", dtype=None) -> MMDiT:
+def load_mmdit(path, *, device="cpu", dtype=None, int8=False) -> MMDiT:
     """The transformer of a file or folder in either layout; CheckpointError if it is something else.
 
     device, dtype: where and as what it shall be. dtype None: as it is stored (float8 becomes bfloat16).
+    int8: see kernels/int8.py.
     On the device "meta" names and shapes are compared and no weights are read, here and in the other four."""
     source, recipe = locate(path, "mmdit")
-    return fill(source, recipe, MMDiT, mmdit_config(source, recipe), "mmdit", device, dtype)
+    return fill(source, recipe, MMDiT, mmdit_config(source, recipe), "mmdit", device, dtype,
+                quantise_mmdit if int8 else None)
 
 
 def load_vae(path, *, device="cpu", dtype=None) -> AutoencoderKL:
@@ -315,23 +332,25 @@ def load_clip(path, which, *, device="cpu", dtype=None) -> CLIPTextEncoder:
     return fill(source, recipe, CLIPTextEncoder, clip_config(source, recipe, which), which, device, dtype)
 
 
-def load_t5(path, *, device="cpu", dtype=None) -> T5Encoder:
+def load_t5(path, *, device="cpu", dtype=None, int8=False) -> T5Encoder:
     """dtype None: as stored, but bfloat16 for float16 and float8."""
     source, recipe = locate(path, "t5")
-    return fill(source, recipe, T5Encoder, t5_config(source, recipe), "t5", device, dtype)
+    return fill(source, recipe, T5Encoder, t5_config(source, recipe), "t5", device, dtype,
+                quantise_t5 if int8 else None)
 
 
-def load_text_encoders(path, *, device="cpu", dtype=None, drop=(), tokenizers=None,
+def load_text_encoders(path, *, device="cpu", dtype=None, drop=(), tokenizers=None, int8=False,
                        widths=(768, 1280, 4096)) -> TextEncoders:
     """The three encoders of a model with their tokenizers.
 
     dtype: of all; None: each as its own function says. drop: names that are not loaded; zeros stand in their
-    place, as wide as `widths` says. tokenizers: a folder, see find_tokenizers."""
+    place, as wide as `widths` says. tokenizers: a folder, see find_tokenizers. int8: of T5."""
+    lengths = (clip_config(*locate(path, name), name).context_length
+               for name in ("clip_l", "clip_g") if name not in drop)
+    words = find_tokenizers(path, tokenizers, drop, next(lengths, 77))          # before 12 GB are read
     clips = [None if name in drop else load_clip(path, name, device=device, dtype=dtype)
              for name in ("clip_l", "clip_g")]
-    length = next((clip.config.context_length for clip in clips if clip), 77)
-    words = find_tokenizers(path, tokenizers, drop, length)             # before the 10 GB of T5 are read
-    t5 = None if "t5" in drop else load_t5(path, device=device, dtype=dtype)
+    t5 = None if "t5" in drop else load_t5(path, device=device, dtype=dtype, int8=int8)
     return TextEncoders(*clips, t5, words, widths)
 
 
@@ -376,7 +395,7 @@ def no_tokenizer(base, name) -> str:
     what, folder = (("tokenizer.json", "tokenizer_3") if name == "t5" else
                     ("vocab.json and merges.txt, or tokenizer.json,", "tokenizer"))
     return (f"no tokenizer for {NAMES[name]} in {base}; files of weights hold none: put {what} into "
-            f"{base / folder}, or name a folder that has the tokenizers")
+            f"{base / folder}, or name a folder that has it (sample.py --tokenizers)")
 
 
 # ----------------------------------------------------------------------------------------------------- saving

@@ -11,7 +11,8 @@ Everything lies in RUN/lengths/ and is kept: a stopped command goes on where it 
 points. Beside it, length.csv and length.png hold what has been finished so far.
 
 The paper finds that validation loss falls smoothly with training and that GenEval and human preference follow
-it. Here: the same loss (equidistant t, the same pictures and noise) and the drawn world's score.
+it. Here: the same loss (equidistant t, the same pictures and noise) and the drawn world's score. Another
+seed's autoencoder makes other latents, so that its loss compares with nothing here.
 """
 import argparse
 import csv
@@ -75,10 +76,11 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    first, seeds = rows[0]["seed"], sorted({r["seed"] for r in rows})
+    seeds = list(dict.fromkeys(r["seed"] for r in rows))                  # RUN's own first
+    first = seeds[0]
     line = [r for r in rows if r["seed"] == first]
     for panel, key, error in ((panels[0], "loss", "loss_error"), (panels[1], "overall", "error")):
-        for seed in seeds:
+        for seed in seeds[:1] if key == "loss" else seeds:      # of other latents losses do not compare
             own = [r for r in rows if r["seed"] == seed]
             panel.errorbar([r["steps"] for r in own], [r[key] for r in own], [r[error] for r in own],
                            fmt="o-" if seed == first else "x", capsize=2, label=f"seed {seed}")

@@ -10,15 +10,14 @@
 
 single_file: OUT/<config>.safetensors with transformer and autoencoder, encoders beside it in text_encoders/.
 folder: OUT/transformer, OUT/vae, OUT/text_encoder, ... with their config.json, in shards of 10 GB. With text
-encoders there are tokenizers, too, of the real sizes: CLIP's has as many merges as the real one, of short words
-that are made up, and T5's as many pieces; special tokens have the real ids.
+encoders there are tokenizers, too, of the real sizes: CLIP's has as many merges as the real one, of short
+words that are made up, and T5's as many pieces; special tokens have the real ids.
 
 Tensors are made and written one at a time, so 16 GB need no 16 GB of memory. Numbers are a block of normal
 ones over and over, small enough that nothing overflows; pictures made of them show noise.
 """
 import argparse
 import itertools
-import json
 import string
 import sys
 import time

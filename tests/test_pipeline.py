@@ -26,7 +26,7 @@ import sample
 from checkpoints import CheckpointError, load_mmdit, load_text_encoders, load_vae, save_mmdit
 from kernels import int8
 from mmdit import MMDiT, MMDiTConfig
-from pipeline import DEFAULTS, Pipeline, published_configs, recognise, skipping
+from pipeline import DEFAULTS, Pipeline, recognise, skipping
 from text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
 
@@ -130,6 +130,19 @@ def test_without_t5_zeros_stand_in_its_place_and_left_out_it_has_no_place(pipe):
     for i, name in enumerate(("clip_l", "clip_g")):
         said = pipe.encode(["a star"], None, (name,))
         assert not said.pooled[:, (0, 16)[i]:(16, 48)[i]].any() and said.pooled.any()
+
+
+@pytest.mark.parametrize("dropped, tokens", [
+    ((), 77 + 80), (("t5",), 77), (("clip_l",), 77 + 80), (("clip_l", "clip_g"), 80), (("clip_g", "t5"), 77),
+    (("clip_l", "clip_g", "t5"), 77)])
+def test_what_is_left_out_has_no_tokens_as_in_comfyui(pipe, dropped, tokens):
+    zeros, left = (pipe.encode(["a star"], 80, dropped, out) for out in (False, True))
+    assert zeros.context.shape[1] == 157 and left.context.shape[1] == tokens
+    kept = zeros.context[:, 77:] if tokens == 80 else zeros.context[:, :tokens]
+    assert torch.equal(left.context, kept) and torch.equal(left.pooled, zeros.pooled)
+    pictures = [pipe("a star", steps=1, drop=dropped, left_out=out, t5_length=80, output="latent")
+                for out in (False, True)]
+    assert torch.equal(*pictures) == (tokens == 157)
 
 
 def test_a_long_prompt_gets_the_tokens_of_t5_that_it_needs_and_no_more_than_t5_longest(pipe):
@@ -510,7 +523,7 @@ def test_what_main_memory_has_no_room_for_is_told_with_what_each_flag_makes_of_i
         remembered, room, eight, full, works):
     how = dict(height=64, width=64, dtype=torch.float32 if full else torch.bfloat16)
     needs = offload.need(SMALL, **how, int8=eight)
-    taken = max(needs["main"], (sum(needs["weights"].values()) + max(needs["work"].values())) * works)
+    taken = sum(needs["weights"].values()) + max(needs["work"].values()) * works
     if room >= 1:
         return offload.check_main_memory("it", SMALL, int(room * taken), eight, works, **how)
     with pytest.raises(ValueError) as e:
@@ -519,14 +532,6 @@ def test_what_main_memory_has_no_room_for_is_told_with_what_each_flag_makes_of_i
     assert "main memory" in said and "--drop-t5 makes it 0.0 GB" in said and len(said.splitlines()) == 1
     assert ("--dtype bfloat16" in said) == full and "end other programs" in said
     offload.check_main_memory("it", SMALL, None, eight, works, **how)           # where nobody can tell
-
-
-def test_in_8_bits_the_parts_still_arrive_whole_one_after_the_other():
-    plain, small = (offload.need(SMALL, height=64, width=64, int8=int8) for int8 in (False, True))
-    assert plain["main"] == sum(plain["weights"].values())
-    assert small["main"] == max(                                # while the last, or the largest, arrives
-        sum(small["weights"].values()) - small["weights"]["mmdit"] + plain["weights"]["mmdit"],
-        small["weights"]["clip_l"] + small["weights"]["clip_g"] + plain["weights"]["t5"])
 
 
 @pytest.mark.parametrize("parts, n", [(("mmdit",), 4), (("vae",), 3)])
@@ -541,13 +546,32 @@ def test_several_pictures_at_once_and_one_to_begin_with_are_in_the_prediction(pa
     assert offload.need(SMALL | {"vae": config}, height=64, width=64)["work"]["vae"] >= encode > 0
 
 
+@pytest.mark.parametrize("size, n, expected", [((64, 96), 40, 16), ((64, 96), 3, 3), ((None, 240), 40, 16),
+                                               ((1024, 1024), 5, 1), ((512, 512), 9, 4)])
+def test_the_prediction_is_for_as_many_pictures_as_are_drawn_at_once(folder, monkeypatch, size, n, expected):
+    asked = []
+    monkeypatch.setattr(offload, "check_main_memory",
+                        lambda *_, **how: asked.append(how["pictures"]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Pipeline.from_pretrained(folder, device="cpu", size=size, pictures=n)
+    assert asked == [expected] == [min(n, pipeline.at_once(size[0] or 256, size[1], 8))]
+
+
 def test_too_little_main_memory_is_told_before_anything_is_read(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: 10_000_000)
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1_000_000)
     monkeypatch.setattr(pipeline, "load_text_encoders", lambda *a, **k: pytest.fail("read"))
     _, err = run_main(["a star", "--model", folder, "--device", "cpu"], capsys)
     for words in ("GB of main memory in float32", "--dtype bfloat16 makes it", "0.0 GB are free"):
         assert words in err, err
+
+
+def test_in_float16_the_encoders_are_bfloat16_in_the_prediction_as_in_the_pipeline(folder, tmp_path):
+    needs = [offload.need(SMALL, height=64, width=64, dtype=d) for d in (torch.float16, torch.bfloat16)]
+    assert needs[0] == needs[1]
+    pipe = Pipeline.from_pretrained(folder, device="cpu", dtype=torch.float16)
+    kinds = [next(part.parameters()).dtype for part in (pipe.mmdit, pipe.encoders.t5, pipe.vae)]
+    assert kinds == [torch.float16, torch.bfloat16, torch.float32]
 
 
 def test_large_pictures_are_decoded_one_by_one(pipe, monkeypatch):
@@ -585,8 +609,8 @@ def test_the_command_line_draws_with_a_folder_and_the_png_tells_how(folder, tmp_
     with Image.open(paths[1]) as image:
         told = json.loads(image.text["parameters"])
         assert image.size == (96, 64)
-    assert (told["height"], told["width"], told["t5_length"], told["drop"], told["seed"], told["strength"],
-            told["schedule"], told["shift"], told["int8"]) == (64, 96, 0, ["t5"], 1, 0.5, "clean", 2, True)
+    assert (told["height"], told["width"], told["left_out"], told["drop"], told["seed"], told["strength"],
+            told["schedule"], told["shift"], told["int8"]) == (64, 96, True, ["t5"], 1, 0.5, "clean", 2, True)
 
 
 def test_a_dry_run_needs_no_weights_and_knows_folders_too(folder, capsys):
@@ -601,10 +625,11 @@ def test_a_dry_run_needs_no_weights_and_knows_folders_too(folder, capsys):
     (["--strength", "0", "--image", "begin.png"], "strength is 0"),
     (["--strength", "1.5", "--image", "begin.png"], "strength is 1.5"),
     (["--image", "nothing.png"], "nothing.png"), (["--image", "words.txt"], "words.txt"),
-    (["--left-out"], "--drop-t5"), (["--drop", "clip"], "clip_l"), (["--offload", "disk"], "block"),
+    (["--left-out"], "--drop-t5"), (["--left-out", "--drop", "clip_g"], "--drop clip_l clip_g"),
+    (["--drop", "clip"], "clip_l"), (["--offload", "disk"], "block"),
     (["--model", "sd3.5-large"], "--dry-run"), (["--shift", "-1"], "shift"),
     (["--dtype", "int8"], "bfloat16"),
-    (["--tokenizers", "nowhere"], "nowhere"), (["--t5-length", "1000"], None),
+    (["--tokenizers", "nowhere"], "nowhere"), (["--t5-length", "1000"], None), (["--out", "new/"], None),
     (["--dry-run", "--height", "30"], "multiple of 16"), (["--dry-run", "--model", "nothing"], "nothing"),
 ])
 def test_bad_requests_end_with_one_line_and_exit_code_2(flags, cause, folder, tmp_path, monkeypatch, capsys):
@@ -617,6 +642,76 @@ def test_bad_requests_end_with_one_line_and_exit_code_2(flags, cause, folder, tm
         assert out.strip().endswith(".png") and not err
     else:
         assert cause in err and not Path("samples").exists()
+
+
+@pytest.mark.parametrize("flags, cause", [
+    (["--guidance", "nan"], "nan"), (["--shift", "inf"], "inf"), (["--shift", "0"], "shift"),
+    (["--steps", "1000000000"], "10,000"), (["--strength", "0.5"], "--image"),
+    (["--strength", "2", "--image", "begin.png"], "strength is 2"), (["--height", "50"], "multiple of 16"),
+    (["--t5-length", "1"], "--t5-length is 1"), (["--seed", str(2**64)], "seed is"),
+    (["--seed", str(2**63 - 2), "-n", "3"], "seed is"), (["-n", "0"], "-n is 0"),
+    (["--out", "x.jpg"], ".png"),
+    (["--out", "words.txt/x.png"], "words.txt is no folder"), (["--out", "begin.png"], "exists already"),
+    (["--drop", "clip_l", "a ring"], "the prompt comes first"), (["--image", "cut.png"], "cut.png"),
+    (["--image", "."], "no such file"), (["--stpes", "3"], "--stpes"), ([], "no prompt"),
+])
+def test_what_is_wrong_whatever_the_weights_is_told_before_they_are_read(
+        flags, cause, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *a, **k: pytest.fail("read"))
+    Image.new("RGB", (64, 64)).save("begin.png")
+    Path("cut.png").write_bytes(Path("begin.png").read_bytes()[:60])
+    Path("words.txt").write_text("no picture")
+    before = sorted(Path(".").iterdir())
+    out, err = run_main([*["a star"] * bool(flags), "--model", "any", *flags], capsys)
+    assert cause in err and not out and sorted(Path(".").iterdir()) == before
+
+
+def test_only_paths_are_on_standard_output_and_what_has_no_effect_is_told_beside(
+        folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    how = ["--model", folder, "--device", "cpu", "--steps", 1, "--width", 64, "--height", 64]
+    sample.main([str(a) for a in ["\u2606 " + "word " * 300, *how, "--guidance", 1, "--negative", "blue"]])
+    said = capsys.readouterr()
+    assert Path(said.out.strip()).is_file() and len(said.out.splitlines()) == 1
+    assert ["too long" in line and "\u2606" in line for line in said.err.splitlines()][0]
+    assert "--negative has no effect" in said.err.splitlines()[-1]
+
+
+def test_pictures_go_into_a_given_folder_under_new_names_each_time(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        run_main(["a star", "--model", folder, "--device", "cpu", "--steps", 1, "--width", 64, "--height", 64,
+                  "--out", "pictures/", "-n", 2], capsys)
+    assert sorted(p.name for p in Path("pictures").iterdir()) == [
+        "a-star-0-1.png", "a-star-0.png", "a-star-1-1.png", "a-star-1.png"]
+
+
+def test_ctrl_c_ends_without_a_traceback_or_half_a_picture(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(SystemExit) as end:
+        sample.main(["a star", "--model", str(folder), "--device", "cpu", "--steps", "1", "--width", "64",
+                     "--height", "64"])
+    assert end.value.code == 130 and not list(Path("samples").iterdir()) and not capsys.readouterr().err
+
+
+def test_a_picture_to_begin_with_is_cut_not_stretched_upright_and_white_where_transparent(pipe, tmp_path):
+    Image.new("RGBA", (64, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert sample.open_picture(tmp_path / "clear.png").getpixel((3, 3)) == (255, 255, 255)
+    turned = Image.new("RGB", (64, 32), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6                                            # to be turned by 90 degrees
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert sample.open_picture(tmp_path / "turned.jpg").size == (32, 64)
+    begin = Image.new("RGB", (192, 64), "red")                  # the outer thirds are not seen
+    begin.paste((0, 0, 255), (64, 0, 128, 64))
+    blue = Image.new("RGB", (64, 64), (0, 0, 255))
+    assert torch.equal(pipe.latent_of(begin, 1, 64, 64), pipe.latent_of(blue, 1, 64, 64))
 
 
 def test_encoders_of_another_model_are_refused_before_they_are_read(folder, tmp_path, monkeypatch):

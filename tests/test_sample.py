@@ -1,7 +1,9 @@
 """Claims about sampling: reproducible pictures of any multiple of 16, prompts of any kind,
 nothing overwritten, clear errors."""
 import json
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,6 @@ from PIL import Image
 
 import data
 import flow
-import pipeline
 import sample
 from checkpoints import load_tensors, save_tensors
 from sample import Pipeline, free_path
@@ -99,6 +100,12 @@ def test_without_t5_zeros_stand_in_its_place(run, pipe):
     assert with_t5.context.shape == without.context.shape
     assert torch.equal(with_t5.context[:, :n], without.context[:, :n]) and not without.context[:, n:].any()
     assert draw(lean, "a star").isfinite().all()
+
+
+@pytest.mark.parametrize("dropped", [("clip_l",), ("clip_l", "clip_g"), ("clip_l", "clip_g", "t5")])
+def test_a_run_without_some_encoders_draws_what_it_draws_with_zeros_in_their_place(run, pipe, dropped):
+    lean = Pipeline.from_pretrained(run, device="cpu", drop=dropped)
+    assert torch.equal(draw(lean, "a red star"), draw(pipe, "a red star", drop=dropped))
 
 
 @pytest.mark.parametrize("mode", ["model", "block"])
@@ -199,6 +206,7 @@ def test_what_is_no_number_after_decoding_is_an_error_and_no_black_picture(pipe,
 
 def test_the_last_run_draws_and_the_png_tells_its_settings(run, monkeypatch, capsys):
     monkeypatch.chdir(run.parent.parent)
+    monkeypatch.setattr(socket, "socket", lambda *a, **k: pytest.fail("the network was asked"))
     sample.main(["a réd ☆ star", "--steps", "2", "-n", "2", "--seed", "8", "--width", "96",
                  "--device", "cpu"])
     paths = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
@@ -241,6 +249,15 @@ def test_a_prompt_can_not_choose_its_folder_or_break_the_file_system(prompt, see
     assert path.parent == Path("samples") and len(path.name.encode()) < 200 and "\0" not in path.name
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.characters(exclude_categories=()), max_size=60))
+def test_any_prompt_comes_back_from_the_pngs_text(tmp_path, monkeypatch, prompt):
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    sample.save_picture(Image.new("RGB", (16, 16)), tmp_path / "x.png", {"prompt": prompt})
+    with Image.open(tmp_path / "x.png") as image:
+        assert json.loads(image.text["parameters"]) == {"prompt": prompt}
+
+
 @pytest.mark.parametrize("argv, cause", [
     (["a star"], "python train.py --tiny"), (["a star", "--model", "no/such/run"], "no/such/run"),
     (["a star", "-n", "0"], "-n is 0"), (["a star", "--device", "tpu9"], "--device cpu"),
@@ -277,8 +294,3 @@ def test_parts_of_two_runs_are_not_mixed(run, tmp_path):
     save_part(mixed, "mmdit", MMDiT(MMDiTConfig.preset("tiny", depth=1, pooled_dim=24)))
     with pytest.raises(CheckpointError, match="mixes two runs"):
         Pipeline.from_pretrained(mixed, device="cpu")
-
-
-def test_the_demo_of_the_pipeline_passes(capsys):
-    pipeline.demo()
-    assert "sizes" in capsys.readouterr().out

@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 import make_fake_checkpoint
+import sample
 import tensor_files
 import weights
 from conftest import refuses
+from kernels.int8 import quantise_mmdit, quantise_t5
 from layouts import IGNORED, NAMES, clip_openclip, mmdit_folder, take_apart, vae_folder
 from mmdit import MMDiT, MMDiTConfig
-from sample import Pipeline
 from tensor_files import CheckpointError, Source, files_of_part, write_safetensors, write_shards
 from text_encoders import ENCODERS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
@@ -530,6 +531,18 @@ def test_without_a_wish_parts_come_in_the_dtype_that_is_safe_for_them(tmp_path, 
     assert not module.training and not any(p.requires_grad for p in module.parameters())
 
 
+@pytest.mark.parametrize("kind, smaller", [("mmdit", quantise_mmdit), ("t5", quantise_t5)])
+def test_int8_is_made_of_each_tensor_as_it_arrives_with_the_same_bits_as_of_the_whole(good, kind, smaller):
+    load = loaders(good[kind][1])[kind]
+    small_, whole = load(dtype=torch.bfloat16, int8=True), smaller(load(dtype=torch.bfloat16))
+    assert equal(small_, whole) and not any(p.requires_grad for p in small_.parameters())
+    assert sum(t.dtype == torch.int8 for t in small_.state_dict().values()) > 6
+    assert not any(t.is_meta for t in small_.state_dict().values())
+    meta = load(dtype=torch.bfloat16, int8=True, device="meta")
+    assert {k: (t.shape, t.dtype) for k, t in meta.state_dict().items()} == {
+        k: (t.shape, t.dtype) for k, t in whole.state_dict().items()}
+
+
 @pytest.mark.parametrize("float8", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_float8_is_cast(tmp_path, float8):
     save_file({k: v.to(float8) for k, v in with_prefix("t5", "").items()}, tmp_path / "t5xxl_fp8.safetensors")
@@ -797,15 +810,20 @@ def test_clip_of_an_unusual_width_needs_its_config(good, tmp_path):
 def test_missing_paths_and_empty_folders_say_what_to_give(tmp_path):
     refuses(lambda: load_mmdit(tmp_path / "nothing"), "does not exist", "folder of a model")
     refuses(lambda: load_mmdit(tmp_path), "no safetensors files")
-    refuses(lambda: load_t5(tmp_path), "t5xxl*.safetensors", "text_encoders/")
+    refuses(lambda: load_t5(tmp_path), "t5xxl*.safetensors", "text_encoders/", "put that file", "--drop t5")
 
 
 def test_too_little_memory_is_told_before_anything_is_read(good, monkeypatch):
     monkeypatch.setattr(weights, "free_memory", lambda device: 1000)
     monkeypatch.setattr(Source, "read", None)
-    refuses(lambda: load_mmdit(good["mmdit"][1]), "0.0 GB in float16 on cpu", "--int8", "--offload block")
+    refuses(lambda: load_mmdit(good["mmdit"][1]), "0.0 GB in float16 on cpu", "--int8 saves")
+    refuses(lambda: load_mmdit(good["mmdit"][1], **F32), "--dtype bfloat16 half")
     refuses(lambda: load_t5(good["t5"][1]), "--drop-t5", "--int8 saves")
-    refuses(lambda: load_vae(good["vae"][1]), "0.0 GB are free", "--device cpu")
+    refuses(lambda: load_vae(good["vae"][1]), "0.0 GB are free", "end other programs")
+    card = weights.not_enough("x", "mmdit", 4e9, torch.bfloat16, torch.device("cuda"), 1e9, None)
+    assert "--int8 saves about 2.0 GB of it, --offload block nearly all of it" in str(card)
+    card = weights.not_enough("x", "mmdit", 4e9, torch.bfloat16, torch.device("cuda"), 1e9, quantise_mmdit)
+    assert "--int8" not in str(card) and "--offload block" in str(card)
 
 
 def test_free_memory_is_known_on_linux():
@@ -832,7 +850,7 @@ def test_tokenizers_are_found_in_a_models_folder_or_where_it_is_said(tmp_path):
 
 
 def test_a_folder_without_tokenizers_says_what_to_put_there(tmp_path):
-    refuses(lambda: find_tokenizers(tmp_path), "CLIP-L", "vocab.json and merges.txt", "tokenizer")
+    refuses(lambda: find_tokenizers(tmp_path), "CLIP-L", "vocab.json and merges.txt", "--tokenizers")
     shutil.copytree(PARITY / "pipeline" / "tokenizer", tmp_path / "tokenizer")
     refuses(lambda: find_tokenizers(tmp_path / "x.safetensors"), "T5", str(tmp_path / "tokenizer_3"))
     (tmp_path / "tokenizer_3").mkdir()
@@ -844,19 +862,22 @@ def test_a_folder_without_tokenizers_says_what_to_put_there(tmp_path):
     refuses(lambda: find_tokenizers(tmp_path, tmp_path / "nowhere"), "there is no folder")
 
 
-def test_dropped_encoders_are_neither_looked_for_nor_loaded(tmp_path):
+def test_dropped_encoders_are_neither_looked_for_nor_loaded(tmp_path, monkeypatch):
     single_file(tmp_path / "x.safetensors", ("clip_l", "clip_g"))
     shutil.copytree(PARITY / "pipeline" / "tokenizer", tmp_path / "tokenizer")
     encoders = load_text_encoders(tmp_path, drop=("t5",), widths=(64, 128, 192), **F32)
     said = encoders(["a cat"], t5_length=5)
     assert encoders.t5 is None and said.context.shape == (1, 82, 192) and not said.context[:, 77:].any()
     refuses(lambda: load_text_encoders(tmp_path), "T5")
+    single_file(tmp_path / "x.safetensors")
+    monkeypatch.setattr(Source, "read", lambda *_: pytest.fail("read before the tokenizers were looked for"))
+    refuses(lambda: load_text_encoders(tmp_path), "no tokenizer for a T5 encoder")
 
 
 # ------------------------------------------------------------------------------------- the size of real files
 
 @pytest.mark.parametrize("layout", ["single_file", "folder"])
-def test_random_models_of_real_layouts_can_be_made_and_drawn_with(tmp_path, layout):
+def test_random_models_of_real_layouts_can_be_made_and_drawn_with(tmp_path, layout, monkeypatch, capsys):
     make_fake_checkpoint.main([str(tmp_path), "--config", "small", "--layout", layout, "--dtype", "float16",
                                "--parts", *NAMES])
     for kind, load in loaders(tmp_path).items():
@@ -865,8 +886,11 @@ def test_random_models_of_real_layouts_can_be_made_and_drawn_with(tmp_path, layo
             config = replace(config, projection_dim=None)       # left unread there, the identity in folders
         assert load().config == config
     path = tmp_path / "small.safetensors" if layout == "single_file" else tmp_path
-    pipe = Pipeline.from_pretrained(path, device="cpu")
-    assert pipe("a red star", height=32, width=48, steps=1, output="tensor").isfinite().all()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    sample.main(["a red star", "--model", str(path), "--device", "cpu", "--offload", "block", "--steps", "2",
+                 "--width", "48", "--height", "32"])
+    assert Path(capsys.readouterr().out.strip()).is_file()
 
 
 def test_made_up_tokenizers_have_the_sizes_and_special_ids_of_the_real_ones(tmp_path):
