@@ -46,6 +46,7 @@ from kernels.norm_layout import joint_attention_sdpa
 __all__ = ["attention", "gate_residual_modulate", "joint_attention", "modulate", "rms_norm"]
 BACKENDS = ("auto", "torch", "triton")
 DEFAULT = os.environ.get("SD3_KERNELS", "auto")         # what "auto" stands for
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 RESULTS = Path(__file__).resolve().parent / "results"
 _told = set()                                           # lines already said
 
@@ -143,6 +144,8 @@ def device_refuses(device: torch.device) -> str | None:
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
         return f"it needs a CUDA GPU, and this tensor is on {device} (for a test, set TRITON_INTERPRET=1)"
+    if TORCH < (2, 7):
+        return "PyTorch 2.6 brings Triton 3.2, and the kernels need 3.3: pip install --upgrade torch"
     if torch.version.hip:
         return "its tiles were cut for NVIDIA's GPUs, and this one is AMD's"
     if torch.cuda.get_device_properties(device).major < 8:

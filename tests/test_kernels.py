@@ -365,6 +365,7 @@ def h100(monkeypatch):
     gpu, ever = SimpleNamespace(name="H100", major=9), float("inf")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(kernels, "find_spec", lambda name: True)
+    monkeypatch.setattr(kernels, "TORCH", (2, 7))
     monkeypatch.setattr(kernels, "DEFAULT", "auto")
     monkeypatch.setattr(kernels, "MEASURED", {
         ("H100", "modulate", "bfloat16", 0, "forward", False): [(ever, ("triton", "torch"))],
@@ -390,6 +391,9 @@ def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(h100, caps
         kernels.choose("triton", "modulate", x=OnGpu())
     monkeypatch.setattr(torch.version, "hip", "7.0")
     with pytest.raises(ValueError, match="cut for NVIDIA's GPUs"):
+        kernels.choose("triton", "modulate", x=OnGpu())
+    monkeypatch.setattr(kernels, "TORCH", (2, 6))
+    with pytest.raises(ValueError, match="the kernels need 3.3: pip install --upgrade torch"):
         kernels.choose("triton", "modulate", x=OnGpu())
 
 
@@ -444,6 +448,20 @@ def test_a_smoke_run_of_the_bench_is_kept_out_of_the_results(capsys):
         with pytest.raises(SystemExit) as stop:
             bench.main([])
         assert stop.value.code == 2 and "no CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(kernels.TORCH < (2, 7), reason="PyTorch 2.6 compiles them one by one")
+def test_the_bench_compiles_alike_blocks_once_and_keeps_the_models_parameters():
+    from torch._dynamo.testing import CompileCounter
+    model = bench.MMDiT(bench.MMDiTConfig(4, heads=1, head_dim=16, in_channels=4, context_dim=24, pooled_dim=12,
+                                          pos_max=8, pos_sample=4, pos_base=4, dual_blocks=2))
+    compiler = CompileCounter()
+    compiled = bench.compiled_blocks(model, "joint_blocks", dict(dynamic=False, backend=compiler))
+    assert all(a is b for a, b in zip(model.parameters(), compiled.parameters(), strict=True))
+    x = torch.randn(1, 4, 4, 4), torch.rand(1), torch.randn(1, 3, 24), torch.randn(1, 12)
+    with torch.no_grad():
+        assert torch.equal(compiled(*x), model(*x))
+    assert compiler.frame_count == 3                    # with second attention (two), without, and the last
 
 
 def test_the_bench_covers_the_three_models_at_both_sizes():

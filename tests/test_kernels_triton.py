@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CUDA = torch.cuda.is_available()
-pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be checked")
+# with numpy 2.4 the interpreters before 3.7 cannot loop up to a number that a kernel computed
+pytest.importorskip("triton", minversion="3.3" if CUDA else "3.7",
+                    reason="Triton is not installed, or too old: its kernels cannot be checked")
 
 import kernels  # noqa: E402
 from kernels import adaln, bench, gate_residual_modulate, joint_attention, modulate, norm_layout  # noqa: E402
@@ -673,6 +675,7 @@ def test_torch_compile_traces_autocast_and_the_choice_among_measured_kernels_in_
     monkeypatch.setattr(kernels, "MEASURED", row("joint_attention with norms", "bfloat16", 16, (
         "torch", "triton+sdpa", "triton")) | row("modulate", "float32", 0, ("triton", "torch")))
     monkeypatch.setattr(kernels, "DEFAULT", "triton")
+    torch.manual_seed(0)
     linear, w = torch.nn.Linear(32, 96).to(DEVICE), norm_weights(16)
     x, _, _, shift, scale = modulation_inputs(1, 4, 32, torch.float32)
     ran = []
@@ -687,7 +690,7 @@ def test_torch_compile_traces_autocast_and_the_choice_among_measured_kernels_in_
     got, expected = (gradients(f, (x, shift, scale), [torch.ones(1, 4, 2, 16, device=DEVICE)])
                      for f in (compiled, block))
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(a, b, atol=5e-2, rtol=5e-2)      # two kernels, in half precision
     assert got[0].dtype == torch.bfloat16 and ran                   # where it is compiled, the faster of two
 
 
@@ -699,13 +702,12 @@ def test_the_bench_writes_what_the_dispatch_reads_and_repeats_nothing(tmp_path, 
     if not thorough():                                              # compiling takes as long as all else
         monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     run = ["--smoke", "--out", str(tmp_path)]
-    bench.main([*run, "--operation", "modulate", "--minutes", "0"])
-    assert "the same command does the 3 left" in capsys.readouterr().out        # one at least
-    bench.main([*run, "--operation", "gate_residual"])
+    bench.main([*run, "--operation", "gate_residual", "--minutes", "0"])        # one at least
     first = capsys.readouterr().out
     assert "0 of 2 measured before; the others will take about" in first and "auto takes" in first
+    assert "stopped after 0 minutes; the same command does the 1 left" in first
     bench.main(run)
-    assert "3 of 9 measured before" in capsys.readouterr().out
+    assert "1 of 9 measured before" in capsys.readouterr().out
     bench.main(run)
     assert "9 of 9 measured before" in capsys.readouterr().out
     (path,) = tmp_path.glob("*.csv")
@@ -732,6 +734,7 @@ def test_a_case_that_fails_is_written_down_and_the_others_go_on(tmp_path, capsys
 
     run = ["--smoke", "--operation", "modulate", "--out", str(tmp_path)]
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(bench, "roofline", lambda *a: None)
     monkeypatch.setattr(adaln, "modulate_op", broken)
     with pytest.raises(SystemExit) as stop:
         bench.main(run)
@@ -813,6 +816,7 @@ def test_a_kernel_that_computes_something_else_is_reported_by_the_bench_and_not_
     right = kernels.modulate
     monkeypatch.setattr(kernels, "modulate", lambda *a, **kw: 1.1 * right(*a, **kw))
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(bench, "roofline", lambda *a: None)
     bench.main(["--smoke", "--operation", "modulate", "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert out.count("triton IS WRONG: auto will not take it") == 2 and out.count("auto takes torch in") >= 4
