@@ -31,7 +31,7 @@ What to know
 - Only rank 0 prints and writes, but each rank writes shards of checkpoints (checkpoints.py) and files of
   caches (prepare.py): all ranks need the same folders, on one machine or a file system that they share.
 - A rank that ends takes the others along: gloo's and NCCL's calls fail, or torchrun ends them. --resume goes
-  on, with as many ranks as there are then.
+  on, with as many ranks as there are then; torchrun --max-restarts K does so itself where the line has it.
 
 Run `python parallel.py`: two processes and one compute the same gradient.
 """
@@ -189,8 +189,14 @@ def processes(device: str):
         torch.cuda.set_device(device)
     # gloo beside NCCL, for numbers that lie on CPUs. A rank may encode for hours while the others wait, and
     # one that has died is noticed by torchrun, not by a clock.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", rank=rank,
-                            world_size=world, timeout=timedelta(hours=12))
+    from torch.distributed.rendezvous import rendezvous         # not in every PyTorch
+    patience = timedelta(hours=12)
+    store, *_ = next(rendezvous("env://", timeout=patience))
+    if os.environ.get("LOCAL_WORLD_SIZE") == f"{world}":        # one machine: torchrun starts all again
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")     # with a store full of old addresses
+        store = dist.PrefixStore(attempt, store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=store,
+                            rank=rank, world_size=world, timeout=patience)
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank else nullcontext():
             yield Ranks(rank, world)
@@ -241,17 +247,18 @@ def sharded(model: nn.Module) -> bool:
 
 
 class Later(TorchDispatchMode):
-    """Inside, what torch.empty makes takes no memory, and what fills it is noted; `make` does that, whenever.
+    """Inside, what torch.empty makes takes no memory, and what fills it is noted: maker(x)() gives all of x.
 
     Random numbers are drawn at once all the same, so whatever is built after it is what it would have been;
-    and `make` draws them again. For modules' initial values: other changes of such a tensor are refused."""
+    later they are drawn again. For modules' initial values: other changes of such a tensor are refused."""
 
     def __init__(self):
         super().__init__()
         self.notes = {}                             # storage -> (tensor, how its contents are made)
+        self.space = torch.empty(0)                 # for one tensor; a new one each time would leave holes
 
     def note(self, x: torch.Tensor, how) -> None:
-        """how() gives all of x, in main memory."""
+        """how() gives all of x, in main memory, until the next one is made."""
         self.notes[x.untyped_storage()._cdata] = x, how         # x: for its address must stay its own
 
     def maker(self, x: torch.Tensor):
@@ -266,19 +273,23 @@ class Later(TorchDispatchMode):
         if func is torch.ops.aten.copy_.default and x.shape == args[1].shape:
             source = args[1]                                    # one of a file is read when it is touched
             self.note(x, self.maker(source) if source.is_meta else lambda: source)
-        elif func.overloadpacket.__name__ in ("uniform_", "normal_", "fill_", "zero_"):
-            again = partial(filled, func, x.shape, x.dtype, args[1:], kwargs, torch.get_rng_state())
-            self.note(x, again)
-            func(torch.empty(x.shape, dtype=x.dtype), *args[1:], **kwargs)
+        elif (func.overloadpacket.__name__ in ("uniform_", "normal_", "fill_", "zero_")
+              and x.nbytes == x.untyped_storage().nbytes()):
+            self.note(x, partial(self.again, func, x, args[1:], kwargs, torch.get_rng_state()))
+            func(self.room(x), *args[1:], **kwargs)
         else:
             raise NotImplementedError(f"{func} cannot be put off")
         return x
 
+    def room(self, x: torch.Tensor) -> torch.Tensor:
+        if self.space.numel() < x.numel() or self.space.dtype != x.dtype:
+            self.space = torch.empty(x.numel(), dtype=x.dtype)
+        return self.space[:x.numel()].view(x.shape)
 
-def filled(func, shape, dtype, args, kwargs, random_numbers) -> torch.Tensor:
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(random_numbers)
-        return func(torch.empty(shape, dtype=dtype), *args, **kwargs)
+    def again(self, func, x, args, kwargs, random_numbers) -> torch.Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(random_numbers)
+            return func(self.room(x), *args, **kwargs)
 
 
 def rows_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -308,6 +319,7 @@ def shard(model, dtype: torch.dtype, device: torch.device, later: Later) -> None
     for name, p in model.named_parameters():
         if name in how:
             local(p.data).copy_(rows_of(how[name]().view(p.shape), p))
+    later.notes, later.space = {}, torch.empty(0)               # what it held leaves the memory
 
 
 def let_go(model: nn.Module) -> None:
