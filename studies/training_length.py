@@ -101,7 +101,8 @@ def write_table(rows: list[dict], path: Path) -> None:
     with open(path, "w", newline="", encoding="utf-8") as f:
         table = csv.DictWriter(f, COLUMNS)
         table.writeheader()
-        table.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        for row in rows:
+            table.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def main(argv=None) -> None:

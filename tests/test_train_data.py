@@ -460,7 +460,8 @@ def test_bad_input_about_published_encoders_is_one_line_that_names_the_remedy(
     file = other / "text_encoders" / "clip_l.safetensors"
     save_file({k: v + 0.5 for k, v in load_file(file).items()}, file)
     assert "made by other text encoders" in refused(
-        ["--cache", out, *flags_of(encoders=other / published.name, out="run", flow_batch=2, dtype="float32")],
+        ["--cache", out,
+         *flags_of(encoders=other / published.name, out="run", flow_batch=2, dtype="float32")],
         capsys)
 
 
