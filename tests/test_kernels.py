@@ -454,8 +454,8 @@ def test_a_smoke_run_of_the_bench_is_kept_out_of_the_results(capsys):
 def test_the_bench_compiles_alike_blocks_once_and_keeps_the_models_parameters():
     from torch._dynamo.testing import CompileCounter
     model = bench.MMDiT(bench.MMDiTConfig(4, heads=1, head_dim=16, in_channels=4, context_dim=24,
-                                          pooled_dim=12,
-                                          pos_max=8, pos_sample=4, pos_base=4, dual_blocks=2))
+                                          pooled_dim=12, pos_max=8, pos_sample=4, pos_base=4,
+                                          dual_blocks=2))
     compiler = CompileCounter()
     compiled = bench.compiled_blocks(model, "joint_blocks", dict(dynamic=False, backend=compiler))
     assert all(a is b for a, b in zip(model.parameters(), compiled.parameters(), strict=True))
