@@ -184,8 +184,9 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     """Train stage.model in place, from its start or from where the run was interrupted.
 
     share: how much of the time left until --minutes this stage may take. Its first 30 steps are timed, then
-    its first 300, and if not all of them fit, there will be fewer. Stopped if somebody wants the end, after
-    saving. FloatingPointError if nearly all steps are bad, also after going back once.
+    all up to each 300th until the rate falls; if not all of them fit, there will be fewer. Stopped if
+    somebody wants the end, after saving. FloatingPointError if nearly all steps are bad, also after going
+    back once.
     """
     c, model, state, ranks = run.config, stage.model.train(), begin(run, stage), run.ranks
     params, average, batch = state.params, state.average, getattr(c, f"{stage.name}_batch")
@@ -196,7 +197,7 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         start = None
     elif any(row["stage"] == stage.name for row in read_metrics(run.folder / "metrics.csv")):
         print(f"{stage.name}: it was interrupted before its first checkpoint, so it starts again")
-    log, planned = Log(run.folder, state, batch, silent=ranks.rank > 0), state.step > 0
+    log, asked, begun = Log(run.folder, state, batch, silent=ranks.rank > 0), state.total, state.step
     forward = parallel.add_gradients(model, stage.loss, ranks)
     end = time.monotonic() + share * run.left()
 
@@ -218,14 +219,13 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         state.step = step = step + 1
         log.add(state, bad, loss, norm, groups[0][0]["lr"], parts)
 
-        if c.minutes and not planned and step in (10, 30, 300):     # plan the rest by the speed since step 10
-            now = time.monotonic()
-            if step == 10:
-                timed = now
-            else:
-                fitting = int((end - now) / (now - timed) * (step - 10))
-                state.total = min(state.total, step + max(30, fitting))
-                planned = step == 300
+        if c.minutes and not begun and step == 10:
+            timed = time.monotonic()
+        elif c.minutes and not begun and (step == 30
+                                          or step % 300 == 0 and step < (1 - c.decay) * state.total):
+            now = time.monotonic()                  # plan the rest by the speed since step 10
+            fitting = int((end - now) / (now - timed) * (step - 10))
+            state.total = min(asked, step + max(30, fitting))
         run.stop.wanted, hopeless, total = ranks.most(run.stop.wanted, log.hopeless, -state.total)
         state.total = -total
         if hopeless:
