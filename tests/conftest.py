@@ -3,8 +3,11 @@
 `pytest --hypothesis-profile=thorough` tries many new ones.
 """
 import os
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # read when Triton is imported, and PyTorch imports it unasked
-torch.set_num_threads(min(2, torch.get_num_threads()))      # small tensors: more threads only wait
+torch.set_num_threads(1)        # small tensors: more would only wait, and demos run beside the tests
 
 settings.register_profile("default", deadline=None, max_examples=15, derandomize=True, database=None)
 settings.register_profile("thorough", deadline=None, max_examples=500)
@@ -40,17 +43,40 @@ def single_thread():
 def finished(tmp_path_factory):
     """A whole run, from drawings to transformer, of a few steps a stage; what it said lies beside it in
     said.txt. Tests copy it before they change anything."""
+    import watch
     from train import TrainConfig, train
     folder = tmp_path_factory.mktemp("finished") / "run"
-    with single_thread(), open(folder.parent / "said.txt", "w") as said, redirect_stdout(said):
+    with (pytest.MonkeyPatch.context() as patch, single_thread(),
+          open(folder.parent / "said.txt", "w") as said, redirect_stdout(said)):
+        patch.setattr("train.plot_run", watch.plot_run)
         return train(TrainConfig(**MICRO, out=str(folder)))
 
 
-@pytest.fixture(autouse=True)
-def without_curves(monkeypatch):
-    """Drawing loss.png takes a sixth of so small a run: in `finished` it is drawn, and in test_faults."""
-    if "train" in sys.modules:
-        monkeypatch.setattr("train.plot_run", lambda path: None)
+@pytest.fixture(scope="session", autouse=True)
+def demos(request, tmp_path_factory):
+    """{command: what came of it, later} for those of the README's demos that are asked for. One after the
+    other they run beside all the tests before them."""
+    asked = [item.callspec.params["command"] for item in request.session.items
+             if item.name.startswith("test_the_demos_of_the_readme_pass[")]
+    run = partial(subprocess.run, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with ThreadPoolExecutor(1) as pool:
+        yield {command: pool.submit(run, [sys.executable, str(ROOT / command.split()[-1])],
+                                    cwd=tmp_path_factory.mktemp("demo")) for command in asked}
+        pool.shutdown(cancel_futures=True)
+
+
+def blank(path):
+    """In place of the curves, which take a sixth of so small a run."""
+    Path(path).with_name("loss.png").touch()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_curves():
+    """In `finished` they are drawn, and in test_faults.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "train" in sys.modules:
+            patch.setattr("train.plot_run", blank)
+        yield
 
 
 @pytest.fixture

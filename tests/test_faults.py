@@ -28,10 +28,10 @@ import stages
 import train as training
 import watch
 from checkpoints import CheckpointError, checkpoints_of, load_tensors, save_tensors, sole_writer
+from conftest import ROOT, blank
 from mmdit import MMDiT, MMDiTConfig
 from train import TrainConfig, fit
 
-ROOT = Path(__file__).resolve().parent.parent
 KILLS = 20 if settings.default.max_examples > 100 else 6
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
 QUICK = dict(device="cpu", dtype="float32", flow_batch=4, flow_steps=40, save_every=1, preview_every=0,
@@ -76,7 +76,7 @@ def child(folder, said, changes, limit=None):
         import resource
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    training.plot_run = lambda path: None                   # after a preview: it takes longer than the run
+    training.plot_run = blank                               # after a preview
     training.train = lambda: run_miniature(folder, **changes)
     training.parse = lambda argv: ()
     training.main([])

@@ -463,12 +463,3 @@ def test_a_model_that_overflows_stops_sampling_at_the_step_where_it_happened(met
 
     with pytest.raises(FloatingPointError, match=r"step [12], t = 0.5.*bfloat16"):
         flow.sample(model, torch.ones(2, 3), [1.0, 0.75, 0.5, 0.25, 0.0], method=method)
-
-
-# ---- the demo --------------------------------------------------------------------------------------------
-
-
-def test_the_demo_learns_the_exact_velocity_and_draws_its_picture(tmp_path, capsys):
-    flow.demo(tmp_path / "new" / "flow.png")  # asserts its own claims
-    assert (tmp_path / "new" / "flow.png").stat().st_size > 50_000
-    assert "no model can do better" in capsys.readouterr().out

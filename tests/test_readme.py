@@ -1,21 +1,15 @@
 """Claims about the documents: the README's commands run, its list of differences is the code's,
 its files exist."""
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import sample
 import train
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(?:bash|sh)?\n(.*?)```", README, re.S)
 COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines()
@@ -68,17 +62,6 @@ def test_sampling_commands_of_the_readme_run(command, finished, tmp_path_factory
     capsys.readouterr()
     sample.main(flags + ["--steps", "1", "--device", "cpu"])
     assert capsys.readouterr().out.strip().endswith(".png")
-
-
-@pytest.fixture(scope="module")
-def demos(request, tmp_path_factory):
-    """{command: what came of it, later}. Two at a time: a demo mostly imports, in one thread."""
-    asked = [item.callspec.params["command"] for item in request.session.items
-             if item.name.startswith("test_the_demos_of_the_readme_pass[")]
-    run = partial(subprocess.run, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    with ThreadPoolExecutor(2) as pool:
-        yield {command: pool.submit(run, [sys.executable, str(ROOT / words(command)[0])],
-                                    cwd=tmp_path_factory.mktemp("demo")) for command in asked}
 
 
 @pytest.mark.parametrize("command", sorted(
