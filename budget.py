@@ -35,6 +35,7 @@ from functools import lru_cache
 import torch
 
 from mmdit import MMDiT, MMDiTConfig
+from pipeline import check_side
 
 CARDS = {                   # peak of dense bfloat16 products, bytes: NVIDIA's data sheets of the SXM cards
     "a100": (312e12, 80e9), "h100": (989.4e12, 80e9), "h200": (989.4e12, 141e9)}
@@ -200,8 +201,7 @@ def main(argv=None) -> None:
             refuse(f"--{flag.replace('_', '-')} {getattr(a, flag)} must be above 0")
     if a.card not in CARDS:
         refuse(f"--card {a.card}: choose from {', '.join(CARDS)}")
-    if a.size % 16:
-        raise ValueError(f"size {a.size} is not a multiple of 16: try {max(16, round(a.size / 16) * 16)}")
+    check_side("size", a.size)
     if a.mfu > 1:
         refuse(f"--mfu {a.mfu} is above 1, the card's peak")
     lines = describe(a.model, a.size, a.flow_batch, a.flow_steps, a.gpus, a.card, a.mfu,

@@ -57,7 +57,8 @@ from tensor_files import CheckpointError, sync_folder, write_atomically, write_j
 from text_encoders import (ENCODERS, EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
                            T5Config, T5Encoder, TextEncoders, load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
-from weights import load_clip, load_mmdit, load_t5, load_text_encoders, load_vae, save_mmdit     # noqa: F401
+from weights import config_of, load_clip, load_mmdit, load_t5, load_text_encoders, load_vae     # noqa: F401
+from weights import save_mmdit                  # noqa: F401  (can be called from here, as the others can)
 
 try:
     import fcntl
@@ -170,6 +171,11 @@ def is_run(path) -> bool:
     return Path(path, "config.json").is_file() and "t5_length" in read_json(Path(path, "config.json"))
 
 
+def is_published(path) -> bool:
+    """A file of weights, or a folder in the layout of diffusers."""
+    return bool(path) and (Path(path).is_file() or Path(path, "transformer").is_dir())
+
+
 def home_of_encoders(path) -> Path:
     """Where the autoencoder and the text encoders are that a run's transformer learned from: in its folder,
     or the published weights that its config.json names. Of published weights: these."""
@@ -191,7 +197,7 @@ def load_encoders(path, *, drop=(), dtype=None, t5_width=4096) -> tuple[Autoenco
         encoders = TextEncoders(*towers, words, (*(c.width for c in configs), t5_width))
     else:
         vae = load_vae(home, dtype=torch.float32)
-        configs = [load_clip(home, name, device="meta").config for name in ENCODERS[:2]]
+        configs = [config_of(home, name) for name in ENCODERS[:2]]
         encoders = load_text_encoders(home, dtype=dtype, drop=drop,
                                       widths=(*(c.width for c in configs), t5_width))
     encoders.clip_length = configs[0].context_length                        # also where both are dropped

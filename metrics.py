@@ -468,7 +468,7 @@ def draw_folder(pipe, jobs, folder, steps, guidance):
     """Draw what is asked for and not there yet, in GenEval's layout. -> [path, ...], in the order of the jobs
 
     Each PNG holds its settings, its seed and the length of its path from noise, and appears whole or not."""
-    from sample import to_pil       # here: the measures themselves need no pipeline
+    from pipeline import to_pil       # here: the measures themselves need no pipeline
 
     todo = [job for job in jobs if not settings_of(picture_path(folder, job))]
     batch = together(*pipe.size)

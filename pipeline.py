@@ -44,14 +44,14 @@ from offload import Places
 from tensor_files import read_config
 from text_encoders import ENCODERS, Conditioning, TextEncoders
 from vae import TILE
-from weights import (clip_config, free_memory, load_mmdit, load_text_encoders, load_vae, locate, mmdit_config,
-                     t5_config, vae_config)
+from weights import config_of, free_memory, load_mmdit, load_text_encoders, load_vae
 
 DEFAULTS = {                # of Stability's own scripts. skip_layers: see Pipeline
     "sd3-medium": {"steps": 50, "guidance": 5.0},
     "sd3.5-medium": {"steps": 50, "guidance": 5.0, "skip_layers": (2.5, (7, 8, 9), 0.01, 0.2)},
     "sd3.5-large": {"steps": 40, "guidance": 4.5},
     "sd3.5-large-turbo": {"steps": 4, "guidance": 1.0}}
+T5_LONGEST = 256            # tokens that a long prompt gets, as SD3.5 was trained with
 
 
 def pick_device(name: str) -> torch.device:
@@ -265,7 +265,8 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
     configs = published_configs(path, drop)
     (name, how), side = recognise(configs["mmdit"], path), side_of(configs)
     height, width = (given or side for given in size or (None, None))
-    about = dict(height=height, width=width, guidance=how["guidance"] != 1, dtype=dtype,
+    # room for guidance and long prompts: whether they come is not known yet
+    about = dict(height=height, width=width, t5_length=T5_LONGEST, dtype=dtype,
                  pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -281,15 +282,13 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
              "mmdit": load_mmdit(path, device=home, dtype=dtype, int8=int8), "encoders": encoders}
     scheduler = path / "scheduler" / "scheduler_config.json"
     shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
-    return parts | how | {"shift": shift, "t5_longest": 256, "size": (side, side), "offload": mode}
+    return parts | how | {"shift": shift, "t5_longest": T5_LONGEST, "size": (side, side), "offload": mode}
 
 
 def published_configs(path, drop=()) -> dict:
     """The configs of the five parts but those in `drop`, from names and shapes alone; CheckpointError unless
     they fit each other."""
-    configs = {"mmdit": mmdit_config(*locate(path, "mmdit")), "vae": vae_config(*locate(path, "vae"))}
-    configs |= {name: t5_config(*locate(path, name)) if name == "t5" else
-                clip_config(*locate(path, name), name) for name in ENCODERS if name not in drop}
+    configs = {part: config_of(path, part) for part in ("mmdit", "vae", *ENCODERS) if part not in drop}
     c, t5 = configs["mmdit"], configs.get("t5")
     if sum(text_widths(configs)[:2]) != c.pooled_dim or (t5 and t5.width != c.context_dim):
         raise CheckpointError(f"{path}: the text encoders do not fit the transformer, which wants "
@@ -359,14 +358,18 @@ def skipping(ts, scale, layers, begin, end):
     return scale, (low.item(), high.item()), {"skip_layers": layers}
 
 
+def check_side(name: str, side: int) -> None:
+    if side < 16 or side % 16:
+        raise ValueError(f"{name} {side} is not a multiple of 16 (8 in the VAE, 2 in the patches): "
+                         f"try {max(16, round(side / 16) * 16)}")
+
+
 def check_request(prompts, negatives, height, width, steps, guidance, output) -> None:
     if not prompts or len(negatives) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(negatives)} negative prompts: "
                          "give one or more, and as many of each")
-    for name, side in (("height", height), ("width", width)):
-        if side < 16 or side % 16:
-            raise ValueError(f"{name} {side} is not a multiple of 16 (8 in the VAE, 2 in the patches): "
-                             f"try {max(16, round(side / 16) * 16)}")
+    check_side("height", height)
+    check_side("width", width)
     if not 1 <= steps <= 10_000:
         raise ValueError(f"steps is {steps}: sampling takes at least 1, and at most 10,000 are of any use")
     if not math.isfinite(guidance):

@@ -43,7 +43,7 @@ from evaluate import SIDE, find_objects, foreign, illustrate, requests, tally, v
 from metrics import (COCO, LEVELS, Job, Statistics, bar, clip_score, draw_folder, fid, fingerprint, fit,
                      geneval_prompts, kid, load_towers, nearest, open_picture, picture_path, read_folder,
                      read_prompts, reference, retrieval, seed_of, settings_of, validation_loss)
-from sample import Pipeline, pick_device
+from pipeline import Pipeline, pick_device
 
 # --- What is measured -------------------------------------------------------------------------------------
 

@@ -31,12 +31,12 @@ from tqdm import tqdm
 import data
 import flow
 import offload
-from checkpoints import (bare_encoders, home_of_encoders, is_run, last_run, load_part, read_json,
-                         write_atomically)
+from checkpoints import home_of_encoders, is_run, last_run, load_part, read_json, write_atomically
 from pipeline import (DEFAULTS, Pipeline, at_once, check_request, published_configs, recognise, seeds_of,
                       side_of)
 from pipeline import pick_device, to_pil        # noqa: F401  (can be called from here, as Pipeline can)
 from text_encoders import ENCODERS
+from weights import config_of
 
 
 # ---------------------------------------------------------------------------------------------------- request
@@ -238,9 +238,9 @@ def dry_run(args) -> None:
     if model in offload.PRESETS and not Path(model).exists():
         configs, name, how = offload.preset_configs(model), model, DEFAULTS[model]
     elif run:
-        home, names = home_of_encoders(model), ("vae", *ENCODERS)
-        parts = {n: load_part(model, n) for n in names} if is_run(home) else bare_encoders(home)
-        configs = {n: part.config for n, part in parts.items()} | {"mmdit": load_part(model, "mmdit").config}
+        home = home_of_encoders(model)
+        configs = {part: load_part(home, part).config if is_run(home) else config_of(home, part)
+                   for part in ("vae", *ENCODERS)} | {"mmdit": load_part(model, "mmdit").config}
         name, how = model, {"guidance": 3.0}
     else:
         configs = published_configs(model, args.drop)

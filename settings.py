@@ -7,6 +7,7 @@ it stands here, each setting once. The flags are the fields of TrainConfig, with
     python train.py --resume        the run's config.json; flags only in FREE  parse
     python train.py --from RUN ...  flags, then that run's, then defaults      second_phase
     python train.py --cache DIR ... flags, then what the cache is of           by_published
+    ... --from WEIGHTS --cache DIR  flags, then that and what suits learning on fine_tuning
     python train.py cache ...       flags of their own                         parse_cache
 
 What to know
@@ -25,10 +26,12 @@ from pathlib import Path
 import torch
 
 import flow
-from checkpoints import has_run, last_run, read_json
+from checkpoints import has_run, is_published, last_run, read_json
 from mmdit import MMDiTConfig
+from pipeline import check_side
 from prepare import Cache
 from stages import STAGES, encoder_prints
+from weights import config_of
 
 # settings that say what is trained, and by what
 SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate")
@@ -51,7 +54,8 @@ class TrainConfig:
     encoders: str = flag("", "published weights whose encoders made the cache; default: where it says")
     model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
     # where
-    origin: str = flag("", "a finished run to go on from: its parts are kept, its transformer learns on")
+    origin: str = flag("", "a finished run to go on from: its parts are kept, its transformer learns on; or "
+                       "published weights, with a --cache that their encoders made")
     out: str = flag("", "folder of the run; default: a new one under runs/")
     device: str = flag("auto", "auto | cuda | mps | cpu")
     dtype: str = flag("auto", "auto | bfloat16 | float32, of matrix products")
@@ -97,9 +101,7 @@ class TrainConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
-        if self.size % 16:
-            raise ValueError(f"size {self.size} is not a multiple of 16 (8 in the VAE, 2 in the patches): "
-                             f"try {max(16, round(self.size / 16) * 16)}")
+        check_side("size", self.size)
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"no dtype {self.dtype!r}: choose auto, bfloat16 or float32")
         if not (0 <= self.text_drop < 1 and 0 <= self.ema < 1 and 0 <= self.decay <= 1
@@ -148,7 +150,8 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)
              if getattr(args, f.name) is not None}
     if not args.resume:
-        begin = second_phase if given.get("origin") else by_published if given.get("cache") else dict
+        begin = (fine_tuning if is_published(given.get("origin")) else second_phase if given.get("origin")
+                 else by_published if given.get("cache") else dict)
         return TrainConfig(**begin(given)), False
     folder = Path(given.pop("out", "") or last_run())
     saved = read_json(folder / "config.json")
@@ -193,6 +196,21 @@ def by_published(given: dict) -> dict:
     where = given.get("encoders") or about.get("encoders")
     return {**given, "encoders": str(Path(where).resolve()) if where else "",
             **{name: about[name] for name in ("size", "clip_length", "t5_length")}}
+
+
+def fine_tuning(given: dict) -> dict:
+    """Settings of a published transformer that learns on, from a cache which its encoders made: small steps
+    of AdamW, and times shifted as for 1024 pixels, less for fewer."""
+    if given.get("model"):
+        raise ValueError(f"--model {given['model']} and --from {given['origin']}: the weights say what they "
+                         "are, leave out --model")
+    if not given.get("cache"):
+        raise ValueError(f"--from {given['origin']}: published weights learn from a cache: add --cache DIR, "
+                         f"made by  python train.py cache --model {given['origin']} --data DIR --size SIDE")
+    given = by_published(given)
+    config_of(given["origin"], "mmdit")                         # CheckpointError unless it is one of SD3
+    return {"flow_rate": 1e-5, "muon_rate": 0.0, "shift": max(1.0, 3.0 * given["size"] / 1024), **given,
+            "origin": str(Path(given["origin"]).resolve())}
 
 
 def checked_cache(given: dict) -> Cache:

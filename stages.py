@@ -36,13 +36,13 @@ import torch
 from torch import nn
 
 import flow
-from checkpoints import (bare_encoders, home_of_encoders, is_run, load_encoders, load_part, load_tokenizers,
-                         write_atomically)
+from checkpoints import (bare_encoders, home_of_encoders, is_published, is_run, load_encoders, load_part,
+                         load_tokenizers, write_atomically)
 from data import contact_sheet, list_pictures, pick_captions, refuse_if_mostly_bad
 from mmdit import MMDiT, MMDiTConfig
-from parallel import local, whole
+from parallel import Later, local, whole
+from pipeline import Pipeline
 from prepare import Batches, Cache, Survey, digest, files_fingerprint, tensors_fingerprint, write_cache
-from sample import Pipeline
 from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
                            Conditioning, T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders,
                            load_clip_tokenizer, load_t5_tokenizer, masked_span_loss, sample_drops,
@@ -50,7 +50,7 @@ from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPText
 from vae import (AutoencoderKL, PatchDiscriminator, VAEConfig, discriminator_loss, measure_latents, psnr,
                  vae_loss)
 from watch import loss_by_t
-from weights import find_tokenizers, load_vae, locate
+from weights import config_of, find_tokenizers, load_mmdit, load_vae, locate, read_tensor
 
 PARTS_OF = {"vae": ("vae",), "clip": ("clip_l", "clip_g", "clip_l_image", "clip_g_image"), "t5": ("t5",),
             "flow": ("mmdit",)}
@@ -213,8 +213,8 @@ def encoder_prints(path) -> tuple[str, str]:
         words = [p for p in (home / "tokenizers").rglob("*") if p.is_file()]
         return (files_fingerprint([home / "vae.safetensors"]),
                 files_fingerprint([*(home / f"{name}.safetensors" for name in ENCODERS), *words]))
-    prints = {name: f"{part.config} {tensors_fingerprint(locate(home, name)[0])}".encode()
-              for name, part in bare_encoders(home).items()}
+    prints = {name: f"{config_of(home, name)} {tensors_fingerprint(locate(home, name)[0])}".encode()
+              for name in ("vae", *ENCODERS)}
     words = [tokenizer.tok.to_str().encode() for tokenizer in find_tokenizers(home)]
     return digest(prints["vae"]), digest(*(prints[name] for name in ENCODERS), *words)
 
@@ -282,10 +282,31 @@ def take_over(origin, folder) -> None:
         write_atomically(folder / target, partial(shutil.copyfile, origin / source))
 
 
+def start_of(run, vae, later=nullcontext()) -> MMDiT:
+    """The transformer that --from names: a run's for this run's pictures, or a published one as it is.
+
+    Inside `later` its tensors stay in their file until they are made."""
+    c = run.config
+    if not is_published(c.origin):
+        old = load_part(run.folder / "start", "mmdit", later)
+        with later:
+            return grown(old, c.size // (2 * vae.config.factor))
+    device = "meta" if isinstance(later, Later) else run.device
+    model = load_mmdit(c.origin, device=device, dtype=torch.float32).requires_grad_(True)
+    if device == "meta":
+        source, recipe = locate(c.origin, "mmdit")
+        for name, t in model.state_dict().items():
+            later.note(t, partial(read_tensor, source, recipe(name), t.shape, "cpu", t.dtype))
+        model.pos_embed = later.maker(model.pos_embed)()                    # learns nothing, is not cut up
+    return model
+
+
 def grown(old: MMDiT, tokens: int) -> MMDiT:
     """The same weights for pictures of tokens x tokens. The coordinates of its first pictures are stretched
-    over these (interpolated), and go on beyond them (extended), paper section 5.3.2."""
-    c = dataclasses.replace(old.config, pos_sample=tokens, pos_max=max(old.config.pos_max, 4 * tokens))
+    over these (interpolated), and go on beyond them (extended), paper section 5.3.2. Smaller ones have the
+    middle of them."""
+    c = dataclasses.replace(old.config, pos_sample=max(old.config.pos_sample, tokens),
+                            pos_max=max(old.config.pos_max, 4 * tokens))
     new = MMDiT(c)
     new.load_state_dict(old.state_dict() | {"pos_embed": new.pos_embed})
     new.context_embedder = WhiteLinear(new.context_embedder)
@@ -362,12 +383,15 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
         losses = flow.loss(model, latents, t=t, noise=noise, context=context, pooled=pooled)
         return losses.mean() * (len(t) / c.flow_batch), {"by_t": loss_by_t(losses, t)}
 
-    few = slice(0, max(1, 60_000 // (32 * (c.clip_length + c.t5_length))))              # 1 GB of SD3's own
-    some = torch.cat([batches.at(i, run.device, few)[2].flatten(0, 1) for i in range(32)])  # (tokens, ctx)
-    model.context_embedder.measure(some, learned=bool(c.origin))
+    white = isinstance(model.context_embedder, WhiteLinear)                 # a published one stays as it is
+    if white:
+        few = slice(0, max(1, 60_000 // (32 * (c.clip_length + c.t5_length))))          # 1 GB of SD3's own
+        some = [batches.at(i, run.device, few)[2].flatten(0, 1) for i in range(32)]     # each (tokens, ctx)
+        model.context_embedder.measure(torch.cat(some), learned=bool(c.origin))
 
     def finish():
-        model.context_embedder = model.context_embedder.folded().requires_grad_(False)
+        if white:
+            model.context_embedder = model.context_embedder.folded().requires_grad_(False)
 
     def preview(step):
         vae = load_vae(c.encoders, dtype=torch.float32) if c.encoders else load_part(run.folder, "vae")

@@ -10,7 +10,8 @@
     python train.py --from RUN --size 128      go on from a finished run, with larger pictures
     python train.py cache --run RUN --data DIR encode pictures and captions ahead, for --from RUN --cache
     python train.py cache --model PATH --data DIR --size 256           the same by SD3's own encoders, for
-    python train.py --cache CACHE --model d15  a new transformer that learns from them
+    python train.py --cache CACHE --model d15  a new transformer that learns from them, or
+    python train.py --cache CACHE --from PATH  SD3's own, which learns on
     python train.py --dry-run --model d38 --gpus 64      what it would take (budget.py)
     torchrun --nproc-per-node 8 train.py --flow-batch 512      the same on eight GPUs (parallel.py)
     python sample.py "a red star left of a blue ring"    then draw something
@@ -62,17 +63,17 @@ from torch import nn
 
 import flow
 import parallel
-from checkpoints import (Saver, State, clean_checkpoints, has_run, load_part, load_state, read_json,
-                         save_part, sole_writer, write_json)
+from checkpoints import (Saver, State, clean_checkpoints, has_run, is_published, load_part, load_state,
+                         read_json, save_part, sole_writer, write_json)
 from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiT
 from muon import Muon, split
 from parallel import local, whole
+from pipeline import pick_device
 from prepare import Cache, Survey
-from sample import pick_device
 from settings import SHAPING, TrainConfig, parse, parse_cache
-from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, flow_stage, grown,
-                    make_tokenizers, preview_prompts, t5_stage, take_over, vae_stage)
+from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, flow_stage, make_tokenizers,
+                    preview_prompts, start_of, t5_stage, take_over, vae_stage)
 from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, add_up, clock, judge, largest_logit,
                    lasting_output, plot_run, read_metrics, roll_back, update)
 
@@ -359,7 +360,7 @@ def list_data(c: TrainConfig):
 
 def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: bool) -> Path:
     config, folder, pictures, captions, ranks = run.config, run.folder, words, words.captions, run.ranks
-    if config.origin and not resume:
+    if config.origin and not (resume or is_published(config.origin)):
         ranks.together(lambda: None if ranks.rank else take_over(Path(config.origin), folder))
     own = ("flow",) if config.encoders else STAGES                  # what is learned here
     todo = ranks.together(lambda: unfinished(folder, own))
@@ -377,10 +378,7 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
     done = [name for stage in own if stage not in todo for name in PARTS_OF[stage]]
     parts |= {name: load_part(folder, name) for name in done}
     if config.origin and "flow" in todo:
-        tokens = config.size // (2 * parts["vae"].config.factor)
-        start = load_part(folder / "start", "mmdit", later)
-        with later:
-            parts["mmdit"] = grown(start, tokens)
+        parts["mmdit"] = start_of(run, parts["vae"], later)
     if config.compile:
         compile_blocks(parts["mmdit"], run.device)
     if cut_up:
@@ -515,10 +513,10 @@ def cache_command(argv) -> None:
                           pictures=args.pictures or 10**9, buckets=args.buckets, device=args.device,
                           dtype=args.dtype), whose)
     encode_all(run, Path(out), rank, world)
-    how = f"--cache {out} --model d15" if args.model else f"--from {whose} --cache {out}"
+    ways = [f"--from {whose} --cache {out}"] + [f"--cache {out} --model d15"] * bool(args.model)
     if rank == 0:
         print(f"done{f' with the share of rank 0 of {world}' if world > 1 else ''}: {out}. Now type\n"
-              f"    python train.py {how} --data {args.data}")
+              + "\n or ".join(f"    python train.py {how} --data {args.data}" for how in ways))
 
 
 def main(argv=None) -> None:

@@ -195,6 +195,14 @@ def t5_config(source, recipe) -> T5Config:
                     source.config.get("relative_attention_max_distance", 128))
 
 
+def config_of(path, part):
+    """The config of one of the five parts of published weights, from names and shapes alone."""
+    source, recipe = locate(path, part)
+    if part in ("clip_l", "clip_g"):
+        return clip_config(source, recipe, part)
+    return {"mmdit": mmdit_config, "vae": vae_config, "t5": t5_config}[part](source, recipe)
+
+
 # ------------------------------------------------------------------------------------------- filling a module
 
 def check_names(source, own, part) -> None:

@@ -26,14 +26,15 @@ import torch
 import torch.distributed.checkpoint
 from hypothesis import settings
 
+import make_fake_checkpoint
 import parallel
 import train as training
 from checkpoints import checkpoints_of, load_tensors
+from conftest import ROOT, blank
 from mmdit import MMDiT, MMDiTConfig
 from muon import Muon
 from train import TrainConfig, train
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(os.name != "posix" or not torch.distributed.is_available(),
                                 reason="needs POSIX signals and torch.distributed")
 MICRO = dict(size=32, pictures=24, vae_steps=3, vae_batch=4, clip_steps=3, clip_batch=8, t5_steps=3,
@@ -48,11 +49,6 @@ thorough = pytest.mark.skipif(settings.default.max_examples < 100,
 def small(preset=MMDiTConfig.preset):
     """The miniature, smaller still."""
     return lambda name, **changes: preset(name, depth=2, heads=2, head_dim=16, **changes)
-
-
-def blank(path):
-    """In place of the curves, which take longer than the training, and are another file's claim."""
-    Path(path).with_name("loss.png").touch()
 
 
 def child(rank, world, port, said, action, *rest):
@@ -122,7 +118,6 @@ def ready():
         multiprocessing.set_forkserver_preload(["test_parallel", "torch._dynamo"])
         multiprocessing.forkserver.ensure_running()
         patch.setattr(MMDiTConfig, "preset", small())
-        patch.setattr(training, "plot_run", blank)
         yield
 
 
@@ -243,6 +238,22 @@ def test_a_second_phase_cut_up_among_two_learns_what_one_process_does(finished, 
     folders = [tmp_path / "one", tmp_path / "two"]
     for world, folder in enumerate(folders, 1):
         flags = ["--from", str(finished), "--size", "48", "--out", str(folder), "--fsdp", "--muon-rate", "0"]
+        codes, said = launch(folder, world, flags)
+        assert codes == [0] * world and ("cut up among" in said) == (world > 1), said
+    assert_equal(*folders)
+
+
+@fsdp
+def test_published_weights_cut_up_among_two_learn_what_one_process_does(tmp_path):
+    make_fake_checkpoint.main([str(tmp_path), "--config", "small", "--parts", *make_fake_checkpoint.BUILD])
+    weights, cache = tmp_path / "small.safetensors", tmp_path / "cache"
+    how = ["--device", "cpu", "--dtype", "float32"]
+    training.main(["cache", "--model", str(weights), "--data", "drawn", "--pictures", "24", "--size", "32",
+                   "--out", str(cache), *how])
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for world, folder in enumerate(folders, 1):
+        flags = ["--from", str(weights), "--cache", str(cache), "--out", str(folder), "--flow-steps", "4",
+                 "--flow-batch", "8", "--flow-rate", "1e-3", "--preview-every", "0", "--fsdp", *how]
         codes, said = launch(folder, world, flags)
         assert codes == [0] * world and ("cut up among" in said) == (world > 1), said
     assert_equal(*folders)

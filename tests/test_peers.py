@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import flow
 from mmdit import MMDiT, MMDiTConfig
-from sample import Pipeline
+from pipeline import Pipeline
 from text_encoders import ENCODERS
 from weights import (SHARD, CheckpointError, find_tokenizers, load_clip, load_mmdit, load_t5,
                      load_text_encoders, load_vae, save_mmdit)

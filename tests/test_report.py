@@ -14,7 +14,7 @@ import evaluate
 import metrics
 import report
 from checkpoints import save_part, write_json
-from sample import Pipeline
+from pipeline import Pipeline
 from stages import build, make_tokenizers
 from train import TrainConfig
 

@@ -29,17 +29,15 @@ from conftest import MICRO, single_thread
 from data import Pictures
 from mmdit import MMDiT
 from prepare import Cache
-from sample import Pipeline
+from pipeline import Pipeline
 from text_encoders import ENCODERS, CLIPTextConfig, T5Config
 from train import TrainConfig, parse, train
-from weights import load_text_encoders, load_vae, locate
+from weights import load_mmdit, load_text_encoders, load_vae, locate
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """And no curves: they take as long as the steps that they show, and test_train.py asks for them."""
-    with single_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "plot_run", lambda path: None)
+    with single_thread():
         yield
 
 
@@ -423,6 +421,29 @@ def test_a_second_phase_keeps_published_encoders(learned, encoded, published, tm
     assert (second.pos_sample, second.pos_base) == (4, 2) and config.shift == 2 * TrainConfig.shift
 
 
+def test_published_weights_learn_on_from_where_they_are(encoded, published, tmp_path):
+    """With no rate they stay as they are, bit by bit, and first losses are theirs; interrupted and resumed is
+    as good as straight through."""
+    flags = ["--from", str(published), "--cache", str(encoded[0]), *flags_of(
+        flow_steps=4, flow_batch=4, save_every=2, preview_every=0, device="cpu", dtype="float32")]
+    config, _ = parse([*flags, "--out", str(tmp_path / "still"), "--flow-rate", "1e-30"])
+    assert config.shift == 1 and config.muon_rate == 0 and config.encoders == str(published)
+    start, still = load_mmdit(published, dtype=torch.float32), load_part(train(config), "mmdit")
+    assert still.config == start.config
+    assert all(torch.equal(p, still.state_dict()[k]) for k, p in start.state_dict().items())
+    straight = train(*parse([*flags, "--out", str(tmp_path / "straight"), "--flow-rate", "1e-3"]))
+    first, other = losses(tmp_path / "still"), losses(straight)
+    assert first[0] == other[0] and first[3] != other[3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Run, "generator", power_cut(training.Run.generator, 3))
+        with pytest.raises(KeyboardInterrupt):
+            train(*parse([*flags, "--out", str(tmp_path / "cut"), "--flow-rate", "1e-3"]))
+    resumed = train(*parse(["--resume", "--out", str(tmp_path / "cut")]))
+    assert (resumed / "mmdit.safetensors").read_bytes() == (straight / "mmdit.safetensors").read_bytes()
+    assert not (resumed / "start").exists() and sorted(p.name for p in resumed.glob("*.safetensors")) == [
+        "mmdit.safetensors"]
+
+
 @pytest.mark.parametrize("layout", ["single_file", "folder"])
 def test_the_fingerprint_of_published_encoders_knows_each_of_them_and_not_the_transformer(layout, tmp_path):
     make_fake_checkpoint.main([str(tmp_path), "--config", "small", "--layout", layout, "--parts", *ALL_PARTS])
@@ -455,6 +476,11 @@ def test_bad_input_about_published_encoders_is_one_line_that_names_the_remedy(
     assert "contradicts" in refused(["--cache", out, "--t5-length", 20], capsys)
     assert "contradicts" in refused(["--cache", out, "--size", 64], capsys)
     assert "does not exist" in refused(["--cache", out, "--encoders", "gone"], capsys)
+    assert "train.py cache --model" in refused(["--from", published], capsys)
+    wrong = published.parent / "text_encoders" / "clip_l.safetensors"
+    assert "clip_l.safetensors" in refused(["--from", wrong, "--cache", out], capsys)
+    assert "leave out --model" in refused(["--from", published, "--cache", out, "--model", "d15"], capsys)
+    assert "no finished run" in refused(["--from", "gone.safetensors", "--cache", out], capsys)
     other = tmp_path / "other"
     shutil.copytree(published.parent, other)
     file = other / "text_encoders" / "clip_l.safetensors"
