@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # read when Triton is imported, and PyTorch imports it unasked
-torch.set_num_threads(1)        # small tensors: more would only wait, and demos run beside the tests
+# Of small tensors' work more threads would only wait. Sums are rounded in one order; demos run meanwhile.
+torch.set_num_threads(1)
+
+from mmdit import MMDiTConfig  # noqa: E402
 
 settings.register_profile("default", deadline=None, max_examples=15, derandomize=True, database=None)
 settings.register_profile("thorough", deadline=None, max_examples=500)
@@ -30,13 +33,9 @@ MICRO = dict(pictures=48, vae_steps=3, vae_batch=4, clip_steps=2, clip_batch=8, 
              flow_steps=6, flow_batch=8, preview_every=0, save_every=2, dtype="float32", device="cpu")
 
 
-@contextmanager
-def single_thread():
-    """Inside, sums are rounded in one order only."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small(preset=MMDiTConfig.preset):
+    """In place of MMDiTConfig.preset: the miniature, smaller still."""
+    return lambda name, **changes: preset(name, **{"depth": 2, "heads": 2, "head_dim": 16, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +45,9 @@ def finished(tmp_path_factory):
     import watch
     from train import TrainConfig, train
     folder = tmp_path_factory.mktemp("finished") / "run"
-    with (pytest.MonkeyPatch.context() as patch, single_thread(),
-          open(folder.parent / "said.txt", "w") as said, redirect_stdout(said)):
+    with (pytest.MonkeyPatch.context() as patch, open(folder.parent / "said.txt", "w") as said,
+          redirect_stdout(said)):
+        patch.setattr(MMDiTConfig, "preset", small())
         patch.setattr("train.plot_run", watch.plot_run)
         return train(TrainConfig(**MICRO, out=str(folder)))
 
@@ -70,18 +70,12 @@ def blank(path):
     Path(path).with_name("loss.png").touch()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_curves():
-    """In `finished` they are drawn, and in test_faults.py."""
+@pytest.fixture(scope="module")
+def miniature():
+    """Whole runs take seconds. (Curves are drawn in `finished` and in test_faults.py.)"""
     with pytest.MonkeyPatch.context() as patch:
-        if "train" in sys.modules:
-            patch.setattr("train.plot_run", blank)
-        yield
-
-
-@pytest.fixture
-def one_thread():
-    with single_thread():
+        patch.setattr(MMDiTConfig, "preset", small())
+        patch.setattr("train.plot_run", blank)
         yield
 
 

@@ -132,9 +132,8 @@ def assert_equal(a, b):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A run of 40 steps that nothing happened to."""
-    before, folder = torch.get_num_threads(), tmp_path_factory.mktemp("runs") / "straight"
+    folder = tmp_path_factory.mktemp("runs") / "straight"
     run_miniature(folder)
-    torch.set_num_threads(before)
     return folder
 
 
@@ -305,7 +304,7 @@ def bad_at(steps, value):
 
 @pytest.mark.parametrize("value, reason", [(float("nan"), "not finite"), (float("inf"), "not finite"),
                                            (1e4, "spike")])
-def test_a_bad_step_is_skipped_counted_and_leaves_no_trace(tmp_path, capsys, one_thread, value, reason):
+def test_a_bad_step_is_skipped_counted_and_leaves_no_trace(tmp_path, capsys, value, reason):
     seen = {}
 
     def spoil(step, loss):
@@ -326,7 +325,7 @@ def test_a_bad_step_is_skipped_counted_and_leaves_no_trace(tmp_path, capsys, one
     assert all(p.isfinite().all() for p in load_tensors(tmp_path / "done.safetensors")[0].values())
 
 
-def test_moments_and_their_step_count_stay_when_a_step_is_skipped(one_thread):
+def test_moments_and_their_step_count_stay_when_a_step_is_skipped():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
     for bad in (0, 1, 0):
@@ -338,7 +337,7 @@ def test_moments_and_their_step_count_stay_when_a_step_is_skipped(one_thread):
     assert optimizer.state[weight]["step"] == 2
 
 
-def test_resumed_amid_bad_steps_it_goes_on_as_if_it_had_not_stopped(tmp_path, one_thread):
+def test_resumed_amid_bad_steps_it_goes_on_as_if_it_had_not_stopped(tmp_path):
     spoil = bad_at({11, 30, 31, 32}, float("nan"))
     run_miniature(tmp_path / "whole", spoil)
     run = tmp_path / "cut"
@@ -350,7 +349,7 @@ def test_resumed_amid_bad_steps_it_goes_on_as_if_it_had_not_stopped(tmp_path, on
 
 
 def test_ten_bad_steps_in_a_row_go_back_to_the_last_healthy_checkpoint_with_half_the_rate(
-        tmp_path, capsys, one_thread):
+        tmp_path, capsys):
     tried = []
 
     def spoil(step, loss):                      # a fault that is gone the second time
@@ -364,19 +363,19 @@ def test_ten_bad_steps_in_a_row_go_back_to_the_last_healthy_checkpoint_with_half
     assert rates[17] == pytest.approx(rates[16] / 2, rel=0.15)  # warm-up is over, decay is not yet
 
 
-def test_twelve_bad_steps_that_are_over_when_they_are_read_are_only_skipped(tmp_path, capsys, one_thread):
+def test_twelve_bad_steps_that_are_over_when_they_are_read_are_only_skipped(tmp_path, capsys):
     run_miniature(tmp_path, bad_at(range(22, 34), float("nan")), save_every=8)
     assert "going back" not in capsys.readouterr().out
     assert [int(r["step"]) for r in rows_of(tmp_path) if r["skipped"]] == list(range(23, 35))
 
 
-def test_weights_that_are_not_finite_at_the_end_are_no_result(tmp_path, one_thread):
+def test_weights_that_are_not_finite_at_the_end_are_no_result(tmp_path):
     with pytest.raises(FloatingPointError, match="not finite at its end.*--flow-rate"):
         run_miniature(tmp_path, flow_rate=1e39, flow_steps=1)
     assert not (tmp_path / "done.safetensors").exists()
 
 
-def test_bad_steps_before_the_first_checkpoint_go_back_to_the_very_start(tmp_path, one_thread):
+def test_bad_steps_before_the_first_checkpoint_go_back_to_the_very_start(tmp_path):
     tried = []
 
     def spoil(step, loss):
@@ -389,13 +388,13 @@ def test_bad_steps_before_the_first_checkpoint_go_back_to_the_very_start(tmp_pat
     assert_equal(tmp_path / "a", tmp_path / "b")
 
 
-def test_what_stays_bad_ends_with_advice_and_the_healthy_checkpoint(tmp_path, capsys, one_thread):
+def test_what_stays_bad_ends_with_advice_and_the_healthy_checkpoint(tmp_path, capsys):
     with pytest.raises(FloatingPointError, match="half the learning rate.*--flow-rate"):
         run_miniature(tmp_path, bad_at(range(18, 99), float("nan")), save_every=8)
     assert steps_of(tmp_path) == [8, 16]
 
 
-def test_a_spike_is_measured_by_the_median_of_healthy_losses(one_thread):
+def test_a_spike_is_measured_by_the_median_of_healthy_losses():
     state = training.begin(training.Run(TrainConfig(**QUICK), Path(".")), miniature(None))
     losses = [100.0] * 10 + [1.0] * 30 + [4.9, 5.2, 5.2, 1.0, float("nan"), 4.9]
     verdicts = [int(watch.judge(state, torch.tensor(x), torch.tensor(1.0))) for x in losses]
@@ -403,7 +402,7 @@ def test_a_spike_is_measured_by_the_median_of_healthy_losses(one_thread):
     assert int(watch.judge(state, torch.tensor(1.0), torch.tensor(float("inf")))) == watch.NOT_FINITE
 
 
-def test_judging_reads_nothing_from_the_device(one_thread):
+def test_judging_reads_nothing_from_the_device():
     """On the device `meta` there is nothing to read: any .item() or branch on a value would raise."""
     state = training.begin(training.Run(TrainConfig(**QUICK), Path(".")), miniature(None))
     state.recent, state.in_a_row = state.recent.to("meta"), state.in_a_row.to("meta")
@@ -432,7 +431,7 @@ def test_losses_by_t_are_means_over_eight_equal_parts():
 
 
 @pytest.mark.parametrize("qk_norm, dual", [(True, 0), (False, 0), (True, 1)])
-def test_the_largest_logit_is_that_of_the_attention_itself(monkeypatch, one_thread, qk_norm, dual):
+def test_the_largest_logit_is_that_of_the_attention_itself(monkeypatch, qk_norm, dual):
     torch.manual_seed(1)
     model = MMDiT(MMDiTConfig(2, heads=2, head_dim=8, in_channels=4, context_dim=8, pooled_dim=8, pos_max=4,
                               pos_sample=2, pos_base=2, qk_norm=qk_norm, dual_blocks=dual))
@@ -456,7 +455,7 @@ def test_the_largest_logit_is_that_of_the_attention_itself(monkeypatch, one_thre
     assert len(logits) == 2 + dual and measured.item() == pytest.approx(max(logits).item(), rel=1e-5)
 
 
-def test_looking_at_logits_changes_no_number(straight, tmp_path, monkeypatch, one_thread):
+def test_looking_at_logits_changes_no_number(straight, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "LOOK_EVERY", 7)
     run_miniature(tmp_path)
     assert len([r for r in rows_of(tmp_path) if r["max_logit"]]) == 6
@@ -509,7 +508,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(out, tmp_pat
     assert end.value.code == 2 and "expected:" not in said.out and len(said.err.strip().splitlines()) == 1
 
 
-def test_a_checkpoint_at_the_last_step_but_one_leaves_one_step_to_do(straight, tmp_path, one_thread):
+def test_a_checkpoint_at_the_last_step_but_one_leaves_one_step_to_do(straight, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_miniature(tmp_path, power_cut(39))
     assert steps_of(tmp_path)[-1] == 39
@@ -517,7 +516,7 @@ def test_a_checkpoint_at_the_last_step_but_one_leaves_one_step_to_do(straight, t
     assert_equal(straight, tmp_path)
 
 
-def test_without_a_checkpoint_the_stage_starts_again_and_says_so(straight, tmp_path, capsys, one_thread):
+def test_without_a_checkpoint_the_stage_starts_again_and_says_so(straight, tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         run_miniature(tmp_path, power_cut(25), save_every=1000)
     run_miniature(tmp_path)
@@ -525,7 +524,7 @@ def test_without_a_checkpoint_the_stage_starts_again_and_says_so(straight, tmp_p
     assert_equal(straight, tmp_path)
 
 
-def test_a_checkpoint_without_a_usable_neighbour_is_an_error_and_no_new_start(tmp_path, one_thread):
+def test_a_checkpoint_without_a_usable_neighbour_is_an_error_and_no_new_start(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_miniature(tmp_path, power_cut(2))
     for folder in checkpoints_of(tmp_path, "flow"):

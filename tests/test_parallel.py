@@ -30,7 +30,7 @@ import make_fake_checkpoint
 import parallel
 import train as training
 from checkpoints import checkpoints_of, load_tensors
-from conftest import ROOT, blank
+from conftest import ROOT, blank, small
 from mmdit import MMDiT, MMDiTConfig
 from muon import Muon
 from train import TrainConfig, train
@@ -44,11 +44,6 @@ VERSION = tuple(int(x) for x in torch.__version__.split(".")[:2])
 fsdp = pytest.mark.skipif(VERSION < (2, 8), reason="FSDP2 cannot average gradients over gloo in this torch")
 thorough = pytest.mark.skipif(settings.default.max_examples < 100,
                               reason="with --hypothesis-profile=thorough only")
-
-
-def small(preset=MMDiTConfig.preset):
-    """The miniature, smaller still."""
-    return lambda name, **changes: preset(name, depth=2, heads=2, head_dim=16, **changes)
 
 
 def child(rank, world, port, said, action, *rest):
@@ -112,23 +107,18 @@ def launch(folder, world, argv=("--resume",), config=None, **wounds):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ready():
+def ready(miniature):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
         multiprocessing.set_forkserver_preload(["test_parallel", "torch._dynamo"])
         multiprocessing.forkserver.ensure_running()
-        patch.setattr(MMDiTConfig, "preset", small())
         yield
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of one process, from drawings to transformer."""
-    before, folder = torch.get_num_threads(), tmp_path_factory.mktemp("runs") / "one"
-    torch.set_num_threads(1)
-    train(TrainConfig(**MICRO, out=str(folder)))
-    torch.set_num_threads(before)
-    return folder
+    return train(TrainConfig(**MICRO, out=str(tmp_path_factory.mktemp("runs") / "one")))
 
 
 def untrained(finished, folder, **changes):

@@ -10,6 +10,7 @@ from conftest import ROOT
 import sample
 import train
 
+pytestmark = pytest.mark.usefixtures("miniature")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(?:bash|sh)?\n(.*?)```", README, re.S)
 COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines()

@@ -4,10 +4,7 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +21,7 @@ from data import load_pictures
 from mmdit import MMDiT, MMDiTConfig
 from train import TrainConfig, parse, rate_at, train
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("miniature")
 
 
 def tensors_of(folder):
@@ -54,13 +51,13 @@ def test_a_run_leaves_every_part_the_losses_and_no_unfinished_state(finished):
     assert all(math.isfinite(float(r["loss"])) for r in rows)
 
 
-def test_the_same_seed_repeats_a_run_bit_by_bit(finished, tmp_path, one_thread):    # another: test_studies.py
+def test_the_same_seed_repeats_a_run_bit_by_bit(finished, tmp_path):    # another: test_studies.py
     assert_same(finished, train(TrainConfig(**MICRO, out=str(tmp_path / "again"))))
 
 
 @pytest.mark.parametrize("stage, at", [("vae", 2), ("flow", 3)])
 def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(
-        finished, tmp_path, monkeypatch, one_thread, stage, at):
+        finished, tmp_path, monkeypatch, stage, at):
     original = training.Run.generator
 
     def power_cut(self, name, step):                    # every step asks for its generator
@@ -88,7 +85,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in finished.glob("*.safetensors")}
 
 
-def test_earlier_parts_are_frozen_while_later_ones_learn(finished, tmp_path, one_thread):
+def test_earlier_parts_are_frozen_while_later_ones_learn(finished, tmp_path):
     """The flow is trained alone: nothing else moves."""
     folder = shutil.copytree(finished, tmp_path / "run")
     before = {k: v for k, v in tensors_of(folder).items() if k != "mmdit.safetensors"}
@@ -126,7 +123,8 @@ def test_the_learning_rate_warms_up_holds_and_falls_to_nearly_zero(total, decay,
 
 
 def test_minutes_shortens_stages_that_would_not_fit(tmp_path, capsys):
-    folder = train(TrainConfig(**MICRO | dict(flow_steps=100_000, minutes=0.12), out=str(tmp_path / "short")))
+    folder = train(TrainConfig(**MICRO | dict(flow_steps=100_000, minutes=0.08, save_every=1000),
+                               out=str(tmp_path / "short")))
     rows = [r for r in csv.DictReader(open(folder / "metrics.csv", encoding="utf-8")) if r["stage"] == "flow"]
     assert 60 <= len(rows) < 2000
     assert float(rows[-1]["rate"]) < 0.1 * max(float(r["rate"]) for r in rows)  # still comes down to the end
@@ -207,7 +205,7 @@ def test_resume_refuses_other_settings_by_name(finished, capsys):
     assert end.value.code == 2 and "--seed" in capsys.readouterr().err
 
 
-def test_a_transformer_does_not_outlive_what_it_learned_from(finished, tmp_path, capsys, one_thread):
+def test_a_transformer_does_not_outlive_what_it_learned_from(finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "vae.safetensors").unlink()
@@ -235,11 +233,3 @@ def test_t5_reads_what_is_hidden_in_one_caption_in_the_other(finished, monkeypat
 def test_a_diverging_loss_stops_with_advice(tmp_path):
     with pytest.raises(FloatingPointError, match="--vae-rate"):
         train(TrainConfig(**MICRO | dict(vae_rate=1e18, vae_steps=40), out=str(tmp_path / "run")))
-
-
-def test_the_command_line_runs_as_a_program(tmp_path):
-    flags = [x for k, v in MICRO.items() for x in (f"--{k.replace('_', '-')}", str(v))]
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--tiny", *flags], cwd=tmp_path,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "runs" / "drawn" / "config.json").read_text())["flow_steps"] == 6

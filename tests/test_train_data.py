@@ -25,7 +25,7 @@ import sample
 import stages
 import train as training
 from checkpoints import bare_encoders, load_part, load_tensors, load_tokenizers, save_part
-from conftest import MICRO, single_thread
+from conftest import MICRO
 from data import Pictures
 from mmdit import MMDiT
 from prepare import Cache
@@ -34,12 +34,7 @@ from text_encoders import ENCODERS, CLIPTextConfig, T5Config
 from train import TrainConfig, parse, train
 from weights import load_mmdit, load_text_encoders, load_vae, locate
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with single_thread():
-        yield
-
+pytestmark = pytest.mark.usefixtures("miniature")
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
