@@ -172,8 +172,9 @@ def is_run(path) -> bool:
 
 
 def is_published(path) -> bool:
-    """A file of weights, or a folder in the layout of diffusers."""
-    return bool(path) and (Path(path).is_file() or Path(path, "transformer").is_dir())
+    """A file of weights, or a folder of them that is no run's."""
+    return bool(path) and not is_run(path) and (
+        Path(path).is_file() or Path(path, "transformer").is_dir() or any(Path(path).glob("*.safetensors")))
 
 
 def home_of_encoders(path) -> Path:

@@ -297,11 +297,11 @@ class Pictures:
     names: list[str] = field(default_factory=list)      # of the n entries
 
 
-def load_pictures(source, size=64, *, count=None, seed=0, progress=None, listing=None):
+def load_pictures(source, size=64, *, count=None, seed=0, listing=None):
     """Captioned pictures, size x size, from any source (see `list_pictures`), in memory.
 
-    Pictures are resized until their shorter side is `size`; the centre is kept. progress(done, total) is
-    called after each picture. listing: of the same arguments, where there is one already.
+    Pictures are resized until their shorter side is `size`; the centre is kept. listing: of the same
+    arguments, where there is one already.
     -> Pictures; what could not be used stands in `skipped`.
     Raises ValueError: what `list_pictures` and `each` raise, more than half unusable, a bad size."""
     entries, skipped, excluded = listing or list_pictures(source, size, count=count, seed=seed)
@@ -316,8 +316,6 @@ def load_pictures(source, size=64, *, count=None, seed=0, progress=None, listing
             images[len(captions)] = torch.from_numpy(picture).permute(2, 0, 1)
             captions.append(entry.captions)
             names.append(entry.name)
-        if progress:
-            progress(len(captions), wanted)
         if len(captions) == wanted:
             break
     # beyond `count` pictures nothing is opened: presumed good
@@ -666,8 +664,8 @@ def demo(out="runs/data.png"):
 
 
 # Exercises
-# 1. Set LEAN to 0, so that "left of" only says which x is smaller. GenEval's own rule (in tests/test_data.py)
-#    now rejects about 40 % of the training scenes, and a model trained on them must lose position score.
+# 1. Let layout() put the two objects of a position scene anywhere on their side of the middle: how many
+#    scenes does GenEval's own rule (in tests/test_data.py) reject, and what becomes of the position score?
 # 2. Let describe() name the relation too: the position score should gain most (the paper's synthetic captions
 #    took it from 6.5 to 18.0).
 # 3. Empty HELD_OUT and train again: its prompts should now score as the others do. What they lacked before is

@@ -362,7 +362,7 @@ def _encode_pictures(path, mark, survey, part, vae, batch, autocast) -> list:
                "counts": torch.tensor([len(some) for some in captions], dtype=torch.int64),
                "captions": torch.tensor([key(c) for some in captions for c in some], dtype=torch.int64)}
     _save(path, tensors, {"fingerprint": mark, "names": [survey.entries[i].name for i in kept],
-                          "digests": [survey.digests[i] for i in kept], "skipped": skipped})
+                          "skipped": skipped})
     return skipped
 
 
@@ -414,10 +414,9 @@ class Cache:
         if stale:
             raise ValueError(f"{folder} is not finished: {len(stale)} of {len(marks)} files are missing, cut "
                              f"short or out of date ({stale[0]}): give the command that makes it again")
-        self.names, self.digests, self.skipped, buckets = [], [], [], []
+        self.names, self.skipped, buckets = [], [], []
         for name in self.files["latents"]:
             self.names += about[name]["names"]
-            self.digests += about[name]["digests"]
             self.skipped += map(tuple, about[name]["skipped"])
             buckets += [name.split("-")[1]] * len(about[name]["names"])
         data.refuse_if_mostly_bad(folder, len(self.names), self.skipped)
@@ -449,23 +448,14 @@ class Cache:
         places = self.text_place[self.rows[start:start + int(self.counts[picture])]]
         return [_about(self.folder / self.files["text"][s])["captions"][i] for s, i in places]
 
-    def compare(self, vae_print: str, text_print: str, survey: Survey | None = None) -> str:
-        """"" if this cache is of these encoders and data, else a warning that says what changed in the data.
-
-        ValueError if the encoders have changed: their latents and features mean nothing to other ones."""
+    def compare(self, vae_print: str, text_print: str) -> None:
+        """ValueError if other encoders made it: their latents and features mean nothing to these."""
         for what, now, who in (("vae", vae_print, "another autoencoder"),
                                ("text", text_print, "other text encoders")):
             if self.index[what] != now:
                 raise ValueError(f"{self.folder} was made by {who} (fingerprint {self.index[what][:8]})"
                                  f" than this run's ({now[:8]}): make it again with  python train.py cache  "
                                  "or leave out --cache")
-        if survey is None or survey.fingerprint == self.index["data"]:
-            return ""
-        lost = {name for name, _ in self.skipped}
-        now = Counter(d for e, d in zip(survey.entries, survey.digests) if e.name not in lost)
-        then = Counter(self.digests)
-        return (f"the data has changed since {self.folder} was made: {(now - then).total()} pictures are new "
-                f"or changed, {(then - now).total()} are gone or changed; make it again to train on them")
 
     def read(self, pictures: np.ndarray, captions: torch.Tensor):
         """pictures (B,), all of one bucket; captions (B,), each picture's caption by its number in `texts`.

@@ -96,7 +96,7 @@ class TrainConfig:
     save_every: int = flag(500, "steps between saves of the unfinished stage")
 
     def __post_init__(self):
-        positive = ["size", "pictures", "accumulate"]
+        positive = ["size", "pictures", "accumulate", "warmup", "clip_norm", "save_every"]
         positive += [f"{s}_{k}" for s in STAGES for k in ("steps", "batch", "rate")]
         for name in positive:
             if not getattr(self, name) > 0:
@@ -160,6 +160,11 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
             raise ValueError(f"{flag_of(name)} {value} contradicts {folder}/config.json "
                              f"({saved.get(name)}): a run keeps its settings; "
                              "leave the flag out or start a new run")
+    if given.get("encoders"):                       # before they take the place of those in config.json
+        given["encoders"] = str(Path(given["encoders"]).resolve())
+        prints = encoder_prints(given["encoders"])
+        if Path(saved["cache"]).is_dir():
+            Cache(saved["cache"]).compare(*prints)
     try:
         return TrainConfig(**{**saved, **given, "out": str(folder)}), True
     except TypeError as e:
@@ -208,6 +213,10 @@ def fine_tuning(given: dict) -> dict:
         raise ValueError(f"--from {given['origin']}: published weights learn from a cache: add --cache DIR, "
                          f"made by  python train.py cache --model {given['origin']} --data DIR --size SIDE")
     given = by_published(given)
+    if not given["encoders"]:
+        raise ValueError(f"{given['cache']} was made by a run's encoders, of which published weights know "
+                         f"nothing: make one by  python train.py cache --model {given['origin']} --data DIR "
+                         "--size SIDE")
     config_of(given["origin"], "mmdit")                         # CheckpointError unless it is one of SD3
     return {"flow_rate": 1e-5, "muon_rate": 0.0, "shift": max(1.0, 3.0 * given["size"] / 1024), **given,
             "origin": str(Path(given["origin"]).resolve())}

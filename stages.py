@@ -91,23 +91,25 @@ def make_tokenizers(folder: Path, c, captions: list[str], short: list[str]) -> d
 
 def build(c, tokenizers: dict, later=nullcontext()) -> dict[str, nn.Module]:
     """Every part, untrained, under the name of its file; of published encoders names and shapes alone; the
-    transformer, whose config follows from the others', inside `later` (parallel.Later)."""
+    transformer, whose config follows from the others', inside `later` (parallel.Later), and none where
+    `start_of` gives it."""
     torch.manual_seed(c.seed)
     if c.encoders:
         bare = bare_encoders(c.encoders)
-        return bare | {"mmdit": build_mmdit(c, *(bare[name].config for name in ("vae", *ENCODERS)), later)}
+        configs = (bare[name].config for name in ("vae", *ENCODERS))
+        return bare | ({} if c.origin else {"mmdit": build_mmdit(c, *configs, later)})
     vae = AutoencoderKL(VAEConfig.preset("tiny"))
     clip_l = CLIPTextConfig.preset(
         "tiny_l", vocab_size=tokenizers["clip_l"].vocab_size, context_length=c.clip_length)
     clip_g = CLIPTextConfig.preset(
         "tiny_g", vocab_size=tokenizers["clip_g"].vocab_size, context_length=c.clip_length)
     t5 = T5Config.preset("tiny", vocab_size=tokenizers["t5"].vocab_size)
-    mmdit = build_mmdit(c, vae.config, clip_l, clip_g, t5, later)
+    mmdit = {} if c.origin else {"mmdit": build_mmdit(c, vae.config, clip_l, clip_g, t5, later)}
     return {"vae": vae, "clip_l": CLIPTextEncoder(clip_l), "clip_g": CLIPTextEncoder(clip_g),
             "clip_l_image": CLIPImageEncoder(CLIPImageConfig.preset("tiny", projection_dim=clip_l.width)),
             "clip_g_image": CLIPImageEncoder(
                 CLIPImageConfig.preset("tiny", projection_dim=clip_g.projection_dim)),
-            "t5": T5Encoder(t5), "mmdit": mmdit}
+            "t5": T5Encoder(t5)} | mmdit
 
 
 def build_mmdit(c, vae, clip_l, clip_g, t5, later=nullcontext()) -> MMDiT:
@@ -116,7 +118,7 @@ def build_mmdit(c, vae, clip_l, clip_g, t5, later=nullcontext()) -> MMDiT:
     config = MMDiTConfig.preset(
         c.model, in_channels=vae.z_channels, context_dim=t5.width,
         pooled_dim=sum(clip.projection_dim or clip.width for clip in (clip_l, clip_g)),
-        pos_max=max(32, 4 * tokens), pos_sample=tokens, pos_base=tokens)
+        pos_max=max(32, 3 * tokens), pos_sample=tokens, pos_base=tokens)
     with later:
         mmdit = MMDiT(config)
         mmdit.context_embedder = WhiteLinear(mmdit.context_embedder)        # until all is learned
@@ -287,7 +289,7 @@ def start_of(run, vae, later=nullcontext()) -> MMDiT:
 
     Inside `later` its tensors stay in their file until they are made."""
     c = run.config
-    if not is_published(c.origin):
+    if (run.folder / "start").is_dir():
         old = load_part(run.folder / "start", "mmdit", later)
         with later:
             return grown(old, c.size // (2 * vae.config.factor))
@@ -306,9 +308,9 @@ def grown(old: MMDiT, tokens: int) -> MMDiT:
     over these (interpolated), and go on beyond them (extended), paper section 5.3.2. Smaller ones have the
     middle of them."""
     c = dataclasses.replace(old.config, pos_sample=max(old.config.pos_sample, tokens),
-                            pos_max=max(old.config.pos_max, 4 * tokens))
-    new = MMDiT(c)
-    new.load_state_dict(old.state_dict() | {"pos_embed": new.pos_embed})
+                            pos_max=max(old.config.pos_max, 3 * tokens))
+    new = MMDiT(c)      # a published table is kept where it reaches: what it holds may be by another formula
+    new.load_state_dict(old.state_dict() | ({} if c == old.config else {"pos_embed": new.pos_embed}))
     new.context_embedder = WhiteLinear(new.context_embedder)
     return new
 
@@ -358,7 +360,6 @@ class WhiteLinear(nn.Linear):
 
 def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
     c, model = run.config, parts["mmdit"]
-    model.gradient_checkpointing = c.checkpointing
     for name, p in model.joint_blocks[-1].context_block.attn.named_parameters():
         p.requires_grad_(not name.startswith("ln_q"))       # the last text queries are not read (parallel.py)
     batches = cached_batches(run, parts, tokenizers, survey, pictures)

@@ -10,8 +10,8 @@
     python train.py --from RUN --size 128      go on from a finished run, with larger pictures
     python train.py cache --run RUN --data DIR encode pictures and captions ahead, for --from RUN --cache
     python train.py cache --model PATH --data DIR --size 256           the same by SD3's own encoders, for
-    python train.py --cache CACHE --model d15  a new transformer that learns from them, or
-    python train.py --cache CACHE --from PATH  SD3's own, which learns on
+    python train.py --cache CACHE --model d15 --data DIR               a new transformer that learns from
+    python train.py --cache CACHE --from PATH --data DIR               them, or SD3's own, which learns on
     python train.py --dry-run --model d38 --gpus 64      what it would take (budget.py)
     torchrun --nproc-per-node 8 train.py --flow-batch 512      the same on eight GPUs (parallel.py)
     python sample.py "a red star left of a blue ring"    then draw something
@@ -184,8 +184,8 @@ def begin(run: Run, stage: Stage) -> State:
 def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     """Train stage.model in place, from its start or from where the run was interrupted.
 
-    share: how much of the time left until --minutes this stage may take. Its first 30 steps are timed, then
-    all up to each 300th until the rate falls; if not all of them fit, there will be fewer. Stopped if
+    share: how much of the time left until --minutes this stage may take. Its first 30 steps here are timed,
+    then all up to each 300th until the rate falls; if not all of them fit, there will be fewer. Stopped if
     somebody wants the end, after saving. FloatingPointError if nearly all steps are bad, also after going
     back once.
     """
@@ -220,12 +220,13 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         state.step = step = step + 1
         log.add(state, bad, loss, norm, groups[0][0]["lr"], parts)
 
-        if c.minutes and not begun and step == 10:
+        here = step - begun
+        if c.minutes and here == 10:
             timed = time.monotonic()
-        elif c.minutes and not begun and (step == 30
-                                          or step % 300 == 0 and step < (1 - c.decay) * state.total):
-            now = time.monotonic()                  # plan the rest by the speed since step 10
-            fitting = int((end - now) / (now - timed) * (step - 10))
+        elif (c.minutes and (here == 30 or here > 30 and step % 300 == 0)
+              and (step == 30 or step < (1 - c.decay) * state.total)):
+            now = time.monotonic()                  # plan the rest by the speed after the first ten
+            fitting = int((end - now) / (now - timed) * (here - 10))
             state.total = min(asked, step + max(30, fitting))
         run.stop.wanted, hopeless, total = ranks.most(run.stop.wanted, log.hopeless, -state.total)
         state.total = -total
@@ -282,7 +283,10 @@ def preview(run: Run, stage: Stage, state: State, log: Log) -> None:
     if run.ranks.rank == 0 or parallel.sharded(stage.model):
         with swapped(state.params, state.average), run.tolerating("a sample grid"):
             stage.model.eval()
-            stage.preview(step)
+            try:
+                stage.preview(step)
+            except FloatingPointError as e:     # a decoder's, in half precision: only the grid is lost
+                print(f"no sample grid at step {step}: {e}", flush=True)
             parallel.let_go(stage.model)
             if run.ranks.rank == 0:
                 plot_run(log.path)
@@ -333,8 +337,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
 
 def plan_folder(c: TrainConfig, resume: bool, ranks: parallel.Ranks) -> Path:
-    """The run's folder. ValueError where its batches do not divide among the ranks."""
-    for stage in STAGES:
+    """The run's folder. ValueError where batches that are still to come do not divide among the ranks."""
+    own = ("flow",) if c.encoders or c.origin and not resume else STAGES    # what is learned here
+    for stage in unfinished(Path(c.out), own) if resume else own:
         try:
             ranks.rows(getattr(c, f"{stage}_batch"), pieces=c.accumulate if stage == "flow" else 1)
         except ValueError as e:
@@ -379,6 +384,7 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
     parts |= {name: load_part(folder, name) for name in done}
     if config.origin and "flow" in todo:
         parts["mmdit"] = start_of(run, parts["vae"], later)
+    parts["mmdit"].gradient_checkpointing = config.checkpointing
     if config.compile:
         compile_blocks(parts["mmdit"], run.device)
     if cut_up:
@@ -534,7 +540,8 @@ def main(argv=None) -> None:
         except KeyboardInterrupt as e:              # Stopped is one
             where = f" --out {arguments[0].out}" if arguments else ""
             again = f"{parallel.launcher()} train.py --resume{where}"
-            what = "the same command" if argv[:1] == ["cache"] else again
+            begun = not arguments or has_run(arguments[0].out)
+            what = again if begun and argv[:1] != ["cache"] else "the same command"
             if parallel.launched()[0] == 0:
                 print(f"stopped; go on with  {what}", file=sys.stderr)
             sys.exit(128 + getattr(e, "signum", signal.SIGINT))

@@ -232,13 +232,17 @@ class Log:
         if self.silent:
             return
         self.unwritten += rows
-        size = self.path.stat().st_size
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "a", newline="", encoding="utf-8") as f:
-                csv.DictWriter(f, METRICS).writerows(self.unwritten)
+                table = csv.DictWriter(f, METRICS)
+                if not size:                                                # somebody took it away
+                    table.writeheader()
+                table.writerows(self.unwritten)
             self.unwritten = []
         except OSError as e:
-            os.truncate(self.path, size)                                    # no half row
+            if self.path.exists():
+                os.truncate(self.path, size)                                # no half row
             if not self.warned:
                 print(f"metrics.csv cannot be written ({e}): training goes on, rows are kept", flush=True)
             self.warned = True

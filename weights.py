@@ -261,6 +261,7 @@ def not_enough(path, part, need, dtype, device, free, int8) -> CheckpointError:
     ways = [f"sample.py --int8 saves about {saved:.1f} GB of it"] * (part in ("mmdit", "t5") and not int8)
     ways += ["--offload block nearly all of it"] * (part == "mmdit" and device.type != "cpu")
     ways += ["--dtype bfloat16 half of it"] * (part != "vae" and dtype == torch.float32)
+    ways += ["train.py --fsdp shares it among GPUs"] * (part == "mmdit" and dtype == torch.float32)
     ways += ["--drop-t5 does without it"] * (part == "t5")
     return CheckpointError(
         f"{path}: {NAMES[part]} needs {need / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} on "

@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -522,6 +523,24 @@ def test_without_a_checkpoint_the_stage_starts_again_and_says_so(straight, tmp_p
     run_miniature(tmp_path)
     assert "before its first checkpoint, so it starts again" in capsys.readouterr().out
     assert_equal(straight, tmp_path)
+
+
+def test_time_is_planned_after_an_interruption_too_and_again_until_the_rate_falls(tmp_path, monkeypatch):
+    """By a clock of its own: a step takes 0.1 seconds, from step 100 on half of that."""
+    clock = [0.0]
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def taking_time(step, loss, cut=None):
+        clock[0] += 0.1 if step < 100 else 0.05
+        return power_cut(cut)(step, loss)
+
+    how = dict(minutes=1, flow_steps=5000, save_every=20)
+    with pytest.raises(KeyboardInterrupt):                      # before its first plan
+        run_miniature(tmp_path, partial(taking_time, cut=21), **how)
+    began = clock[0]
+    run_miniature(tmp_path, taking_time, **how)
+    # planned at step 50, at 0.1 seconds each: 620; again at step 300
+    assert 900 < int(rows_of(tmp_path)[-1]["step"]) < 1000 and 45 < clock[0] - began < 60
 
 
 def test_a_checkpoint_without_a_usable_neighbour_is_an_error_and_no_new_start(tmp_path):

@@ -7,12 +7,13 @@ import shutil
 import pytest
 from conftest import ROOT
 
+import report
 import sample
 import train
 
 pytestmark = pytest.mark.usefixtures("miniature")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(?:bash|sh)?\n(.*?)```", README, re.S)
+BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M) if kind == "bash"]
 COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines()
             if "python " in line]
 SOURCES = [p for p in ROOT.rglob("*.py")
@@ -70,6 +71,11 @@ def test_sampling_commands_of_the_readme_run(command, finished, tmp_path_factory
 def test_the_demos_of_the_readme_pass(command, demos):
     done = demos[command].result()
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if "evaluate.py" in c}))
+def test_scoring_commands_of_the_readme_are_understood(command):
+    report.parse(words(command)[1:])
 
 
 def test_the_readme_lists_every_place_marked_as_different():

@@ -44,8 +44,8 @@ def assert_same(a, b):
 def test_a_run_leaves_every_part_the_losses_and_no_unfinished_state(finished):
     names = {p.name for p in finished.iterdir()}
     assert {f"{part}.safetensors" for parts in training.PARTS_OF.values() for part in parts} <= names
-    assert ({"config.json", "metrics.csv", "loss.png", "tokenizers"} <= names
-            and "state.safetensors" not in names)
+    assert {"config.json", "metrics.csv", "loss.png", "tokenizers"} <= names
+    assert not {"checkpoints", "lock"} & names
     rows = list(csv.DictReader(open(finished / "metrics.csv", encoding="utf-8")))
     assert [r["stage"] for r in rows] == ["vae"] * 3 + ["clip"] * 2 + ["t5"] * 2 + ["flow"] * 6
     assert all(math.isfinite(float(r["loss"])) for r in rows)
@@ -172,6 +172,8 @@ def test_flags_are_the_fields_of_the_config():
     (["--size", "50"], "not a multiple of 16: try 48|multiple of 16"),
     (["--flow-steps", "0"], "must be above 0"),
     (["--flow-rate", "-1"], "must be above 0"),
+    (["--warmup", "0"], "must be above 0"),
+    (["--save-every", "0"], "must be above 0"),
     (["--density", "bell"], "logit_normal"),
     (["--model", "sd9"], "choose from"),
     (["--dtype", "int8"], "bfloat16"),

@@ -416,16 +416,36 @@ def test_a_second_phase_keeps_published_encoders(learned, encoded, published, tm
     assert (second.pos_sample, second.pos_base) == (4, 2) and config.shift == 2 * TrainConfig.shift
 
 
-def test_published_weights_learn_on_from_where_they_are(encoded, published, tmp_path):
-    """With no rate they stay as they are, bit by bit, and first losses are theirs; interrupted and resumed is
-    as good as straight through."""
-    flags = ["--from", str(published), "--cache", str(encoded[0]), *flags_of(
+@pytest.fixture(scope="module")
+def odd(published, tmp_path_factory):
+    """The same weights with positions by another formula, in a folder that is called by name."""
+    folder = shutil.copytree(published.parent, tmp_path_factory.mktemp("odd") / "weights")
+    tensors = load_file(folder / published.name)
+    (table,) = (name for name in tensors if name.endswith("pos_embed"))
+    save_file(tensors | {table: tensors[table] / 2}, folder / published.name)
+    return folder
+
+
+def test_encoders_that_are_gone_or_others_are_refused_before_they_are_written_down(learned, tmp_path, capsys):
+    run = shutil.copytree(learned[0], tmp_path / "run")
+    before = (run / "config.json").read_bytes()
+    assert "does not exist" in refused(["--resume", "--out", run, "--encoders", "gone"], capsys)
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_published_weights_learn_on_from_where_they_are(encoded, odd, tmp_path):
+    """With no rate they stay as they are, bit by bit, also in a second phase, and first losses are theirs;
+    interrupted and resumed is as good as straight through."""
+    published = odd / "small.safetensors"
+    flags = ["--from", str(odd), "--cache", str(encoded[0]), "--encoders", str(odd), *flags_of(
         flow_steps=4, flow_batch=4, save_every=2, preview_every=0, device="cpu", dtype="float32")]
     config, _ = parse([*flags, "--out", str(tmp_path / "still"), "--flow-rate", "1e-30"])
-    assert config.shift == 1 and config.muon_rate == 0 and config.encoders == str(published)
+    assert config.shift == 1 and config.muon_rate == 0 and config.encoders == str(odd)
     start, still = load_mmdit(published, dtype=torch.float32), load_part(train(config), "mmdit")
     assert still.config == start.config
     assert all(torch.equal(p, still.state_dict()[k]) for k, p in start.state_dict().items())
+    second, _ = parse(["--from", config.out, *flags[2:], *flags_of(flow_rate=1e-30, out=tmp_path / "second")])
+    assert torch.equal(load_part(train(second), "mmdit").pos_embed, start.pos_embed)
     straight = train(*parse([*flags, "--out", str(tmp_path / "straight"), "--flow-rate", "1e-3"]))
     first, other = losses(tmp_path / "still"), losses(straight)
     assert first[0] == other[0] and first[3] != other[3]
@@ -472,6 +492,8 @@ def test_bad_input_about_published_encoders_is_one_line_that_names_the_remedy(
     assert "contradicts" in refused(["--cache", out, "--size", 64], capsys)
     assert "does not exist" in refused(["--cache", out, "--encoders", "gone"], capsys)
     assert "train.py cache --model" in refused(["--from", published], capsys)
+    assert "of which published weights know nothing" in refused(
+        ["--from", published, "--cache", finished / "cache"], capsys)
     wrong = published.parent / "text_encoders" / "clip_l.safetensors"
     assert "clip_l.safetensors" in refused(["--from", wrong, "--cache", out], capsys)
     assert "leave out --model" in refused(["--from", published, "--cache", out, "--model", "d15"], capsys)
