@@ -270,7 +270,8 @@ def part_way(ts, strength):
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}: it must be above 0 (the picture as it is) and at most 1")
-    return ts[int((len(ts) - 1) * (1 - strength)):]
+    left = math.ceil((len(ts) - 1) * strength - 1e-9)  # 0.07 * 100 is 7.000000000000001
+    return ts[len(ts) - 1 - max(1, left):]
 
 
 # ---- demo: eight blobs in the plane, where the best possible velocity is known ----------------------------

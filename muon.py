@@ -9,7 +9,8 @@ directions are learnt at one pace (Jordan and others 2024, kellerjordan.github.i
 
     B <- m B + (1 - m) G                                the average of the gradients G
     U S V^T = (1 - m) G + m B                           Nesterov's look ahead; its singular values S ...
-    W <- W - rate * sqrt(max(1, rows / columns)) U V^T  ... are all replaced by 1
+    W <- (1 - rate * decay) W                           ... are all replaced by about 1
+         - rate * sqrt(max(1, rows / columns)) U V^T
 
 U V^T comes without an SVD: the polynomial a X + b (X X^T) X + c (X X^T)^2 X keeps the singular vectors of X
 and maps each singular value s to a s + b s^3 + c s^5, which a few applications drive towards 1 from anywhere
@@ -25,7 +26,7 @@ What to know
 
 DIFFERS: the paper trains with AdamW throughout; --muon-rate 0 does so here.
 
-Run `python muon.py`: two layers with inputs of very unequal size, learnt by both.
+Run `python muon.py`: a matrix learnt by both from inputs that are 100 times weaker in some directions.
 """
 import torch
 import torch.distributed as dist
@@ -37,8 +38,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # steepest at 0 of those that stay w
 
 
 def orthogonalize(x: torch.Tensor, rounds: int = 5) -> torch.Tensor:
-    """x (n, rows, columns), rows <= columns -> about U V^T of each U S V^T, in bfloat16: all singular values
-    lie between 0.7 and 1.2."""
+    """x (n, rows, columns), rows <= columns -> about U V^T of each U S V^T, in bfloat16: singular values
+    above 0.003 of the matrix's norm become 0.68 to 1.20, smaller ones grow at most 485-fold."""
     a, b, c = COEFFICIENTS
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()          # singular values at most 1
     for _ in range(rounds):

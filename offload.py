@@ -25,6 +25,7 @@ What surprises
 
 Run `python offload.py`: the bytes of sd3.5-large, and a small transformer streamed block by block.
 """
+import re
 import weakref
 from contextlib import contextmanager, nullcontext
 
@@ -101,7 +102,10 @@ class BlockStream:
         for t in tensors:
             views.append((t, offset, t.nbytes))
             offset += (t.nbytes + 255) // 256 * 256
-        flat = torch.empty(offset, dtype=torch.uint8, pin_memory=self.cuda)
+        try:
+            flat = torch.empty(offset, dtype=torch.uint8, pin_memory=self.cuda)
+        except RuntimeError:                # Windows and WSL lock only a part of memory: slower, not wrong
+            flat = torch.empty(offset, dtype=torch.uint8)
         for t, start, n in views:
             view = flat[start:start + n].view(t.dtype).view(t.shape)
             t.data = view.copy_(t.data)
@@ -229,7 +233,8 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
     """What drawing takes, `pictures` at once, in bytes, from shapes alone.
 
     configs: of the parts, {"mmdit": MMDiTConfig, "vae": ..., "clip_l": ...}; encoders may be missing.
-    -> "parameters", "weights" and "work" by part; "peak" by offload mode: what the card must have.
+    -> "parameters", "weights" and "work" by part; "peak" by offload mode: what the card must have; "locked":
+    what "block" takes of main memory beyond the weights.
     """
     kinds = {"mmdit": MMDiT, "vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder,
              "t5": T5Encoder}
@@ -246,6 +251,7 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
             quantise_t5(parts["t5"])
     size = {name: sum(t.nbytes for t in tensors_of(part)) for name, part in parts.items()}
     blocks = [sum(t.nbytes for t in tensors_of(block)) for block in mmdit.joint_blocks]
+    locked = sum((1 << (n - 1).bit_length()) - n for n in blocks)           # PyTorch locks powers of two
 
     texts, h, w, length = 1 + bool(guidance), height // f, width // f, t5_length
     B = texts * pictures
@@ -266,7 +272,7 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
             "model": max(*others, size["mmdit"] + work["mmdit"]),
             "block": max(*others, size["mmdit"] - sum(blocks) + 2 * max(blocks) + work["mmdit"])}
     return {"parameters": count, "weights": size, "work": work,
-            "peak": {mode: n + OVERHEAD for mode, n in peak.items()}}
+            "peak": {mode: n + OVERHEAD for mode, n in peak.items()}, "locked": locked}
 
 
 def report(name, configs, free=None, **how) -> str:
@@ -284,8 +290,10 @@ def report(name, configs, free=None, **how) -> str:
               f"{'':23s}" + "".join(f"{'--offload ' + mode:>17s}" for mode in MODES)]
     for flag, needs in (("", plain), ("--int8", small)):
         lines.append(f"{flag:23s}" + "".join(f"{needs['peak'][mode] / GB:14.2f} GB" for mode in MODES))
-    lines.append(f"in main memory, with model or block: {sum(plain['weights'].values()) / GB:.2f} GB, "
-                 f"{sum(small['weights'].values()) / GB:.2f} GB with --int8")
+    main = [sum(n["weights"].values()) / GB for n in (plain, small)]
+    page = [n["locked"] / GB for n in (plain, small)]
+    lines.append(f"in main memory, with model: {main[0]:.2f} GB, {main[1]:.2f} GB with --int8; with block: "
+                 f"{main[0] + page[0]:.2f} GB, {main[1] + page[1]:.2f} GB with --int8")
     if free is not None:
         lines.append(f"free on this card: {free / GB:.2f} GB")
     return "\n".join(lines)
@@ -308,12 +316,12 @@ def choose(mode, name, configs, free, int8=False, **how) -> str:
                      + ", ".join(ways + ["a smaller --height and --width need less"]))
 
 
-def check_main_memory(name, configs, free, int8=False, works=False, **how) -> None:
+def check_main_memory(name, configs, free, int8=False, works=False, locked=False, **how) -> None:
     """ValueError if the parts need more than `free` bytes (None: nobody knows) of main memory; it says what
-    needs less. works: they work there too, as there is no card."""
+    needs less. works: they work there too, as there is no card. locked: blocks are streamed from there."""
     def most(flags):
         n = with_flags(flags, configs, int8, how)
-        return sum(n["weights"].values()) + works * max(n["work"].values())
+        return sum(n["weights"].values()) + works * max(n["work"].values()) + locked * n["locked"]
 
     if free is None or (taken := most([])) <= free:
         return
@@ -338,6 +346,12 @@ def cheaper(flags, taken, measure) -> list[str]:
     options = [[flag] for flag in flags] + [flags] * (len(flags) > 1)
     return [f"{' '.join(option)} makes it {n / GB:.1f} GB"
             for option in options if (n := measure(option)) < taken]
+
+
+def is_out_of_memory(e: RuntimeError) -> bool:
+    """CUDA has an exception for it; Metal, main memory and the locking of pages say it in words."""
+    return isinstance(e, torch.OutOfMemoryError) or bool(
+        re.search("out of memory|not enough memory|allocate memory", str(e)))
 
 
 def short(dtype) -> str:

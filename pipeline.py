@@ -30,6 +30,7 @@ DIFFERS: a given picture becomes the mean of its posterior, not a sample: it nee
 Run `python pipeline.py`: checks on an untrained pipeline that seeds, batches and sizes behave as promised.
 """
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ DEFAULTS = {                # of Stability's own scripts. skip_layers: see Pipel
     "sd3.5-medium": {"steps": 50, "guidance": 5.0, "skip_layers": (2.5, (7, 8, 9), 0.01, 0.2)},
     "sd3.5-large": {"steps": 40, "guidance": 4.5},
     "sd3.5-large-turbo": {"steps": 4, "guidance": 1.0}}
+RUN_WORK = 41 * 10**8       # bytes on a card beside a run's weights: a published model's and CUDA's
 T5_LONGEST = 256            # tokens that a long prompt gets, as SD3.5 was trained with
 
 
@@ -95,9 +97,9 @@ class Pipeline:
         """A run's folder, as train.py leaves it, or published weights (see the top of this file).
 
         device: None picks the best. dtype: for a run, of autocast, None for none; else of the weights, None
-        for bfloat16 on a card and float32 elsewhere. drop: encoders that are not even loaded, zeros stand in
-        their place; t5=False drops "t5". offload: one of offload.MODES; "auto": the fastest that fits the
-        card, for so many pictures of `size` (see at_once). int8: transformer and T5 in 8 bits (see
+        for bfloat16 on a card and float32 elsewhere. drop: encoders in whose place zeros stand; published
+        ones are not even loaded; t5=False drops "t5". offload: one of offload.MODES; "auto": the fastest that
+        fits the card, for so many pictures of `size` (see at_once). int8: transformer and T5 in 8 bits (see
         kernels/int8.py). tokenizers: a folder, if the model's has none.
         Raises CheckpointError where the folder is neither, ValueError where it does not fit.
         """
@@ -168,7 +170,9 @@ class Pipeline:
         length = self.t5_tokens(texts, drop) if t5_length is None else t5_length
         length = 0 if left_out and "t5" in absent else length
         if self.encoded[0] != (texts, length, drop, left_out):
-            said = self.encoders(texts, length, drop)
+            overflows = self.dtype == torch.float16                             # T5 does in it
+            with torch.autocast(self.places.device.type, enabled=False) if overflows else nullcontext():
+                said = self.encoders(texts, length, drop)
             if left_out and length and absent == {"clip_l", "clip_g"}:
                 said = Conditioning(said.context[:, self.encoders.clip_length:], said.pooled)
             if self.zero_empty:
@@ -237,10 +241,11 @@ def unknown(tokenizer, text: str) -> list[str]:
 # -------------------------------------------------------------------------------------------------- loading
 
 def load_run(path, device, dtype, drop, mode, int8, tokenizers) -> dict:
-    """The arguments of Pipeline for a run's folder. Runs are small: "auto" leaves all on the device."""
+    """The arguments of Pipeline for a run's folder. "auto": all on the device, unless the run went on from
+    published weights and that is too much for a card."""
     if tokenizers:
-        raise ValueError(f"{path} has its own tokenizers: leave out --tokenizers {tokenizers}")
-    config, mode = read_json(path / "config.json"), "none" if mode == "auto" else mode
+        raise ValueError(f"{path} knows its tokenizers: leave out --tokenizers {tokenizers}")
+    config = read_json(path / "config.json")
     mmdit = load_part(path, "mmdit")
     half = torch.bfloat16 if device.type == "cuda" else torch.float32       # of published encoders
     vae, encoders = load_encoders(path, drop=drop, dtype=half, t5_width=mmdit.config.context_dim)
@@ -252,6 +257,10 @@ def load_run(path, device, dtype, drop, mode, int8, tokenizers) -> dict:
         if encoders.t5:
             quantise_t5(encoders.t5)
     parts = {"mmdit": mmdit, "vae": vae, "encoders": encoders}
+    if mode == "auto":
+        size = sum(t.nbytes for part in parts.values() for t in offload.tensors_of(part))
+        fits = device.type != "cuda" or size + RUN_WORK < free_memory(device)
+        mode = "none" if fits else "block"
     parts = {name: part.to(device if mode == "none" else "cpu") for name, part in parts.items()}
     return parts | {"dtype": None if dtype == torch.float32 else dtype, "offload": mode, "zero_empty": True,
                     "t5_length": config["t5_length"], "shift": config["shift"], "kind": "clean", "steps": 20,
@@ -269,12 +278,12 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
     about = dict(height=height, width=width, t5_length=T5_LONGEST, dtype=dtype,
                  pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        mode = offload.choose(mode, name, configs, free, int8, **about)
+        mode = offload.choose(mode, name, configs, free_memory(device), int8, **about)
     mode = "none" if mode == "auto" else mode
     home = device if mode == "none" else torch.device("cpu")
-    if home.type == "cpu":
-        offload.check_main_memory(name, configs, free_memory(home), int8, works=device.type == "cpu", **about)
+    if home.type != "cuda":
+        offload.check_main_memory(name, configs, free_memory(home), int8, works=device.type == home.type,
+                                  locked=mode == "block" and device.type == "cuda", **about)
     encoders = load_text_encoders(
         path, device=home, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, tokenizers=tokenizers,
         drop=drop, int8=int8, widths=text_widths(configs))

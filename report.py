@@ -43,6 +43,7 @@ from evaluate import SIDE, find_objects, foreign, illustrate, requests, tally, v
 from metrics import (COCO, LEVELS, Job, Statistics, bar, clip_score, draw_folder, fid, fingerprint, fit,
                      geneval_prompts, kid, load_towers, nearest, open_picture, picture_path, read_folder,
                      read_prompts, reference, retrieval, seed_of, settings_of, validation_loss)
+from offload import is_out_of_memory
 from pipeline import Pipeline, pick_device
 
 # --- What is measured -------------------------------------------------------------------------------------
@@ -552,6 +553,12 @@ def main(argv=None):
         measure(parse(argv))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on with what is drawn")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"evaluate.py: memory was not enough ({str(error).splitlines()[0]}): what is drawn stays; "
+              "sample.py --dry-run says what a model takes", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,8 +13,8 @@ pipeline.py does the work. Here are the flags, the files and what may go wrong:
 - Standard output has the pictures' paths and nothing else; notices and progress go to standard error.
 - The settings of a picture are JSON in its PNG's text chunk "parameters".
 
---model is a folder that train.py wrote, or published weights. A dropped encoder is not even loaded; zeros
-take its place, as in training, or, with --left-out, what ComfyUI does (see pipeline.py).
+--model is a folder that train.py wrote, or published weights. Of these a dropped encoder is not even loaded;
+zeros take its place, as in training, or, with --left-out, what ComfyUI does (see pipeline.py).
 """
 import argparse
 import json
@@ -32,11 +32,11 @@ import data
 import flow
 import offload
 from checkpoints import home_of_encoders, is_run, last_run, load_part, read_json, write_atomically
-from pipeline import (DEFAULTS, Pipeline, at_once, check_request, published_configs, recognise, seeds_of,
-                      side_of)
-from pipeline import pick_device, to_pil        # noqa: F401  (can be called from here, as Pipeline can)
+from pipeline import (DEFAULTS, Pipeline, at_once, check_request, pick_device, published_configs, recognise,
+                      seeds_of, side_of)
+from pipeline import to_pil                     # noqa: F401  (can be called from here, as Pipeline can)
 from text_encoders import ENCODERS
-from weights import config_of
+from weights import config_of, free_memory
 
 
 # ---------------------------------------------------------------------------------------------------- request
@@ -175,7 +175,7 @@ def open_picture(path):
 def fitted(image, size) -> tuple[int, int]:
     """(height, width) for a given picture: its own, in multiples of 16, with no more pixels than size has."""
     scale = min(1.0, math.sqrt(size[0] * size[1] / (image.height * image.width)))
-    return tuple(max(16, int(side * scale / 16) * 16) for side in (image.height, image.width))
+    return tuple(max(16, int(side * scale / 16 + 1e-6) * 16) for side in (image.height, image.width))
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
@@ -216,7 +216,7 @@ def draw(args) -> None:
             save_picture(picture, path, settings | {"seed": seed})
             print(path, flush=True)
     if pipe.places.device.type == "cuda":
-        most = torch.cuda.max_memory_reserved() / offload.GB
+        most = torch.cuda.max_memory_allocated(pipe.places.device) / offload.GB
         print(f"--offload {pipe.places.mode}: at most {most:.2f} GB of the card, beside CUDA itself",
               file=sys.stderr)
 
@@ -229,6 +229,8 @@ def tell(pipe, args, asked) -> None:
     if args.negative and asked["guidance"] == 1:
         print("notice: --negative has no effect at guidance 1; turbo models are made for it, others take "
               "--guidance 4", file=sys.stderr)
+    if pipe.skip_layers and min(pipe.skip_layers[1]) >= pipe.mmdit.config.depth:
+        print("notice: --skip-layer-guidance has no effect: this model lacks the layers", file=sys.stderr)
 
 
 def dry_run(args) -> None:
@@ -250,7 +252,8 @@ def dry_run(args) -> None:
     guidance = how["guidance"] if args.guidance is None else args.guidance
     height, width = args.height or side, args.width or side
     check_request([""], [""], height, width, 1, guidance, "pil")
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    device = pick_device(args.device)
+    free = free_memory(device) if device.type == "cuda" else None
     dtype = torch.float32 if run else args.dtype or torch.bfloat16
     print(offload.report(name, configs, free, height=height, width=width, dtype=dtype, guidance=guidance != 1,
                          t5_length=77 if args.t5_length is None else args.t5_length,
@@ -266,6 +269,8 @@ def out_of_memory(e, args) -> str:
 
 def main(argv=None) -> None:
     try:
+        if hasattr(sys.stdout, "reconfigure"):          # a console that cannot write a prompt's file name
+            sys.stdout.reconfigure(errors="backslashreplace")
         args = parse(argv)
         if args.dry_run:
             return dry_run(args)
@@ -273,7 +278,9 @@ def main(argv=None) -> None:
         draw(args)
     except KeyboardInterrupt:
         sys.exit(130)
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if not offload.is_out_of_memory(e):
+            raise
         print(f"sample.py: {out_of_memory(e, args)}", file=sys.stderr)
         sys.exit(2)
     except (ValueError, FloatingPointError, OSError) as e:

@@ -249,8 +249,11 @@ def own_dtype(source, own, part, wanted):
 
 def free_memory(device):
     """Bytes that can be had on a device; None where nobody can tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":               # what PyTorch keeps for later can be had, too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if device.type == "cpu" and (info := Path("/proc/meminfo")).is_file():
         return int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) * 1024
     return None

@@ -18,7 +18,8 @@ are what every kernel is tested against, and the Triton kernels. Here stands onl
 
 The environment variable SD3_KERNELS takes the place of "auto". Measured means: kernels/results/*.csv, which
 `python kernels/bench.py` writes, has rows of this very GPU, operation, dtype and head dim in which the kernel
-won at the nearest size. So a GPU on which nobody ran the bench gets the formulas, and is told so in one line.
+won at the nearest size. So a GPU on which nobody ran the bench gets the formulas, and is told so, in a line
+for each operation and dtype.
 There are two kernels for attention, one that attends ("triton") and one that normalises and joins in front
 of PyTorch's attention ("triton+sdpa"): "auto" chooses among three, and backend="triton" between the two, or
 the one that attends where nobody measured.
@@ -139,7 +140,7 @@ def device_refuses(device: torch.device) -> str | None:
     if device.type == "meta":
         return None
     if not torch.compiler.is_compiling() and "triton" not in sys.modules and not find_spec("triton"):
-        return "it is not installed: pip install triton (triton-windows on Windows)"
+        return "Triton is not installed: pip install triton (triton-windows on Windows)"
     if device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
@@ -147,7 +148,7 @@ def device_refuses(device: torch.device) -> str | None:
     if TORCH < (2, 7):
         return "PyTorch 2.6 brings Triton 3.2, and the kernels need 3.3: pip install --upgrade torch"
     if torch.version.hip:
-        return "its tiles were cut for NVIDIA's GPUs, and this one is AMD's"
+        return "the kernels' tiles were cut for NVIDIA's GPUs, and this GPU is AMD's"
     if torch.cuda.get_device_properties(device).major < 8:
         return "this GPU is older than compute capability 8.0"
     return None
@@ -161,7 +162,7 @@ def ranking(operation: str, head_dim: int, tensors: dict, gpu: str) -> tuple[tup
     key = (gpu, operation, str(first.dtype).removeprefix("torch."), head_dim,
            "forward+backward" if training else "forward", torch.compiler.is_compiling())
     if key not in MEASURED:
-        return (), f"{operation} was not measured on {gpu} in {key[2]}; python kernels/bench.py does it"
+        return (), f"not measured on {gpu} in {key[2]}; python kernels/bench.py does it"
     size = first.numel()
     order = [order for upto, order in MEASURED[key] if size <= upto][0]
     return order, f"there it was measured to be faster on {gpu}, at this size in {key[2]}"
@@ -173,12 +174,14 @@ def read_results(*folders: Path) -> dict:
 
     Sizes are elements of the first activation; between two measured ones lies their geometric mean. Of two
     rows about the same thing, the one in the later file counts. A kernel that computed something else there
-    is left out.
+    comes last, behind PyTorch: "auto" never takes it.
     """
     times = {}                                          # key without compiled -> size -> provider -> ms
     for path in sorted((p for folder in folders for p in folder.glob("*.csv")), key=lambda p: p.name):
         with path.open(newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
+                if None in row.values():                # cut off while it was written
+                    continue
                 key = (row["gpu"], row["operation"], row["dtype"], int(row["head_dim"]), row["pass"])
                 sizes = times.setdefault(key, {}).setdefault(int(row["elements"]), {})
                 sizes[row["provider"]] = float(row["ms"]) if is_right(row) else float("inf")

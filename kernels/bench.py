@@ -1,6 +1,6 @@
 """Are the kernels worth it on this GPU? Times every operation and model at the published models' shapes.
 
-    python kernels/bench.py --smoke --out /tmp/x   tiny shapes, on a CPU in the interpreter: does it run?
+    TRITON_INTERPRET=1 python kernels/bench.py --smoke --out /tmp/x     tiny shapes, on a CPU: does it run?
     python kernels/bench.py                        everything that kernels/results/ does not hold yet
     python kernels/bench.py --pixels 1024 --batch 1 --operation attention --model sd3.5-large
 

@@ -1,7 +1,7 @@
 """Weights in eight bits: what does half of the memory cost?
 
     w (out, in)  ~  q (out, in) int8, from -127 to 127, times s (out,): one scale for each output channel
-    x w^T        ~  (x q^T) * s
+    x w^T        ~  (x / 128) q^T * (128 s)
 
 Only weights are rounded; activations and sums stay as they were. The int8 numbers are turned into x's dtype
 one layer at a time, right before the product: 16 bits hold them exactly, so the only error is the rounding to
@@ -45,7 +45,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
-        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        # sums of x times up to 127 would leave float16's range; halves are exact
+        y = F.linear(x * 2**-7, self.weight.to(x.dtype)) * (self.scale.to(x.dtype) * 2**7)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

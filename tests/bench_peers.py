@@ -114,7 +114,7 @@ def step(folder, **how):
         return one
 
     return steps_of(ours, ours), steps_of(theirs, lambda x, t, context, pooled: theirs(
-        x, context, pooled, 1000 * t, return_dict=False)[0])
+        x.to(context.dtype), context, pooled, 1000 * t, return_dict=False)[0])
 
 
 PARTS = {"mmdit": mmdit, "vae": vae, "clip": clip, "t5": t5, "step": step}

@@ -67,6 +67,14 @@ def test_a_layer_of_gaussian_weights_is_off_by_one_per_cent_in_every_dtype(dtype
     assert error(y, exact) < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
 
 
+def test_large_outputs_are_finite_in_float16():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(9728, 64).requires_grad_(False), 8 * torch.randn(64, 9728)
+    nn.init.normal_(linear.weight, std=0.02)
+    y = int8.Int8Linear(linear)(x.half())
+    assert linear(x).abs().max() > 50 and error(y, linear(x)) < 0.01
+
+
 @pytest.mark.parametrize("kind", ["mmdit_sd3_medium", "mmdit_sd3_5_medium", "mmdit_sd3_5_large"])
 @torch.no_grad()
 def test_a_quantised_transformer_stays_within_a_thousandth_of_the_public_velocity(kind):

@@ -313,7 +313,7 @@ def test_without_a_gpu_the_formulas_run_and_triton_stays_unimported():
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(kernels.__file__).parent.parent,
                           capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert re.match("modulate cannot run in Triton: it (needs a CUDA GPU|is not installed)", done.stdout)
+    assert re.match("modulate cannot run in Triton: (it needs a CUDA|Triton is not installed)", done.stdout)
 
 
 HEADER = "gpu,operation,dtype,head_dim,pass,elements,provider,ms,error"
@@ -331,7 +331,7 @@ H100,joint_attention,bfloat16,64,forward,1000,torch compiled,0.9,0.004"""
 
 
 def test_auto_follows_what_was_measured_on_this_gpu_at_the_nearest_size(tmp_path, monkeypatch):
-    (tmp_path / "H100.csv").write_text(f"{HEADER}\n{MEASURED}\n", encoding="utf-8")
+    (tmp_path / "H100.csv").write_text(f"{HEADER}\n{MEASURED}\nH100,modulate,bfl", encoding="utf-8")
     table = kernels.read_results(tmp_path)
     key = ("H100", "modulate", "bfloat16", 0, "forward")
     three = ("H100", "joint_attention", "bfloat16", 64, "forward")
@@ -350,7 +350,7 @@ def test_auto_follows_what_was_measured_on_this_gpu_at_the_nearest_size(tmp_path
     assert order == ("torch", "triton") and "measured to be faster on H100" in reason
     for other in (dict(dtype=torch.float16), dict(gpu="A100"), dict(grad=True)):
         order, reason = ranking(10, **other)
-        assert order == () and "was not measured" in reason and "bench.py" in reason
+        assert order == () and "not measured on" in reason and "bench.py" in reason
 
 
 class OnGpu:
@@ -383,7 +383,7 @@ def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(h100, caps
         assert kernels.choose("triton", "gate_residual_modulate", x=OnGpu()) == "triton"
         assert kernels.choose("torch", "modulate", x=OnGpu()) == "torch"
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "was not measured on H100 in bfloat16" in told
+    assert told.count("\n") == 1 and "not measured on H100 in bfloat16" in told
     h100.major = 7
     assert kernels.choose("auto", "modulate", x=OnGpu()) == "torch"
     assert "older than compute capability 8.0" in capsys.readouterr().err

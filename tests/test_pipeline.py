@@ -8,13 +8,17 @@ picture.
 """
 import contextlib
 import copy
+import dataclasses
+import io
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -283,11 +287,13 @@ def test_guidance_leads_away_from_the_handicapped_model_inside_its_window_only(s
 
 
 @given(st.integers(1, 60), st.floats(0.001, 1))
+@example(10, 0.9)
+@example(100, 0.07)
 def test_strength_is_the_share_of_the_steps_that_is_left(steps, strength):
     ts = flow.schedule(steps)
     left = flow.part_way(ts, strength)
     assert torch.equal(left, ts[len(ts) - len(left):]) and len(left) >= 2
-    assert abs((len(left) - 1) - strength * steps) < 1
+    assert len(left) - 1 == max(1, math.ceil(round(strength * steps, 9)))       # 10 * 0.9 steps are 9
     assert strength < 1 or left[0] == 1
 
 
@@ -605,7 +611,7 @@ def test_the_command_line_draws_with_a_folder_and_the_png_tells_how(folder, tmp_
                          "--strength", 0.5, "--drop-t5", "--left-out", "--int8", "--offload", "block",
                          "-n", 2, "--schedule", "clean", "--shift", 2, "--skip-layer-guidance", 1.5], capsys)
     paths = out.split()
-    assert err == "" and len(paths) == 2
+    assert err.count("\n") == 1 and "this model lacks the layers" in err and len(paths) == 2
     with Image.open(paths[1]) as image:
         told = json.loads(image.text["parameters"])
         assert image.size == (96, 64)
@@ -667,6 +673,21 @@ def test_what_is_wrong_whatever_the_weights_is_told_before_they_are_read(
     assert cause in err and not out and sorted(Path(".").iterdir()) == before
 
 
+def test_a_console_that_cannot_write_a_file_name_costs_no_picture(folder, tmp_path, monkeypatch):
+    """As a redirected one on Windows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    sample.main(["\u661f", "-n", "2", "--model", str(folder), "--device", "cpu", "--steps", "1",
+                 "--width", "64", "--height", "64"])
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+
+
+@given(st.integers(1024, 9000))
+@example(1040)
+def test_a_given_square_becomes_the_models_own(side):
+    assert sample.fitted(SimpleNamespace(height=side, width=side), (1024, 1024)) == (1024, 1024)
+
+
 def test_only_paths_are_on_standard_output_and_what_has_no_effect_is_told_beside(
         folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -723,11 +744,15 @@ def test_encoders_of_another_model_are_refused_before_they_are_read(folder, tmp_
         Pipeline.from_pretrained(mixed, device="cpu")
 
 
-def test_running_out_of_memory_names_the_flags_that_save_some(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore lines"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB). Tried to allocate 20.00 GiB on ..."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 20.00 GiB")])
+def test_running_out_of_memory_names_the_flags_that_save_some(error, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore lines")
+        raise error
 
     monkeypatch.setattr(flow, "sample", full)
     _, err = run_main(["a star", "--model", folder, "--device", "cpu", "--int8"], capsys)
@@ -738,12 +763,16 @@ def test_running_out_of_memory_names_the_flags_that_save_some(folder, tmp_path, 
 @pytest.mark.parametrize("mode", ["none", "model", "block"])
 def test_on_a_card_pictures_agree_and_the_peak_is_below_the_prediction(pipe, mode):
     home = "cuda" if mode == "none" else "cpu"
-    parts = (copy.deepcopy(part).to(home) for part in (pipe.mmdit, pipe.vae, pipe.encoders))
+    mmdit = MMDiT(dataclasses.replace(pipe.mmdit.config, depth=12, heads=12)).requires_grad_(False)
+    for p in mmdit.parameters():                                # 1 GB: twice on the card would be seen
+        nn.init.normal_(p, std=0.02)
+    expected = Pipeline(mmdit, pipe.vae, pipe.encoders, t5_longest=256)("a red star", **HOW)
+    parts = (copy.deepcopy(part).to(home) for part in (mmdit, pipe.vae, pipe.encoders))
     away = Pipeline(*parts, t5_longest=256, offload=mode, device=torch.device("cuda"))
-    configs = {"mmdit": pipe.mmdit.config, "vae": pipe.vae.config} | {
+    configs = {"mmdit": mmdit.config, "vae": pipe.vae.config} | {
         n: getattr(pipe.encoders, n).config for n in offload.ENCODERS}
     predicted = offload.need(configs, height=64, width=96, dtype=torch.float32)["peak"][mode]
     torch.cuda.reset_peak_memory_stats()
     image = away("a red star", **HOW)
-    assert torch.cuda.max_memory_allocated() < predicted
-    assert error(image.cpu(), pipe("a red star", **HOW)) < 1e-2
+    assert torch.cuda.max_memory_allocated() < predicted - offload.OVERHEAD + 64e6      # cuBLAS's own
+    assert error(image.cpu(), expected) < 1e-2

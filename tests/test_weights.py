@@ -828,7 +828,7 @@ def test_too_little_memory_is_told_before_anything_is_read(good, monkeypatch):
 
 def test_free_memory_is_known_on_linux():
     free = weights.free_memory(torch.device("cpu"))
-    assert free is None or 2**20 < free < 2**50
+    assert 2**20 < free < 2**50 if sys.platform == "linux" else True
 
 
 # ------------------------------------------------------------------------------------------------- tokenizers
