@@ -37,6 +37,7 @@ Run `python parallel.py`: two processes and one compute the same gradient.
 """
 import os
 import sys
+import time
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
@@ -212,6 +213,8 @@ def processes(device: str):
         raise OSError(f"rank {rank} has lost another rank, whose own last words say why; what was saved is "
                       "still there: go on with the same torchrun line and --resume") from None
     finally:
+        if torch.__version__ < (2, 8):  # which waits there for threads that wait for Python (PyTorch #154976)
+            time.sleep(1)
         dist.destroy_process_group()
 
 

@@ -163,7 +163,7 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     if given.get("encoders"):                       # before they take the place of those in config.json
         given["encoders"] = str(Path(given["encoders"]).resolve())
         prints = encoder_prints(given["encoders"])
-        if Path(saved["cache"]).is_dir():
+        if saved.get("cache") and Path(saved["cache"]).is_dir():
             Cache(saved["cache"]).compare(*prints)
     try:
         return TrainConfig(**{**saved, **given, "out": str(folder)}), True

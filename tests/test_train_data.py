@@ -426,11 +426,14 @@ def odd(published, tmp_path_factory):
     return folder
 
 
-def test_encoders_that_are_gone_or_others_are_refused_before_they_are_written_down(learned, tmp_path, capsys):
+def test_encoders_that_cannot_be_used_are_refused_before_they_are_written_down(
+        learned, finished, published, tmp_path, capsys):
     run = shutil.copytree(learned[0], tmp_path / "run")
     before = (run / "config.json").read_bytes()
     assert "does not exist" in refused(["--resume", "--out", run, "--encoders", "gone"], capsys)
     assert (run / "config.json").read_bytes() == before
+    assert "published encoders only make caches" in refused(
+        ["--resume", "--out", shutil.copytree(finished, tmp_path / "own"), "--encoders", published], capsys)
 
 
 def test_published_weights_learn_on_from_where_they_are(encoded, odd, tmp_path):
