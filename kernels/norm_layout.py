@@ -344,7 +344,7 @@ def demo() -> None:
         print(f"  {str(dtype)[6:]:9s}", "  ".join(f"{name} {e:.1e}" for name, e in errors.items()))
         assert max(errors.values()) < tolerance
     if not found:
-        print("Triton is not installed: only the formula was checked")
+        print("no Triton of 3.3 or newer is installed: only the formula was checked")
     elif cuda:
         from triton.testing import do_bench
         x = [t for L in (154, 4096) for t in torch.randn(1, L, 3, 24, 64, device="cuda").bfloat16().unbind(2)]

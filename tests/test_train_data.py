@@ -36,16 +36,24 @@ from weights import load_mmdit, load_text_encoders, load_vae, locate
 
 pytestmark = pytest.mark.usefixtures("miniature")
 
+def modules():
+    """All in memory that have numbers, not shapes alone."""
+    gc.collect()
+    found = [x for x in gc.get_objects() if issubclass(type(x), torch.nn.Module)]
+    return [x for x in found if not any(p.is_meta for p in x.parameters())]
+
+
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
     """A run, all drawings that were drawn for it, and what was in memory when the flow began: the kinds of
     module, and "pixels"."""
     drawn, alive, draw, fit = [], set(), data.draw, training.fit
 
+    others = set(modules())                                     # other tests'
+
     def watching(run, stage, *rest):
         if stage.name == "flow":
-            gc.collect()
-            alive.update(type(x).__name__ for x in gc.get_objects() if issubclass(type(x), torch.nn.Module))
+            alive.update(type(x).__name__ for x in modules() if x not in others)
             alive.update("pixels" for x in gc.get_objects() if type(x) is torch.Tensor
                          and x.dtype == torch.uint8 and x.untyped_storage().nbytes() >= 48 * 3 * 64 * 64)
         return fit(run, stage, *rest)
@@ -366,22 +374,21 @@ def test_the_widths_of_sd3_come_out_as_154_x_4096_and_2048_and_fit_the_presets(t
 def learned(encoded, tmp_path_factory):
     """A new transformer that learned from that cache, interrupted and resumed -> the run, and what kinds of
     module were in memory meanwhile."""
-    alive, fit, out = set(), training.fit, tmp_path_factory.mktemp("runs") / "published"
+    alive, fit, others = set(), training.fit, set(modules())
+    out = tmp_path_factory.mktemp("runs") / "published"
+
+    def watching(*args):
+        alive.update(type(x).__name__ for x in modules() if x not in others)
+        return fit(*args)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "fit", lambda *args: alive.update(modules_with_numbers()) or fit(*args))
+        patch.setattr(training, "fit", watching)
         patch.setattr(training.Run, "generator", power_cut(training.Run.generator, 3))
         with pytest.raises(KeyboardInterrupt):
             train(*parse(["--cache", str(encoded[0]), *flags_of(
                 flow_steps=4, flow_batch=4, preview_every=4, save_every=2, out=out, device="cpu",
                 dtype="float32")]))
     return train(*parse(["--resume", "--out", str(out)])), alive
-
-
-def modules_with_numbers():
-    """The kinds of module in memory, less those that only have shapes."""
-    gc.collect()
-    modules = (x for x in gc.get_objects() if issubclass(type(x), torch.nn.Module))
-    return {type(x).__name__ for x in modules if not any(p.is_meta for p in x.parameters())}
 
 
 def test_a_new_transformer_learns_from_published_encoders_that_never_are_in_memory(learned, published):
