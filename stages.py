@@ -336,7 +336,8 @@ class WhiteLinear(nn.Linear):
         """some (n, in): inputs to measure mean and covariance on. learned: the weights are for raw inputs,
         and go on from what they compute; else they are untrained, and white inputs will do."""
         some = some.double().cpu()                                              # no float64 on MPS
-        values, vectors = torch.linalg.eigh(some.T.cov(correction=0))           # (in,), (in, in)
+        # (in,), (in, in); for SD3's 4096 half a minute on one core
+        values, vectors = torch.linalg.eigh(some.T.cov(correction=0))
         scale = (values.clamp(min=0) + 0.03 * values.mean()).rsqrt()            # rounding errors stay small
         self.mean.copy_(some.mean(0))                                           # (in,)
         self.matrix.copy_((vectors * scale) @ vectors.T)                        # (in, in)
