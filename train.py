@@ -485,6 +485,8 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
     for module in [*parts.values(), *(stage.model for stage in stages.values())]:
         module.zero_grad(set_to_none=True)
     total = sum(seconds.values())
+    if not todo:
+        return print("all stages are learned")
     print("expected: " + ", ".join(f"{k} {clock(v)}" for k, v in seconds.items()) + f"; {clock(total)} in all"
           + (f", bounded by --minutes {c.minutes:g}" if c.minutes else ""), flush=True)
 
