@@ -460,6 +460,9 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
           f"text: {c.clip_length} tokens for CLIP, {c.t5_length} for T5")
     print("parameters: " + ", ".join(
         f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in parts.items()))
+    if not todo:
+        print("all stages are learned")
+        return
 
     def flow_loss(step, g, rows):
         m, side = parts["mmdit"].config, c.size // parts["vae"].config.factor
@@ -485,8 +488,6 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
     for module in [*parts.values(), *(stage.model for stage in stages.values())]:
         module.zero_grad(set_to_none=True)
     total = sum(seconds.values())
-    if not todo:
-        return print("all stages are learned")
     print("expected: " + ", ".join(f"{k} {clock(v)}" for k, v in seconds.items()) + f"; {clock(total)} in all"
           + (f", bounded by --minutes {c.minutes:g}" if c.minutes else ""), flush=True)
 

@@ -357,8 +357,7 @@ def load_text_encoders(path, *, device="cpu", dtype=None, drop=(), tokenizers=No
 
     dtype: of all; None: each as its own function says. drop: names that are not loaded; zeros stand in their
     place, as wide as `widths` says. tokenizers: a folder, see find_tokenizers. int8: of T5."""
-    lengths = (clip_config(*locate(path, name), name).context_length
-               for name in ("clip_l", "clip_g") if name not in drop)
+    lengths = (config_of(path, name).context_length for name in ("clip_l", "clip_g") if name not in drop)
     words = find_tokenizers(path, tokenizers, drop, next(lengths, 77))          # before 12 GB are read
     clips = [None if name in drop else load_clip(path, name, device=device, dtype=dtype)
              for name in ("clip_l", "clip_g")]
