@@ -46,7 +46,8 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         # sums of x times up to 127 would leave float16's range; to divide by a power of two is exact
-        y = F.linear(x * 2**-7, self.weight.to(x.dtype)) * (self.scale.to(x.dtype) * 2**7)
+        y = F.linear(x * 2**-7, self.weight.to(x.dtype))                        # under autocast in its dtype
+        y = y * (self.scale.to(y.dtype) * 2**7)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -90,6 +90,16 @@ def test_a_quantised_transformer_stays_within_a_thousandth_of_the_public_velocit
     assert after < 0.32 * sum(before.values())          # a quarter, and the text projection that stays
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_quantised_transformer_computes_under_autocast(dtype):
+    model, io = mmdit("mmdit_sd3_5_large")
+    int8.quantise_mmdit(model)
+    with torch.autocast("cpu", dtype):
+        v = model(io["latents"], io["timesteps"] / 1000, io["context"], io["pooled"])
+    assert error(v, io["velocity"]) < 0.02
+
+
 @torch.no_grad()
 def test_a_quantised_t5_is_off_by_little_and_on_wild_weights_by_twice_what_bfloat16_costs():
     torch.manual_seed(0)
