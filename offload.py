@@ -228,21 +228,21 @@ def count_work(module, call, *shapes) -> int:
     return meter.peak
 
 
-def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfloat16, int8=False,
-         pictures=1) -> dict:
+def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfloat16, text_dtype=None,
+         int8=False, pictures=1) -> dict:
     """What drawing takes, `pictures` at once, in bytes, from shapes alone.
 
     configs: of the parts, {"mmdit": MMDiTConfig, "vae": ..., "clip_l": ...}; encoders may be missing.
+    text_dtype: the encoders', if it is another than the transformer's; in float16 they are bfloat16 anyway.
     -> "parameters", "weights" and "work" by part; "peak" by offload mode: what the card must have; "locked":
     what "block" takes of main memory beyond the weights.
     """
     kinds = {"mmdit": MMDiT, "vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder,
              "t5": T5Encoder}
+    text_dtype = text_dtype or (torch.bfloat16 if dtype == torch.float16 else dtype)
+    dtypes = {"mmdit": dtype, "vae": torch.float32, **dict.fromkeys(ENCODERS, text_dtype)}  # as they are loaded
     with torch.device("meta"):
-        parts = {name: kinds[name](config).to(
-            torch.float32 if name == "vae" else
-            torch.bfloat16 if name in ENCODERS and dtype == torch.float16 else dtype)   # as they are loaded
-            for name, config in configs.items()}
+        parts = {name: kinds[name](config).to(dtypes[name]) for name, config in configs.items()}
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     mmdit, c, f = parts["mmdit"], configs["mmdit"], configs["vae"].factor
     if int8:
@@ -279,8 +279,10 @@ def report(name, configs, free=None, **how) -> str:
     """What `sample.py --dry-run` prints. how: see need, without int8; free: bytes on this machine's card."""
     plain, small = need(configs, **how), need(configs, **how, int8=True)
     several = f"{how['pictures']} at once, " if how.get("pictures", 1) > 1 else ""
-    lines = [f"{name}, {how['height']} x {how['width']} pixels, {several}{short(how['dtype'])}, "
-             f"the autoencoder float32; GB are 10^9 bytes",
+    text = how.get("text_dtype") or how["dtype"]
+    others = f"encoders {short(text)}, " * (text != how["dtype"]) + "the autoencoder float32"
+    lines = [f"{name}, {how['height']} x {how['width']} pixels, {several}{short(how['dtype'])}, {others}; "
+             "GB are 10^9 bytes",
              f"{'':8s}{'parameters':>15s}{'weights':>11s}{'with --int8':>13s}{'beside them':>13s}"]
     for part, n in plain["parameters"].items():
         numbers = (plain["weights"][part], small["weights"][part], plain["work"][part])

@@ -39,7 +39,7 @@ from PIL import Image, ImageOps
 
 import flow
 import offload
-from checkpoints import CheckpointError, is_run, load_encoders, load_part, read_json
+from checkpoints import CheckpointError, home_of_encoders, is_run, load_encoders, load_part, read_json
 from kernels.int8 import quantise_mmdit, quantise_t5
 from offload import Places
 from tensor_files import read_config
@@ -52,7 +52,6 @@ DEFAULTS = {                # of Stability's own scripts. skip_layers: see Pipel
     "sd3.5-medium": {"steps": 50, "guidance": 5.0, "skip_layers": (2.5, (7, 8, 9), 0.01, 0.2)},
     "sd3.5-large": {"steps": 40, "guidance": 4.5},
     "sd3.5-large-turbo": {"steps": 4, "guidance": 1.0}}
-RUN_WORK = 41 * 10**8       # bytes on a card beside a run's weights: a published model's and CUDA's
 T5_LONGEST = 256            # tokens that a long prompt gets, as SD3.5 was trained with
 
 
@@ -107,7 +106,8 @@ class Pipeline:
         if wrong := drop - set(ENCODERS):
             raise ValueError(f"cannot drop {sorted(wrong)}: choose from {', '.join(ENCODERS)}")
         if is_run(path):
-            return cls(**load_run(Path(path), device, dtype, drop, offload, int8, tokenizers), device=device)
+            return cls(**load_run(Path(path), device, dtype, drop, offload, int8, tokenizers, size, pictures),
+                       device=device)
         return cls(**load_published(Path(path), device, dtype, drop, offload, int8, tokenizers, size,
                                     pictures), device=device)
 
@@ -240,31 +240,40 @@ def unknown(tokenizer, text: str) -> list[str]:
 
 # -------------------------------------------------------------------------------------------------- loading
 
-def load_run(path, device, dtype, drop, mode, int8, tokenizers) -> dict:
-    """The arguments of Pipeline for a run's folder. "auto": all on the device, unless the run went on from
-    published weights and that is too much for a card."""
+def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures) -> dict:
+    """The arguments of Pipeline for a run's folder."""
     if tokenizers:
         raise ValueError(f"{path} knows its tokenizers: leave out --tokenizers {tokenizers}")
     config = read_json(path / "config.json")
     mmdit = load_part(path, "mmdit")
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32       # of published encoders
-    vae, encoders = load_encoders(path, drop=drop, dtype=half, t5_width=mmdit.config.context_dim)
+    text_dtype = text_dtype_of(path, device)
+    vae, encoders = load_encoders(path, drop=drop, dtype=text_dtype, t5_width=mmdit.config.context_dim)
     if encoders.widths[2] != mmdit.config.context_dim or sum(encoders.pooled_dims) != mmdit.config.pooled_dim:
         raise CheckpointError(
             f"{path}: the text encoders do not fit mmdit.safetensors: the folder mixes two runs")
+    if device.type == "cuda":
+        said = {name: encoder for name in ENCODERS if (encoder := getattr(encoders, name)) is not None}
+        configs = {name: part.config for name, part in {"mmdit": mmdit, "vae": vae, **said}.items()}
+        height, width = (given or config["size"] for given in size or (None, None))
+        mode = offload.choose(mode, path, configs, free_memory(device), int8, height=height, width=width,
+                              t5_length=config["t5_length"], dtype=torch.float32, text_dtype=text_dtype,
+                              pictures=min(pictures, at_once(height, width, vae.config.factor)))
+    mode = "none" if mode == "auto" else mode
     if int8:
         quantise_mmdit(mmdit)
         if encoders.t5:
             quantise_t5(encoders.t5)
-    parts = {"mmdit": mmdit, "vae": vae, "encoders": encoders}
-    if mode == "auto":
-        size = sum(t.nbytes for part in parts.values() for t in offload.tensors_of(part))
-        fits = device.type != "cuda" or size + RUN_WORK < free_memory(device)
-        mode = "none" if fits else "block"
-    parts = {name: part.to(device if mode == "none" else "cpu") for name, part in parts.items()}
+    parts = {name: part.to(device if mode == "none" else "cpu")
+             for name, part in (("mmdit", mmdit), ("vae", vae), ("encoders", encoders))}
     return parts | {"dtype": None if dtype == torch.float32 else dtype, "offload": mode, "zero_empty": True,
                     "t5_length": config["t5_length"], "shift": config["shift"], "kind": "clean", "steps": 20,
                     "guidance": 3.0, "size": (config["size"], config["size"])}
+
+
+def text_dtype_of(run, device) -> torch.dtype:
+    """Of a run's text encoders: its own stay float32, published ones are bfloat16 on a card."""
+    published = not is_run(home_of_encoders(run))
+    return torch.bfloat16 if published and device.type == "cuda" else torch.float32
 
 
 def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pictures) -> dict:

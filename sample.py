@@ -33,7 +33,7 @@ import flow
 import offload
 from checkpoints import home_of_encoders, is_run, last_run, load_part, read_json, write_atomically
 from pipeline import (DEFAULTS, Pipeline, at_once, check_request, pick_device, published_configs, recognise,
-                      seeds_of, side_of)
+                      seeds_of, side_of, text_dtype_of)
 from pipeline import to_pil                     # noqa: F401  (can be called from here, as Pipeline can)
 from text_encoders import ENCODERS
 from weights import config_of, free_memory
@@ -248,15 +248,16 @@ def dry_run(args) -> None:
         configs = published_configs(model, args.drop)
         name, how = recognise(configs["mmdit"], model)
     configs = {part: c for part, c in configs.items() if part not in args.drop}
-    side = read_json(Path(model, "config.json"))["size"] if run else side_of(configs)
+    saved = read_json(Path(model, "config.json")) if run else {"size": side_of(configs), "t5_length": 77}
     guidance = how["guidance"] if args.guidance is None else args.guidance
-    height, width = args.height or side, args.width or side
+    height, width = args.height or saved["size"], args.width or saved["size"]
     check_request([""], [""], height, width, 1, guidance, "pil")
     device = pick_device(args.device)
     free = free_memory(device) if device.type == "cuda" else None
     dtype = torch.float32 if run else args.dtype or torch.bfloat16
-    print(offload.report(name, configs, free, height=height, width=width, dtype=dtype, guidance=guidance != 1,
-                         t5_length=77 if args.t5_length is None else args.t5_length,
+    print(offload.report(name, configs, free, height=height, width=width, guidance=guidance != 1, dtype=dtype,
+                         text_dtype=text_dtype_of(model, torch.device("cuda")) if run else None,
+                         t5_length=saved["t5_length"] if args.t5_length is None else args.t5_length,
                          pictures=min(args.n, at_once(height, width, configs["vae"].factor))))
 
 

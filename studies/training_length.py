@@ -16,7 +16,6 @@ seed's autoencoder makes other latents, so that its loss compares with nothing h
 """
 import argparse
 import csv
-import io
 import shutil
 import sys
 from functools import partial
@@ -28,27 +27,27 @@ import report  # noqa: E402
 from checkpoints import read_json, write_atomically, write_json  # noqa: E402
 from data import TASKS  # noqa: E402
 from settings import TrainConfig  # noqa: E402
+from stages import PARTS_OF  # noqa: E402
 from train import train  # noqa: E402
 from watch import read_metrics  # noqa: E402
 
-COLUMNS = ("seed", "steps", "loss", "loss_error", "overall", "error", *TASKS, "shape", "unseen")
 
-
-def trained(run: Path, steps: int, seed: int) -> Path:
-    """A run of that many steps of the transformer; from another seed than RUN's, with encoders of its own."""
+def trained(run: Path, folder: Path, **changes) -> Path:
+    """The run `folder`, finished or trained now, with RUN's settings but for the changes. Its encoders are
+    RUN's, unless its seed is another."""
     saved = read_json(run / "config.json")
-    folder = run / "lengths" / f"seed{seed}-steps{steps}"
     if not (folder / "config.json").is_file():
         partly = folder.with_name(folder.name + ".part")            # a copy that was interrupted is none
         shutil.rmtree(partly, ignore_errors=True)
         partly.mkdir(parents=True)
-        if seed == saved["seed"]:
-            shutil.copytree(run, partly, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
-                "mmdit.safetensors", "lengths*", "pictures", "samples", "scores*", "checkpoints", "lock",
-                "metrics.csv", "loss.png"))
+        if changes.get("seed", saved["seed"]) == saved["seed"]:
+            for name in (*PARTS_OF["vae"], *PARTS_OF["clip"], *PARTS_OF["t5"]):
+                shutil.copy(run / f"{name}.safetensors", partly)
+            for name in ("tokenizers", "cache"):
+                if (run / name).is_dir():
+                    shutil.copytree(run / name, partly / name)
         known = {k: v for k, v in saved.items() if k not in ("origin", "cache")}
-        write_json(partly / "config.json",
-                   known | {"flow_steps": steps, "seed": seed, "minutes": 0, "out": str(folder)})
+        write_json(partly / "config.json", known | {"minutes": 0} | changes | {"out": str(folder)})
         partly.rename(folder)
     if not (folder / "mmdit.safetensors").is_file():
         train(TrainConfig(**read_json(folder / "config.json")), resume=True)
@@ -56,13 +55,20 @@ def trained(run: Path, steps: int, seed: int) -> Path:
     return folder
 
 
-def scored(folder: Path, prompts: int) -> dict:
-    """One row of the table, from scores.json, which is made where it is missing or is of other prompts."""
+def scores(folder: Path, prompts: int, measures: str = "drawn,loss") -> dict:
+    """What scores.json says, which is made where it is missing, lacks a measure or is of other prompts."""
     path = folder / "scores.json"
     found = read_json(path) if path.is_file() else {}
-    if not {"score", "loss"} <= found.keys() or found["settings"]["n"] != prompts:
-        report.measure(report.parse(["--run", str(folder), "--measures", "drawn,loss", "-n", str(prompts)]))
+    wanted = {"score" if name == "drawn" else name for name in measures.split(",")}
+    if not wanted <= found.keys() or found["settings"]["n"] != prompts:
+        report.measure(report.parse(["--run", str(folder), "--measures", measures, "-n", str(prompts)]))
         found = read_json(path)
+    return found
+
+
+def point(folder: Path, prompts: int) -> dict:
+    """One row of the table."""
+    found = scores(folder, prompts)
     steps = [int(row["step"]) for row in read_metrics(folder / "metrics.csv") if row["stage"] == "flow"][-1]
     return {"seed": read_json(folder / "config.json")["seed"], "steps": steps, "loss": found["loss"]["mean"],
             "loss_error": found["loss"]["error"], "overall": found["score"]["overall"],
@@ -91,15 +97,13 @@ def plot(rows: list[dict], path: Path) -> None:
         panel.set_xticks([r["steps"] for r in line], [f"{r['steps']:,}" for r in line])
         panel.set_xticks([], minor=True)
         panel.legend(fontsize="small")
-    with io.BytesIO() as png:
-        fig.savefig(png, dpi=100, format="png")
-        plt.close(fig)
-        write_atomically(path, lambda p: p.write_bytes(png.getvalue()))
+    write_atomically(path, partial(fig.savefig, dpi=100, format="png"))
+    plt.close(fig)
 
 
 def write_table(rows: list[dict], path: Path) -> None:
     with open(path, "w", newline="", encoding="utf-8") as f:
-        table = csv.DictWriter(f, COLUMNS)
+        table = csv.DictWriter(f, rows[0].keys())
         table.writeheader()
         for row in rows:
             table.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
@@ -115,9 +119,10 @@ def main(argv=None) -> None:
     try:
         for seed in args.seeds or [read_json(args.run / "config.json")["seed"]]:
             for steps in args.steps:
-                scored(trained(args.run, steps, seed), args.n)
+                folder = args.run / "lengths" / f"seed{seed}-steps{steps}"
+                scores(trained(args.run, folder, seed=seed, flow_steps=steps), args.n)
         folders = [args.run, *(f.parent for f in (args.run / "lengths").glob("seed*/scores.json"))]
-        rows = [scored(folder, args.n) for folder in folders]
+        rows = [point(folder, args.n) for folder in folders]
         own = rows[0]["seed"]
         rows.sort(key=lambda r: (r["seed"] != own, r["seed"], r["steps"]))
         write_atomically(args.run / "length.csv", partial(write_table, rows))

@@ -7,9 +7,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "studies"))
+sys.path.insert(0, str(ROOT))
 
-import training_length  # noqa: E402
+from studies import captions, timesteps, training_length  # noqa: E402
 
 
 @pytest.fixture
@@ -26,8 +26,7 @@ def test_each_length_is_a_whole_run_from_the_same_encoders_each_seed_has_its_own
     monkeypatch.setattr(training_length, "train", None)         # what is there is not trained again
     monkeypatch.setattr(training_length.report, "measure", None)
     training_length.main(flags)
-    with open(run / "length.csv", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
+    rows = table(run / "length.csv")
     assert [(row["seed"], row["steps"]) for row in rows] == [("0", "2"), ("0", "6"), ("1", "2")]
     assert len({row["loss"] for row in rows}) == 3 and all(0 < float(row["loss"]) < 10 for row in rows)
     assert Image.open(run / "length.png").width > 1000
@@ -38,7 +37,42 @@ def test_each_length_is_a_whole_run_from_the_same_encoders_each_seed_has_its_own
         assert (first == shorter) == shared and first != other
 
 
-def test_a_folder_without_a_run_is_named(tmp_path, capsys):
+def table(path):
+    with open(path, encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+def test_each_density_of_times_trains_its_own_transformer_on_the_same_encoders(run, monkeypatch, capsys):
+    monkeypatch.setattr(timesteps.report, "STEPS", (1, 2))
+    monkeypatch.setattr(timesteps, "DENSITIES", ("uniform", "cosmap"))     # two are enough
+    flags = [str(run), "-n", "1", "--steps", "2"]
+    timesteps.main(flags)
+    rows = table(run / "timesteps.csv")
+    assert [r["density"] for r in rows] == ["uniform", "cosmap"]
+    assert rows[0]["loss"] != rows[1]["loss"] and all(0 <= float(r["score_1"]) <= 1 for r in rows)
+    of_t = [sum(float(r[f"loss_{k / 8}"]) for k in range(1, 8)) / 7 for r in rows]
+    assert of_t == pytest.approx([float(r["loss"]) for r in rows], abs=2e-4)
+    assert Image.open(run / "timesteps.png").width > 1000
+    for part, kinds in (("t5", 1), ("vae", 1), ("mmdit", 2)):
+        files = [f.read_bytes() for f in (run / "timesteps").glob(f"*/{part}.safetensors")]
+        assert len(files) == 2 and len(set(files)) == kinds
+    monkeypatch.setattr(training_length, "train", None)         # what is there is not made again
+    monkeypatch.setattr(training_length.report, "measure", None)
+    timesteps.main(flags)
+    assert "in 1 steps" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_each_share_of_synthetic_captions_trains_its_own_transformer(run, monkeypatch, capsys):
+    monkeypatch.setattr(captions, "SHARES", (0.0, 1.0))
+    captions.main([str(run), "-n", "1", "--steps", "2"])
+    assert [float(r["synthetic"]) for r in table(run / "captions.csv")] == [0, 1]
+    assert len({f.read_bytes() for f in (run / "captions").glob("*/mmdit.safetensors")}) == 2
+    assert Image.open(run / "captions.png").width > 800
+    assert "100 % synthetic" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("study", [training_length, timesteps, captions])
+def test_a_folder_without_a_run_is_named(study, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
-        training_length.main([str(tmp_path)])
+        study.main([str(tmp_path)])
     assert e.value.code == 2 and str(tmp_path) in capsys.readouterr().err

@@ -12,6 +12,7 @@ import json
 import math
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +22,12 @@ from safetensors.torch import load_file, save_file
 
 import data
 import make_fake_checkpoint
+import offload
+import pipeline
 import sample
 import stages
 import train as training
-from checkpoints import bare_encoders, load_part, load_tensors, load_tokenizers, save_part
+from checkpoints import bare_encoders, load_part, load_tensors, load_tokenizers, read_json, save_part
 from conftest import MICRO
 from data import Pictures
 from mmdit import MMDiT
@@ -32,7 +35,7 @@ from prepare import Cache
 from pipeline import Pipeline
 from text_encoders import ENCODERS, CLIPTextConfig, T5Config
 from train import TrainConfig, parse, train
-from weights import load_mmdit, load_text_encoders, load_vae, locate
+from weights import config_of, load_mmdit, load_text_encoders, load_vae, locate
 
 pytestmark = pytest.mark.usefixtures("miniature")
 
@@ -409,7 +412,22 @@ def test_it_draws_with_them(learned, capsys):
     again = Pipeline.from_pretrained(learned[0], device="cpu", t5=False)("a star", steps=1, output="tensor")
     assert again.shape == (1, 3, 32, 32)
     sample.main(["--dry-run", "--model", str(learned[0])])
-    assert "32 x 32" in capsys.readouterr().out
+    assert "32 x 32 pixels, float32, encoders bfloat16, the autoencoder float32" in capsys.readouterr().out
+
+
+def test_on_a_card_too_small_for_all_of_it_its_parts_come_in_turn(learned, monkeypatch):
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: free)
+    card, move = SimpleNamespace(type="cuda"), torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda m, to: m if to is card else move(m, to))
+    how = learned[0], card, None, set(), "auto", False, None, (64, None), 1
+    configs = {part: config_of(read_json(learned[0] / "config.json")["encoders"], part)
+               for part in ("vae", *ENCODERS)} | {"mmdit": load_part(learned[0], "mmdit").config}
+    peak = offload.need(configs, height=64, width=32, dtype=torch.float32, text_dtype=torch.bfloat16)["peak"]
+    for free, mode in ((peak["none"], "none"), (peak["none"] - 1, "model"), (peak["model"], "model")):
+        assert pipeline.load_run(*how)["offload"] == mode
+    free = min(peak.values()) - 1
+    with pytest.raises(ValueError, match="needs .* GB on the card for 64 x 32 pixels with --offload"):
+        pipeline.load_run(*how)
 
 
 def test_a_second_phase_keeps_published_encoders(learned, encoded, published, tmp_path):

@@ -1,0 +1,73 @@
+"""Do full captions help? The paper's table 4 in miniature: original captions, synthetic ones, half of each.
+
+The paper trained on alt texts alone and on a mixture, half of them described in full by a captioner, and saw
+the mixture follow prompts better (GenEval 43.3 -> 49.8 %), above all on position, counting and attribution.
+Here an original is "a star left of a ring", the synthetic one names every colour, size and place. Prompts are
+like originals.
+
+    python studies/captions.py runs/drawn                         about three times the time of one flow stage
+
+RUN's encoders, latents and seed serve all; only what the flow model is shown differs. Everything lies in
+RUN/captions/ and is kept: a stopped command goes on where it was. Beside it, captions.csv and captions.png.
+"""
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoints import write_atomically  # noqa: E402
+from data import TASKS  # noqa: E402
+from studies.training_length import scores, trained, write_table  # noqa: E402
+
+SHARES = (0.0, 0.5, 1.0)            # of synthetic captions
+
+
+def row(share: float, found: dict) -> dict:
+    return {"synthetic": share, "overall": found["score"]["overall"], "error": found["error"]["overall"],
+            **{task: found["score"][task] for task in TASKS}, "shape": found["shape"],
+            "unseen": found["unseen"]}
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, panel = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    for i, r in enumerate(rows):
+        places = [k + 0.27 * (i - 1) for k in range(len(TASKS) + 1)]
+        panel.bar(places, [100 * r[name] for name in (*TASKS, "overall")], 0.25,
+                  label=f"{100 * r['synthetic']:.0f} % synthetic captions")
+    panel.set_xticks(range(len(TASKS) + 1), [name.replace("_", "\n") for name in (*TASKS, "overall")])
+    panel.set(ylabel="right, %", ylim=(0, 100))
+    panel.legend(fontsize="small", loc="lower right")
+    write_atomically(path, partial(fig.savefig, dpi=100, format="png"))
+    plt.close(fig)
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description="score against the share of synthetic captions")
+    p.add_argument("run", type=Path, help="a finished run of drawn pictures, whose encoders are used")
+    p.add_argument("--steps", type=int, default=1500, help="of the transformer (default: 1500)")
+    p.add_argument("-n", type=int, default=64, help="prompts a task (default: 64)")
+    args = p.parse_args(argv)
+    try:
+        rows = []
+        for share in SHARES:
+            folder = args.run / "captions" / f"synthetic{share}-steps{args.steps}"
+            trained(args.run, folder, synthetic=share, flow_steps=args.steps)
+            rows.append(row(share, scores(folder, args.n, "drawn")))
+        write_atomically(args.run / "captions.csv", partial(write_table, rows))
+        plot(rows, args.run / "captions.png")
+    except (ValueError, FloatingPointError, OSError) as e:
+        print(f"captions.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    for r in rows:
+        print(f"{100 * r['synthetic']:5.0f} % synthetic  score {100 * r['overall']:.1f} +- "
+              f"{100 * r['error']:.1f}  " + "  ".join(f"{t} {100 * r[t]:.0f}" for t in TASKS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""At which times should training look? The paper's tables 1 and 2 in miniature: four densities of t.
+
+The paper compares 61 formulations and finds that rectified flow needs more of the middle: logit-normal times
+beat uniform ones, most of all where few steps are taken. Here the flow model is trained once with each of
+flow.DENSITIES, all else equal (RUN's encoders, latents, seed, batches and shift, which moves every density
+towards noise alike), and judged by the drawn world's score in place of FID and CLIP score.
+
+    python studies/timesteps.py runs/drawn                        about four times the time of one flow stage
+
+Everything lies in RUN/timesteps/ and is kept: a stopped command goes on where it was. Beside it,
+timesteps.csv and timesteps.png show the scores and the validation loss at each t, the mean of which flatters
+whoever looks at all times alike: uniform training minimises just that. Steps are judged on the same noise.
+"""
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import flow  # noqa: E402
+import report  # noqa: E402
+from checkpoints import read_json, write_atomically  # noqa: E402
+from flow import DENSITIES  # noqa: E402
+from studies.training_length import scores, trained, write_table  # noqa: E402
+
+
+def row(density: str, found: dict) -> dict:
+    by_steps = {f"score_{n}": found["steps"][str(n)]["score"] for n in report.STEPS}
+    by_t = {f"loss_{t}": x for t, x in found["loss"]["by_t"].items()}
+    return {"density": density, "overall": found["score"]["overall"], "error": found["error"]["overall"],
+            **by_steps, "loss": found["loss"]["mean"], "loss_error": found["loss"]["error"], **by_t}
+
+
+def plot(rows: list[dict], shift: float, path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    t = torch.linspace(0.005, 0.995, 199)
+    before = flow.shift_t(t, 1 / shift)                                     # where the shift found it
+    slope = (1 / shift) / (1 + (1 / shift - 1) * t) ** 2                    # d before / d t
+    levels = [name.removeprefix("loss_") for name in rows[0] if name.startswith("loss_0")]
+    steps = [name.removeprefix("score_") for name in rows[0] if name.startswith("score_")]
+    for r in rows:
+        how = dict(label=r["density"], ms=4)
+        panels[0].plot(t, flow.t_density(r["density"], before) * slope, **how)
+        panels[1].plot([float(x) for x in levels],
+                       [r[f"loss_{x}"] - rows[0][f"loss_{x}"] for x in levels], "o-", **how)
+        panels[2].plot([int(n) for n in steps], [r[f"score_{n}"] for n in steps], "o-", **how)
+    panels[0].set(title=f"times in training, shifted by {shift:g}", xlabel="t (1 = noise)", ylim=(0, 4))
+    panels[1].set(title=f"validation loss, less that of {rows[0]['density']}", xlabel="t (1 = noise)")
+    panels[2].set(title="score", xlabel="sampling steps", xscale="log")
+    panels[2].set_xticks([int(n) for n in steps], steps)
+    panels[2].set_xticks([], minor=True)
+    for panel in panels:
+        panel.legend(fontsize="small")
+    write_atomically(path, partial(fig.savefig, dpi=100, format="png"))
+    plt.close(fig)
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description="score and loss against the density of training times")
+    p.add_argument("run", type=Path, help="a finished run of drawn pictures, whose encoders are used")
+    p.add_argument("--steps", type=int, default=1500, help="of the transformer (default: 1500)")
+    p.add_argument("-n", type=int, default=64, help="prompts a task (default: 64)")
+    args = p.parse_args(argv)
+    try:
+        rows = []
+        for density in DENSITIES:
+            folder = args.run / "timesteps" / f"{density}-steps{args.steps}"
+            trained(args.run, folder, density=density, flow_steps=args.steps)
+            rows.append(row(density, scores(folder, args.n, "drawn,loss,steps")))
+        write_atomically(args.run / "timesteps.csv", partial(write_table, rows))
+        plot(rows, read_json(args.run / "config.json")["shift"], args.run / "timesteps.png")
+    except (ValueError, FloatingPointError, OSError) as e:
+        print(f"timesteps.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    for r in rows:
+        print(f"{r['density']:13s} loss {r['loss']:.4f} +- {r['loss_error']:.4f}  "
+              f"score {100 * r['overall']:.1f} +- {100 * r['error']:.1f}  in {report.STEPS[0]} steps {100 * r[f'score_{report.STEPS[0]}']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
