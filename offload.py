@@ -240,8 +240,8 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
     kinds = {"mmdit": MMDiT, "vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder,
              "t5": T5Encoder}
     text_dtype = text_dtype or (torch.bfloat16 if dtype == torch.float16 else dtype)
-    dtypes = {"mmdit": dtype, "vae": torch.float32, **dict.fromkeys(ENCODERS, text_dtype)}  # as they are loaded
-    with torch.device("meta"):
+    dtypes = {"mmdit": dtype, "vae": torch.float32, **dict.fromkeys(ENCODERS, text_dtype)}
+    with torch.device("meta"):                                                          # as they are loaded
         parts = {name: kinds[name](config).to(dtypes[name]) for name, config in configs.items()}
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     mmdit, c, f = parts["mmdit"], configs["mmdit"], configs["vae"].factor

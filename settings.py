@@ -177,6 +177,9 @@ def second_phase(given: dict) -> dict:
 
     With m pixels in place of n the times move towards noise by sqrt(m / n), paper section 5.3.2."""
     run = Path(given["origin"])
+    if not run.exists():
+        raise ValueError(f"--from {run} does not exist: give the folder of a finished run, or published "
+                         "weights with the --cache that their encoders made")
     if not (has_run(run) and (run / "mmdit.safetensors").is_file()):
         raise ValueError(f"--from {run}: no finished run there, it would have config.json and "
                          "mmdit.safetensors: finish it with  python train.py --resume --out, or name another")

@@ -141,12 +141,12 @@ def device_refuses(device: torch.device) -> str | None:
         return None
     if not torch.compiler.is_compiling() and "triton" not in sys.modules and not find_spec("triton"):
         return "Triton is not installed: pip install triton (triton-windows on Windows)"
+    if TORCH < (2, 7):
+        return "PyTorch 2.6 brings Triton 3.2, and the kernels need 3.3: pip install --upgrade torch"
     if device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
         return f"it needs a CUDA GPU, and this tensor is on {device} (for a test, set TRITON_INTERPRET=1)"
-    if TORCH < (2, 7):
-        return "PyTorch 2.6 brings Triton 3.2, and the kernels need 3.3: pip install --upgrade torch"
     if torch.version.hip:
         return "the kernels' tiles were cut for NVIDIA's GPUs, and this GPU is AMD's"
     if torch.cuda.get_device_properties(device).major < 8:

@@ -81,7 +81,8 @@ def main(argv=None) -> None:
         sys.exit(2)
     for r in rows:
         print(f"{r['density']:13s} loss {r['loss']:.4f} +- {r['loss_error']:.4f}  "
-              f"score {100 * r['overall']:.1f} +- {100 * r['error']:.1f}  in {report.STEPS[0]} steps {100 * r[f'score_{report.STEPS[0]}']:.1f}")
+              f"score {100 * r['overall']:.1f} +- {100 * r['error']:.1f}  "
+              + "  ".join(f"in {n} steps {100 * r[f'score_{n}']:.1f}" for n in report.STEPS))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ pytest.importorskip("triton", minversion="3.3" if CUDA else "3.7",
                     reason="Triton is not installed, or too old: its kernels cannot be checked")
 
 import kernels  # noqa: E402
-from kernels import adaln, bench, gate_residual_modulate, joint_attention, modulate, norm_layout  # noqa: E402
+from kernels import adaln, bench, gate_residual_modulate, joint_attention, modulate  # noqa: E402
+from kernels import norm_layout, sweep  # noqa: E402
 from kernels.joint_attention import (attend_simply, join, joint_attention_backward_op,  # noqa: E402
                                      joint_attention_op, joint_attention_reference, joint_attention_triton)
 from kernels.norm_layout import (attend_joined, joint_attention_sdpa, norm_layout_backward_op,  # noqa: E402
@@ -694,7 +695,41 @@ def test_torch_compile_traces_autocast_and_the_choice_among_measured_kernels_in_
     assert got[0].dtype == torch.bfloat16 and ran                   # where it is compiled, the faster of two
 
 
-# ------------------------------------------------------------------------------------------------- the bench
+# ------------------------------------------------------------------------------------- the sweep, the bench
+
+def test_the_sweep_cuts_each_step_of_both_passes_in_other_ways(capsys, monkeypatch):
+    cuts, usual = [], sweep.tiles
+    monkeypatch.setattr(sweep, "tiles", lambda step, x: cuts.append(step) or usual(step, x))
+    sweep.main(["--smoke", "--head-dim", "16"])
+    said = capsys.readouterr().out
+    assert said.count("2 ways of 2, 0 left out") == 3 and said.count("the table's own") == 3
+    assert set(cuts) == set(sweep.STEPS)
+    assert sys.modules["kernels.joint_attention"].tiles is sweep.tiles           # as before
+
+
+def test_the_sweep_names_the_fastest_way_that_computes_the_same_and_what_it_left_out(monkeypatch):
+    own, fast, slow = (64, 64, 4, 2), (128, 64, 4, 2), (32, 64, 4, 2)
+    wrong, large = (64, 32, 4, 2), (128, 128, 8, 4)
+    module, x = sys.modules["kernels.joint_attention"], torch.empty(1, 1, 1, 64)
+
+    def call():
+        way = tuple(module.tiles("keys", x).get(name) for name in sweep.NAMES)
+        if way == large:
+            raise RuntimeError("out of resource: shared memory")
+        return [torch.full((2,), 1.5 if way == wrong else 1.0)]
+
+    monkeypatch.setattr(sweep, "tiles", lambda step, x: dict(zip(sweep.NAMES, own)))
+    monkeypatch.setattr(module, "tiles", sweep.tiles)
+    monkeypatch.setattr(sweep, "milliseconds", lambda call, device: [0, {fast: 1, own: 2, slow: 3}[
+        tuple(module.tiles("keys", x)[name] for name in sweep.NAMES)], 9])
+    found, left_out = sweep.sweep("keys", call, own, [own, wrong, fast, large, slow], "cpu", 60)
+    assert found == [(1, fast), (2, own), (3, slow)]
+    assert [why.split(":")[0] for why in left_out] == [str(wrong), str(large)]
+    assert "differs by" in left_out[0] and "out of resource" in left_out[1]
+    assert sweep.sweep("keys", call, own, [own, fast, slow], "cpu", 0) == ([(2, own)], [])      # no time
+    ways = sweep.candidates("keys", own)
+    assert ways[0] == own and len(set(ways)) == len(ways) > 30
+
 
 def test_the_bench_writes_what_the_dispatch_reads_and_repeats_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kernels, "MEASURED", {})
