@@ -4,6 +4,7 @@
     python sample.py "a red star" -n 4 --seed 7 --steps 50 --guidance 4 --method heun
     python sample.py "a lighthouse at dusk, oil on canvas" --model sd3.5_large.safetensors --int8
     python sample.py "the same in winter" --model sd3.5_large.safetensors --image dusk.png --strength 0.7
+    python sample.py --like samples/a-red-star-7.png --steps 100       the same again, but for what flags say
     python sample.py --dry-run --model sd3.5-large              what it takes, without any weights
 
 pipeline.py does the work. Here are the flags, the files and what may go wrong:
@@ -11,7 +12,7 @@ pipeline.py does the work. Here are the flags, the files and what may go wrong:
 - Nothing is overwritten, and a picture appears whole or not at all.
 - What does not work is told in one line, with the remedy, and ends with exit code 2.
 - Standard output has the pictures' paths and nothing else; notices and progress go to standard error.
-- The settings of a picture are JSON in its PNG's text chunk "parameters".
+- The settings of a picture are JSON in its PNG's text chunk "parameters"; --like reads them.
 
 --model is a folder that train.py wrote, or published weights. Of these a dropped encoder is not even loaded;
 zeros take its place, as in training, or, with --left-out, what ComfyUI does (see pipeline.py).
@@ -37,6 +38,9 @@ from pipeline import (DEFAULTS, Pipeline, at_once, check_request, pick_device, p
 from pipeline import to_pil                     # noqa: F401  (can be called from here, as Pipeline can)
 from text_encoders import ENCODERS
 from weights import config_of, free_memory
+
+REPEATED = ("prompt", "negative", "seed", "steps", "guidance", "height", "width", "method", "schedule",
+            "shift", "model", "image", "strength", "t5_length", "drop", "left_out", "int8", "dtype")
 
 
 # ---------------------------------------------------------------------------------------------------- request
@@ -65,6 +69,8 @@ def parse(argv=None):
     p.add_argument("--skip-layer-guidance", type=number, metavar="SCALE",
                    help="0: none (default: 2.5 for SD3.5-medium, the only model made for it)")
     p.add_argument("--out", help="file to write, or a folder (default: a new name under samples/)")
+    p.add_argument("--like", metavar="PNG", help="a picture that was drawn here: its settings count where no "
+                   "flag says otherwise")
     text = p.add_argument_group("text")
     text.add_argument("--t5-length", type=int, help="tokens of T5 (default: a run's own; for published "
                       "weights 77, and up to 256 where the prompt needs them)")
@@ -86,6 +92,9 @@ def parse(argv=None):
                         f"one of {', '.join(offload.PRESETS)}")
     p.error = refuse
     args = p.parse_args(argv)
+    if args.like:
+        p.set_defaults(**settings_of(args.like))
+        args = p.parse_args(argv)
     args.dtype = args.dtype and getattr(torch, args.dtype)
     args.drop = tuple(dict.fromkeys(args.drop + ["t5"] * args.drop_t5))
     if args.left_out and "t5" not in args.drop and len(args.drop) < 2:
@@ -163,6 +172,17 @@ def save_picture(image, path: Path, settings: dict) -> None:
     write_atomically(path, lambda p: image.save(p, format="PNG", pnginfo=info))
 
 
+def settings_of(path) -> dict:
+    """What a picture that was drawn here says of flags (not of where to write and on which device)."""
+    try:
+        with data.opened(Path(path)) as image:
+            told = json.loads(image.text["parameters"])
+        layers = told["skip_layers"]
+        return {k: told[k] for k in REPEATED} | {"skip_layer_guidance": layers[0] if layers else 0}
+    except Exception as e:              # another program's picture, or a damaged one
+        raise ValueError(f"--like {path} is no picture with settings that sample.py wrote ({e!r})") from None
+
+
 def open_picture(path):
     """RGB, upright, transparent parts white."""
     try:
@@ -200,8 +220,8 @@ def draw(args) -> None:
     settings = asked | {"prompt": args.prompt, "negative": args.negative, "method": args.method,
                         "shift": pipe.shift, "schedule": pipe.kind, "skip_layers": pipe.skip_layers,
                         "model": str(folder), "drop": args.drop, "left_out": args.left_out,
-                        "int8": args.int8, "image": args.image,
-                        "strength": strength_of(args) if image else None}
+                        "int8": args.int8, "dtype": args.dtype and offload.short(args.dtype),
+                        "image": args.image, "strength": strength_of(args) if image else None}
     tell(pipe, args, asked)
     some = at_once(asked["height"], asked["width"], pipe.vae.config.factor)
     steps = len(flow.part_way(range(asked["steps"] + 1), strength_of(args) if image else 1)) - 1

@@ -221,6 +221,25 @@ def test_the_last_run_draws_and_the_png_tells_its_settings(run, monkeypatch, cap
             assert a.tobytes() == b.tobytes()
 
 
+def test_a_picture_tells_how_to_draw_it_again_and_what_it_tells_of_other_things_does_not_count(
+        run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent.parent)
+
+    def drawn(*flags):
+        sample.main([*map(str, flags), "--device", "cpu"])
+        path = Path(capsys.readouterr().out.strip())
+        with Image.open(path) as image:
+            return path, image.tobytes(), json.loads(image.text["parameters"])
+
+    path, first, told = drawn("a star", "--seed", 5, "--steps", 3, "--width", 48, "--guidance", 2, "--method",
+                              "heun", "--drop", "clip_l", "--negative", "-", "--dtype", "bfloat16")
+    sample.save_picture(Image.open(path), tmp_path / "changed.png", told | {"out": "elsewhere.png", "n": 3})
+    again, second, same = drawn("--like", tmp_path / "changed.png")
+    assert again.parent == Path("samples") and first == second and same == told
+    _, other, but = drawn("a ring", "--like", path, "--steps", 2)
+    assert other != first and but == told | {"prompt": "a ring", "steps": 2}
+
+
 def test_a_dry_run_counts_the_last_runs_own_weights_and_draws_nothing(run, pipe, monkeypatch, capsys):
     monkeypatch.chdir(run.parent.parent)
     before = sorted(Path(".").rglob("*"))
@@ -257,6 +276,7 @@ def test_any_prompt_comes_back_from_the_pngs_text(tmp_path, monkeypatch, prompt)
 @pytest.mark.parametrize("argv, cause", [
     (["a star"], "python train.py --tiny"), (["a star", "--model", "no/such/run"], "no/such/run"),
     (["a star", "-n", "0"], "-n is 0"), (["a star", "--device", "tpu9"], "--device cpu"),
+    (["--like", "none.png"], "--like none.png"), (["--like", str(data.ASSETS / "readme.png")], "'parameters'"),
 ])
 def test_without_a_usable_run_one_line_says_what_to_do(argv, cause, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
