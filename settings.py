@@ -38,14 +38,14 @@ SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate
 FREE = ("minutes", "accumulate", "fsdp", "compile", "encoders")    # what a resumed run may change
 
 
-def flag(default, help):
-    return field(default=default, metadata={"help": help})
+def flag(default, help, group=""):
+    """group: the heading of this one and those behind it in --help"""
+    return field(default=default, metadata={"help": help, "group": group})
 
 
 @dataclass
 class TrainConfig:
-    # what
-    data: str = flag("drawn", "drawn | emoji | a folder of captioned pictures")
+    data: str = flag("drawn", "drawn | emoji | a folder of captioned pictures", "what is learned")
     size: int = flag(64, "side of the training pictures in pixels, a multiple of 16")
     pictures: int = flag(24000, "how many drawings, or the most that are read from a folder")
     synthetic: float = flag(0.5, "share of synthetic captions, where a picture has some beside the original")
@@ -53,17 +53,15 @@ class TrainConfig:
     cache: str = flag("", "a folder that  train.py cache  made, for the transformer to learn from")
     encoders: str = flag("", "published weights whose encoders made the cache; default: where it says")
     model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
-    # where
     origin: str = flag("", "a finished run to go on from: its parts are kept, its transformer learns on; or "
-                       "published weights, with a --cache that their encoders made")
+                       "published weights, with a --cache that their encoders made", "from where and where to")
     out: str = flag("", "folder of the run; default: a new one under runs/")
     device: str = flag("auto", "auto | cuda | mps | cpu")
     dtype: str = flag("auto", "auto | bfloat16 | float32, of matrix products")
     seed: int = flag(0, "repeats a run on the same machine")
     minutes: float = flag(
         20.0, "bound on the whole run: where it is too slow, stages get fewer steps; 0: no bound")
-    # how long and how fast, by stage
-    vae_steps: int = flag(700, "steps of the autoencoder")
+    vae_steps: int = flag(700, "steps of the autoencoder", "how long and how fast, by stage")
     vae_batch: int = flag(16, "pictures a step")
     vae_rate: float = flag(2e-3, "peak learning rate")
     vae_critic: float = flag(0.0, "weight of the patch discriminator; 0: none")
@@ -77,8 +75,8 @@ class TrainConfig:
     flow_batch: int = flag(64, "latents a step")
     flow_rate: float = flag(2e-3, "peak learning rate")
     muon_rate: float = flag(0.02, "of the transformer's matrices, which Muon trains (muon.py); 0: AdamW does")
-    # the text and the flow model
-    clip_length: int = flag(0, "tokens of the CLIP towers; 0: as many as the short captions need, up to 77")
+    clip_length: int = flag(0, "tokens of the CLIP towers; 0: as many as the short captions need, up to 77",
+                            "the text and the flow model")
     t5_length: int = flag(0, "tokens of T5; 0: as many as all captions need, up to 77")
     density: str = flag("logit_normal", "of training times: uniform | logit_normal | mode | cosmap")
     shift: float = flag(4.0, "of training and sampling times towards noise; 1: none")
@@ -130,17 +128,23 @@ def flag_of(field: str) -> str:
 def parse(argv=None) -> tuple[TrainConfig, bool]:
     """Flags are the fields of TrainConfig. With --resume the run's own settings count,
     and only those in FREE may change; with --from the other run's, where no flag says otherwise."""
-    parser = argparse.ArgumentParser(description="train every part of Stable Diffusion 3", allow_abbrev=False,
-                                     epilog="example: python train.py --tiny --data emoji --minutes 60")
+    parser = argparse.ArgumentParser(
+        prog="train.py", allow_abbrev=False, description="train every part of Stable Diffusion 3",
+        usage="train.py [--tiny] [--data DATA] [--minutes X] [--out RUN] [other flags]\n"
+        "       train.py --resume [--out RUN]\n       train.py cache --help\n       train.py --dry-run --help",
+        epilog="example: python train.py --tiny --data emoji --minutes 60")
     parser.error = refuse
     parser.add_argument("--tiny", action="store_true",
                         help="the sizes that train on a laptop; also the default")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, or with the last one")
     for f in dataclasses.fields(TrainConfig):
-        how = {"help": f"{f.metadata['help']} (default: {f.default})", "default": None, "dest": f.name}
-        how |= {"action": "store_true"} if f.type is bool else {"type": type(f.default)}
-        parser.add_argument(flag_of(f.name), **how)
+        told = "" if f.type is bool or f.default == "" else f" (default: {f.default})"
+        how = {"help": f.metadata["help"] + told, "default": None, "dest": f.name}
+        how |= {"action": "store_true"} if f.type is bool else {
+            "type": f.type, "metavar": {int: "N", float: "X"}.get(f.type)}
+        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
+        group.add_argument(flag_of(f.name), **how)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(

@@ -19,6 +19,7 @@ from checkpoints import load_tensors, load_tokenizers
 from conftest import MICRO
 from data import load_pictures
 from mmdit import MMDiT, MMDiTConfig
+from settings import flag_of
 from train import TrainConfig, parse, rate_at, train
 
 pytestmark = pytest.mark.usefixtures("miniature")
@@ -158,6 +159,15 @@ def test_a_folder_of_real_pictures_trains_like_drawings_and_bad_files_are_counte
 def test_emoji_train_without_a_change(tmp_path):
     assert (train(TrainConfig(**MICRO, data="emoji", out=str(tmp_path / "run")))
             / "mmdit.safetensors").exists()
+
+
+def test_help_has_every_flag_under_a_heading(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"])
+    said, names = capsys.readouterr().out, [f.name for f in dataclasses.fields(TrainConfig)]
+    assert end.value.code == 0 and "None" not in said and names[0] == "data"
+    places = [said.index(f"\n  {flag_of(name)}") for name in names]
+    assert places == sorted(places) and said.index("what is learned:") < places[0]
 
 
 def test_flags_are_the_fields_of_the_config():
