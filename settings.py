@@ -53,8 +53,9 @@ class TrainConfig:
     cache: str = flag("", "a folder that  train.py cache  made, for the transformer to learn from")
     encoders: str = flag("", "published weights whose encoders made the cache; default: where it says")
     model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
-    origin: str = flag("", "a finished run to go on from: its parts are kept, its transformer learns on; or "
-                       "published weights, with a --cache that their encoders made", "from where and where to")
+    origin: str = flag(
+        "", "a finished run to go on from: its parts are kept, its transformer learns on; or "
+        "published weights, with a --cache that their encoders made", "from where and where to")
     out: str = flag("", "folder of the run; default: a new one under runs/")
     device: str = flag("auto", "auto | cuda | mps | cpu")
     dtype: str = flag("auto", "auto | bfloat16 | float32, of matrix products")
@@ -131,7 +132,8 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     parser = argparse.ArgumentParser(
         prog="train.py", allow_abbrev=False, description="train every part of Stable Diffusion 3",
         usage="train.py [--tiny] [--data DATA] [--minutes X] [--out RUN] [other flags]\n"
-        "       train.py --resume [--out RUN]\n       train.py cache --help\n       train.py --dry-run --help",
+        "       train.py --resume [--out RUN]\n"
+        "       train.py cache --help\n       train.py --dry-run --help",
         epilog="example: python train.py --tiny --data emoji --minutes 60")
     parser.error = refuse
     parser.add_argument("--tiny", action="store_true",

@@ -74,7 +74,7 @@ from prepare import Cache, Survey
 from settings import SHAPING, TrainConfig, parse, parse_cache
 from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, flow_stage, make_tokenizers,
                     preview_prompts, start_of, t5_stage, take_over, vae_stage)
-from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, add_up, clock, judge, largest_logit,
+from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, add_up, clock, film, judge, largest_logit,
                    lasting_output, plot_run, read_metrics, roll_back, update)
 
 SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.97}      # of what --minutes leaves at a stage's start
@@ -411,9 +411,10 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
             if ranks.rank == 0:                     # a later stage's learned from others
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         del stage                                   # and what it held leaves the memory
-    with run.tolerating("loss.png"):
+    with run.tolerating("loss.png or film.gif"):
         if ranks.rank == 0:
             plot_run(folder / "metrics.csv")
+            film(folder)
     print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. "
           f'Now type\n    python sample.py "{preview_prompts(config, captions)[6]}"')
     return folder

@@ -5,6 +5,7 @@
     are they all bad now?            Log.hopeless,    back to the last healthy checkpoint with half the rate,
                                      roll_back        once; the second time it ends with advice
     how does it go?                  Log, plot_run    metrics.csv, a row a step; loss.png; a progress bar
+    how did it go?                   film             film.gif, all sample grids one after the other
     do attention logits grow?        largest_logit    a column of metrics.csv, every hundredth step
     does somebody want it to stop?   Stop             SIGTERM, Ctrl-C: the step is finished and saved
     does anybody still read it?      lasting_output   `| head` ends the output, not the training
@@ -36,6 +37,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import mmdit
@@ -337,6 +339,18 @@ def plot_run(path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ being interrupted
+
+def film(folder: Path) -> None:
+    """film.gif, if there are two sample grids or more: what the same noise became, step after step."""
+    frames = []
+    for path in sorted((folder / "samples").glob("*.png")):
+        with Image.open(path) as grid:
+            frames.append(grid.convert("P", palette=Image.Palette.ADAPTIVE))
+    if len(frames) > 1:
+        shown = [500] * (len(frames) - 1) + [3000]                  # milliseconds
+        write_atomically(folder / "film.gif", lambda path: frames[0].save(
+            path, format="GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0))
+
 
 class Stopped(KeyboardInterrupt):
     """Somebody asked for the end, and everything that had to be saved is."""

@@ -142,6 +142,8 @@ def test_sample_grids_appear_as_it_learns(tmp_path):
     grids = sorted((folder / "samples").glob("*.png"))
     assert [g.name for g in grids] == ["000003.png", "000006.png"]
     assert Image.open(grids[0]).size[0] > 4 * 64
+    with Image.open(folder / "film.gif") as film:
+        assert film.n_frames == 2 and film.size == Image.open(grids[0]).size
 
 
 def test_a_folder_of_real_pictures_trains_like_drawings_and_bad_files_are_counted(tmp_path, capsys):
