@@ -2,6 +2,7 @@
 
     python sample.py "a red star left of a blue ring"
     python sample.py "a red star" -n 4 --seed 7 --steps 50 --guidance 4 --method heun
+    python sample.py "a red star" "a blue ring" "three hearts"      several, for which weights are read once
     python sample.py "a lighthouse at dusk, oil on canvas" --model sd3.5_large.safetensors --int8
     python sample.py "the same in winter" --model sd3.5_large.safetensors --image dusk.png --strength 0.7
     python sample.py --like samples/a-red-star-7.png --steps 100       the same again, but for what flags say
@@ -18,6 +19,7 @@ pipeline.py does the work. Here are the flags, the files and what may go wrong:
 zeros take its place, as in training, or, with --left-out, what ComfyUI does (see pipeline.py).
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -47,10 +49,11 @@ REPEATED = ("prompt", "negative", "seed", "steps", "guidance", "height", "width"
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description="draw what a prompt says", allow_abbrev=False)
-    p.add_argument("prompt", nargs="?", help='such as "a red star left of a blue ring"')
+    p.add_argument("prompt", nargs="*", help='such as "a red star left of a blue ring"; several: one by one')
     p.add_argument("--model", help="folder of a run, or published weights: a .safetensors file or a "
                    "diffusers folder; default: the last run under runs/")
-    p.add_argument("-n", type=int, default=1, help="pictures, from seed, seed + 1, ... (default: 1)")
+    p.add_argument("-n", type=int, default=1,
+                   help="pictures of each prompt, from seed, seed + 1, ... (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
     p.add_argument("--steps", type=int,
                    help="steps from noise to picture (default: the model's; 20 for a run)")
@@ -120,7 +123,7 @@ def encoder(name: str) -> str:
 
 def check(args) -> None:
     """ValueError for what is wrong whatever the weights: better now than when they have been read."""
-    if args.prompt is None:
+    if not args.prompt:
         raise ValueError('no prompt: say what to draw, such as python sample.py "a red star"')
     if args.n < 1:
         raise ValueError(f"-n is {args.n}: ask for 1 picture or more")
@@ -134,7 +137,9 @@ def check(args) -> None:
     if args.t5_length is not None and args.t5_length != 0 and not 2 <= args.t5_length <= 10_000:
         raise ValueError(f"--t5-length is {args.t5_length}: 2 to 10,000, or 0 for none")
     for i in range(args.n if args.out else 1):
-        free_path(args.out, args.prompt, args.seed + i, args.n)
+        path = free_path(args.out, "one", args.seed + i, args.n)
+    if len(args.prompt) > 1 and path == free_path(args.out, "other", args.seed + i, args.n):
+        raise ValueError(f"--out {args.out} is one file for several prompts: give a folder, ending in /")
 
 
 def strength_of(args) -> float:
@@ -178,7 +183,8 @@ def settings_of(path) -> dict:
         with data.opened(Path(path)) as image:
             told = json.loads(image.text["parameters"])
         layers = told["skip_layers"]
-        return {k: told[k] for k in REPEATED} | {"skip_layer_guidance": layers[0] if layers else 0}
+        return {k: told[k] for k in REPEATED} | {"prompt": [told["prompt"]],
+                                                 "skip_layer_guidance": layers[0] if layers else 0}
     except Exception as e:              # another program's picture, or a damaged one
         raise ValueError(f"--like {path} is no picture with settings that sample.py wrote ({e!r})") from None
 
@@ -217,23 +223,24 @@ def draw(args) -> None:
     asked = {"steps": pipe.steps, "guidance": pipe.guidance, "height": height, "width": width,
              "t5_length": None}
     asked |= {k: v for k in asked if (v := getattr(args, k)) is not None}
-    settings = asked | {"prompt": args.prompt, "negative": args.negative, "method": args.method,
-                        "shift": pipe.shift, "schedule": pipe.kind, "skip_layers": pipe.skip_layers,
-                        "model": str(folder), "drop": args.drop, "left_out": args.left_out,
-                        "int8": args.int8, "dtype": args.dtype and offload.short(args.dtype),
-                        "image": args.image, "strength": strength_of(args) if image else None}
+    settings = asked | {"negative": args.negative, "method": args.method, "shift": pipe.shift,
+                        "schedule": pipe.kind, "skip_layers": pipe.skip_layers, "model": str(folder),
+                        "drop": args.drop, "left_out": args.left_out, "int8": args.int8,
+                        "dtype": args.dtype and offload.short(args.dtype), "image": args.image,
+                        "strength": strength_of(args) if image else None}
     tell(pipe, args, asked)
     some = at_once(asked["height"], asked["width"], pipe.vae.config.factor)
     steps = len(flow.part_way(range(asked["steps"] + 1), strength_of(args) if image else 1)) - 1
-    for first in range(0, args.n, some):
+    # each prompt apart: the longest of several would lengthen T5's text for all, which changes pictures
+    for prompt, first in itertools.product(args.prompt, range(0, args.n, some)):
         seeds = [args.seed + i for i in range(first, min(args.n, first + some))]
         with tqdm(total=steps, unit="step", leave=False, disable=None) as bar:      # on a terminal only
-            images = pipe([args.prompt] * len(seeds), negative=args.negative, seed=seeds, method=args.method,
+            images = pipe([prompt] * len(seeds), negative=args.negative, seed=seeds, method=args.method,
                           drop=args.drop, left_out=args.left_out, image=image, strength=strength_of(args),
                           callback=lambda *_: bar.update(), **asked)
         for picture, seed in zip(images, seeds):
-            path = free_path(args.out, args.prompt, seed, args.n)
-            save_picture(picture, path, settings | {"seed": seed})
+            path = free_path(args.out, prompt, seed, args.n)
+            save_picture(picture, path, settings | {"prompt": prompt, "seed": seed})
             print(path, flush=True)
     if pipe.places.device.type == "cuda":
         most = torch.cuda.max_memory_allocated(pipe.places.device) / offload.GB
@@ -243,7 +250,7 @@ def draw(args) -> None:
 
 def tell(pipe, args, asked) -> None:
     """Notices: what of the request will have no effect."""
-    for prompt in dict.fromkeys([args.prompt, args.negative]):
+    for prompt in dict.fromkeys([*args.prompt, args.negative]):
         if line := pipe.notice(prompt, asked["t5_length"]):
             print(line, file=sys.stderr)
     if args.negative and asked["guidance"] == 1:

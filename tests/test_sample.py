@@ -221,6 +221,23 @@ def test_the_last_run_draws_and_the_png_tells_its_settings(run, monkeypatch, cap
             assert a.tobytes() == b.tobytes()
 
 
+def test_several_prompts_are_drawn_one_by_one_each_as_if_it_were_alone(run, tmp_path, capsys):
+    def drawn(*prompts):
+        sample.main([*prompts, "--model", str(run), "--steps", "2", "-n", "2", "--out", f"{tmp_path}/a/",
+                     "--device", "cpu"])
+        paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+        return paths, [Image.open(path).tobytes() for path in paths]
+
+    paths, pictures = drawn("a star", "three blue hearts and a ring")
+    assert [p.name for p in paths] == [f"{name}-{seed}.png" for name in (
+        "a-star", "three-blue-hearts-and-a-ring") for seed in (0, 1)]
+    again, alone = drawn("three blue hearts, and a ring", "three blue hearts and a ring")       # of one name
+    assert pictures[2:] == alone[2:] and pictures[0] != pictures[2] and len({*paths, *again}) == 8
+    with pytest.raises(SystemExit):
+        sample.main(["a star", "a ring", "--model", str(run), "--out", str(tmp_path / "x.png")])
+    assert "several prompts: give a folder" in capsys.readouterr().err
+
+
 def test_a_picture_tells_how_to_draw_it_again_and_what_it_tells_of_other_things_does_not_count(
         run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(run.parent.parent)
@@ -276,7 +293,8 @@ def test_any_prompt_comes_back_from_the_pngs_text(tmp_path, monkeypatch, prompt)
 @pytest.mark.parametrize("argv, cause", [
     (["a star"], "python train.py --tiny"), (["a star", "--model", "no/such/run"], "no/such/run"),
     (["a star", "-n", "0"], "-n is 0"), (["a star", "--device", "tpu9"], "--device cpu"),
-    (["--like", "none.png"], "--like none.png"), (["--like", str(data.ASSETS / "readme.png")], "'parameters'"),
+    (["--like", "none.png"], "--like none.png"),
+    (["--like", str(data.ASSETS / "readme.png")], "'parameters'"),
 ])
 def test_without_a_usable_run_one_line_says_what_to_do(argv, cause, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
