@@ -53,15 +53,21 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def demos(request, tmp_path_factory):
-    """{command: what came of it, later} for those of the README's demos that are asked for. One after the
-    other they run beside all the tests before them."""
-    asked = [item.callspec.params["command"] for item in request.session.items
-             if item.name.startswith("test_the_demos_of_the_readme_pass[")]
+def ahead(request, tmp_path_factory):
+    """{what: what comes of it, later}: "kernels" that test_kernels_aot.py compiles, and the README's demos by
+    their commands, as far as they are asked for. They run, one by one, beside the tests before them."""
+    asked, later = request.session.items, {}
     run = partial(subprocess.run, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     with ThreadPoolExecutor(1) as pool:
-        yield {command: pool.submit(run, [sys.executable, str(ROOT / command.split()[-1])],
-                                    cwd=tmp_path_factory.mktemp("demo")) for command in asked}
+        if any(item.path.name == "test_kernels_aot.py" for item in asked):
+            from test_kernels_aot import compile_all
+            later["kernels"] = pool.submit(compile_all, tmp_path_factory.mktemp("kernels"))
+        for item in asked:
+            if item.name.startswith("test_the_demos_of_the_readme_pass["):
+                command = item.callspec.params["command"]
+                later[command] = pool.submit(run, [sys.executable, str(ROOT / command.split()[-1])],
+                                             cwd=tmp_path_factory.mktemp("demo"))
+        yield later
         pool.shutdown(cancel_futures=True)
 
 

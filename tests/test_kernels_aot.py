@@ -148,12 +148,16 @@ LIMITS = [("float16", 256, 0), ("float32", 64, 0), ("float32", 256, 0), ("bfloat
 DEFAULT = (86, 90)
 
 
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory):
+def compile_all(folder):
     """In each architecture's process the models' own; in one, the oddities too."""
     cases = {a: MODELS for a in (sorted(SHARED) if thorough() else DEFAULT)}
     cases[90] = MODELS + [("bfloat16", 16, odd) for odd in (ODD if thorough() else ODD[:1])]
-    return compiled_apart(cases, tmp_path_factory.mktemp("cache"))
+    return compiled_apart(cases, folder)
+
+
+@pytest.fixture(scope="module")
+def everything(ahead):
+    return ahead["kernels"].result()
 
 
 @pytest.fixture(params=sorted(SHARED))

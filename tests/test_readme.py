@@ -68,8 +68,8 @@ def test_sampling_commands_of_the_readme_run(command, finished, tmp_path_factory
 
 @pytest.mark.parametrize("command", sorted(
     set(re.findall(r"`(python [\w/]+\.py)`", README.partition("## From a toy")[0]))))
-def test_the_demos_of_the_readme_pass(command, demos):
-    done = demos[command].result()
+def test_the_demos_of_the_readme_pass(command, ahead):
+    done = ahead[command].result()
     assert done.returncode == 0, done.stderr
 
 
