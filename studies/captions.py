@@ -42,7 +42,7 @@ def plot(rows: list[dict], path: Path) -> None:
                   label=f"{100 * r['synthetic']:.0f} % synthetic captions")
     panel.set_xticks(range(len(TASKS) + 1), [name.replace("_", "\n") for name in (*TASKS, "overall")])
     panel.set(ylabel="right, %", ylim=(0, 100))
-    panel.legend(fontsize="small", loc="lower right")
+    panel.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(rows))
     write_atomically(path, partial(fig.savefig, dpi=100, format="png"))
     plt.close(fig)
 

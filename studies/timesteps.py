@@ -51,7 +51,7 @@ def plot(rows: list[dict], shift: float, path: Path) -> None:
         panels[1].plot([float(x) for x in levels],
                        [r[f"loss_{x}"] - rows[0][f"loss_{x}"] for x in levels], "o-", **how)
         panels[2].plot([int(n) for n in steps], [r[f"score_{n}"] for n in steps], "o-", **how)
-    panels[0].set(title=f"times in training, shifted by {shift:g}", xlabel="t (1 = noise)", ylim=(0, 4))
+    panels[0].set(title=f"times in training, shifted by {shift:g}", xlabel="t (1 = noise)", ylim=(0, 6.5))
     panels[1].set(title=f"validation loss, less that of {rows[0]['density']}", xlabel="t (1 = noise)")
     panels[2].set(title="score", xlabel="sampling steps", xscale="log")
     panels[2].set_xticks([int(n) for n in steps], steps)
