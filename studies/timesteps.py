@@ -6,10 +6,11 @@ flow.DENSITIES, all else equal (RUN's encoders, latents, seed, batches and shift
 towards noise alike), and judged by the drawn world's score in place of FID and CLIP score.
 
     python studies/timesteps.py runs/drawn                        about four times the time of one flow stage
+    python studies/timesteps.py runs/drawn --shift 1              the same without RUN's shift
 
 Everything lies in RUN/timesteps/ and is kept: a stopped command goes on where it was. Beside it,
-timesteps.csv and timesteps.png hold the validation loss at each t, the score of many pictures in 20 steps, and
-that of fewer, all from the same noise, in 5, 10, 20 and 50.
+timesteps.csv and timesteps.png, or those named by their shift, hold the validation loss at each t, the score
+of many pictures in 20 steps, and that of fewer, all from the same noise, in 5, 10, 20 and 50.
 """
 import argparse
 import sys
@@ -66,16 +67,18 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description="score and loss against the density of training times")
     p.add_argument("run", type=Path, help="a finished run of drawn pictures, whose encoders are used")
     p.add_argument("--steps", type=int, default=1500, help="of the transformer (default: 1500)")
+    p.add_argument("--shift", type=float, help="of times in training and sampling (default: RUN's)")
     p.add_argument("-n", type=int, default=64, help="prompts a task (default: 64)")
     args = p.parse_args(argv)
     try:
-        rows = []
+        shift = args.shift or read_json(args.run / "config.json")["shift"]
+        rows, other = [], f"-shift{shift:g}" * bool(args.shift)
         for density in DENSITIES:
-            folder = args.run / "timesteps" / f"{density}-steps{args.steps}"
-            trained(args.run, folder, density=density, flow_steps=args.steps)
+            folder = args.run / "timesteps" / f"{density}-steps{args.steps}{other}"
+            trained(args.run, folder, density=density, flow_steps=args.steps, shift=shift)
             rows.append(row(density, scores(folder, args.n, "drawn,loss,steps")))
-        write_atomically(args.run / "timesteps.csv", partial(write_table, rows))
-        plot(rows, read_json(args.run / "config.json")["shift"], args.run / "timesteps.png")
+        write_atomically(args.run / f"timesteps{other}.csv", partial(write_table, rows))
+        plot(rows, shift, args.run / f"timesteps{other}.png")
     except (ValueError, FloatingPointError, OSError) as e:
         print(f"timesteps.py: {e}", file=sys.stderr)
         sys.exit(2)

@@ -526,7 +526,7 @@ def test_bad_input_about_published_encoders_is_one_line_that_names_the_remedy(
     wrong = published.parent / "text_encoders" / "clip_l.safetensors"
     assert "clip_l.safetensors" in refused(["--from", wrong, "--cache", out], capsys)
     assert "leave out --model" in refused(["--from", published, "--cache", out, "--model", "d15"], capsys)
-    assert "no finished run" in refused(["--from", "gone.safetensors", "--cache", out], capsys)
+    assert "does not exist" in refused(["--from", "gone.safetensors", "--cache", out], capsys)
     other = tmp_path / "other"
     shutil.copytree(published.parent, other)
     file = other / "text_encoders" / "clip_l.safetensors"
