@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 import evaluate
+import make_fake_checkpoint
 import metrics
 import report
 from checkpoints import save_part, write_json
@@ -146,6 +147,21 @@ def test_published_prompts_are_drawn_for_genevals_own_scorer(run, tmp_path, caps
     mine.write_text(json.dumps(data.prompts("colors", 1)[0]), encoding="utf-8")
     command("--model", run, "--prompts", mine, "--steps", 1, "--out", tmp_path / "m", "--device", "cpu")
     assert len(scores(tmp_path / "m")["records"]) == 4
+
+
+def test_published_weights_are_measured_in_every_way_but_by_the_drawn_world(run, small, tmp_path, capsys):
+    make_fake_checkpoint.main([str(tmp_path / "model"), "--config", "small", "--parts",
+                               *make_fake_checkpoint.BUILD])
+    (mine := tmp_path / "mine").mkdir()
+    for i in range(8):
+        Image.new("RGB", (200, 200), (30 * i, 100, 90)).save(mine / f"{i}.png")
+        (mine / f"{i}.txt").write_text(f"colour {i}", encoding="utf-8")
+    command("--model", tmp_path / "model" / "small.safetensors", "--clip", run, "--data", mine, "-n", 1,
+            "--measures", "all", "--pictures", 1, "--steps", 2, "--out", tmp_path / "g", "--device", "cpu")
+    told = scores(tmp_path / "g")
+    assert {"loss", "clip", "fid", "steps", "memory"} <= set(told) and "records" not in told
+    assert told["loss"]["of"] == str(mine) and told["loss"]["mean"] > 0 and told["steps"]["1"]["path"] > 0
+    assert "drawn is left out" in capsys.readouterr().out
 
 
 # --- Folders that others filled ---------------------------------------------------------------------------
