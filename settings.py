@@ -161,11 +161,15 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
         return TrainConfig(**begin(given)), False
     folder = Path(given.pop("out", "") or last_run())
     saved = read_json(folder / "config.json")
+    learns_on = saved.get("origin") and saved.get("encoders") and not (folder / "start").is_dir()
+    moved = ("origin",) if learns_on and is_published(given.get("origin")) else ()      # the weights may have
     for name, value in given.items():
-        if name not in FREE and saved.get(name) != value:
+        if name not in FREE + moved and saved.get(name) != value:
             raise ValueError(f"{flag_of(name)} {value} contradicts {folder}/config.json "
                              f"({saved.get(name)}): a run keeps its settings; "
                              "leave the flag out or start a new run")
+    for name in moved:
+        given[name] = str(Path(given[name]).resolve())
     if given.get("encoders"):                       # before they take the place of those in config.json
         given["encoders"] = str(Path(given["encoders"]).resolve())
         prints = encoder_prints(given["encoders"])

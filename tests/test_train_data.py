@@ -482,8 +482,14 @@ def test_published_weights_learn_on_from_where_they_are(encoded, odd, tmp_path):
         patch.setattr(training.Run, "generator", power_cut(training.Run.generator, 3))
         with pytest.raises(KeyboardInterrupt):
             train(*parse([*flags, "--out", str(tmp_path / "cut"), "--flow-rate", "1e-3"]))
-    resumed = train(*parse(["--resume", "--out", str(tmp_path / "cut")]))
+    moved = str(shutil.copytree(odd, tmp_path / "moved"))
+    there = ["--from", moved, "--encoders", moved]
+    resumed = train(*parse(["--resume", "--out", str(tmp_path / "cut"), *there]))
     assert (resumed / "mmdit.safetensors").read_bytes() == (straight / "mmdit.safetensors").read_bytes()
+    told = read_json(resumed / "config.json")
+    assert told["origin"] == told["encoders"] == moved
+    with pytest.raises(ValueError, match="--from .* contradicts"):
+        parse(["--resume", "--out", config.out, "--from", str(resumed)])
     assert not (resumed / "start").exists() and sorted(p.name for p in resumed.glob("*.safetensors")) == [
         "mmdit.safetensors"]
 
