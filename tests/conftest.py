@@ -7,7 +7,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,19 +53,25 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def ahead(request, tmp_path_factory):
-    """{what: what comes of it, later}: "kernels" that test_kernels_aot.py compiles, and the README's demos by
-    their commands, as far as they are asked for. They run, one by one, beside the tests before them."""
-    asked, later = request.session.items, {}
-    run = partial(subprocess.run, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    """{what: what comes of it, later}: the "card" of test_devices.py, "kernels" that test_kernels_aot.py
+    compiles, and the README's demos by their commands, as far as they are asked for. They run, one by one,
+    beside the tests before them."""
+    asked, later = {item.path.name for item in request.session.items}, {}
     with ThreadPoolExecutor(1) as pool:
-        if any(item.path.name == "test_kernels_aot.py" for item in asked):
+        def run(*command):
+            return pool.submit(subprocess.run, [sys.executable, *map(str, command)], capture_output=True,
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               cwd=tmp_path_factory.mktemp("ahead"))
+
+        if "test_devices.py" in asked:
+            later["card"] = run(ROOT / "tests" / "test_devices.py", tmp_path_factory.mktemp("card"))
+        if "test_kernels_aot.py" in asked:
             from test_kernels_aot import compile_all
             later["kernels"] = pool.submit(compile_all, tmp_path_factory.mktemp("kernels"))
-        for item in asked:
+        for item in request.session.items:
             if item.name.startswith("test_the_demos_of_the_readme_pass["):
                 command = item.callspec.params["command"]
-                later[command] = pool.submit(run, [sys.executable, str(ROOT / command.split()[-1])],
-                                             cwd=tmp_path_factory.mktemp("demo"))
+                later[command] = run(ROOT / command.split()[-1])
         yield later
         pool.shutdown(cancel_futures=True)
 
