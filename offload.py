@@ -164,13 +164,17 @@ class BlockStream:
             self.free[self.used].record(torch.cuda.current_stream(self.device))
 
 
+def check_mode(mode: str, choices) -> None:
+    if mode not in choices:
+        raise ValueError(f"no offload {mode!r}: choose auto, {', '.join(MODES)}")
+
+
 class Places:
     """Where the parts of a Pipeline are, by one of MODES. The encoders look after themselves, the others are
     called `with places.at_work(part):`."""
 
     def __init__(self, mode, device, mmdit, encoders):
-        if mode not in MODES:
-            raise ValueError(f"no offload {mode!r}: choose auto, {', '.join(MODES)}")
+        check_mode(mode, MODES)
         self.mode, self.device, self.mmdit = mode, device, mmdit
         if mode != "none":
             for name in ENCODERS:
@@ -233,13 +237,13 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
     """What drawing takes, `pictures` at once, in bytes, from shapes alone.
 
     configs: of the parts, {"mmdit": MMDiTConfig, "vae": ..., "clip_l": ...}; encoders may be missing.
-    text_dtype: the encoders', if it is another than the transformer's; in float16 they are bfloat16 anyway.
+    text_dtype: the encoders', if it is another than dtype asks for.
     -> "parameters", "weights" and "work" by part; "peak" by offload mode: what the card must have; "locked":
     what "block" takes of main memory beyond the weights.
     """
     kinds = {"mmdit": MMDiT, "vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder,
              "t5": T5Encoder}
-    text_dtype = text_dtype or (torch.bfloat16 if dtype == torch.float16 else dtype)
+    text_dtype = text_dtype or of_encoders(dtype)
     dtypes = {"mmdit": dtype, "vae": torch.float32, **dict.fromkeys(ENCODERS, text_dtype)}
     with torch.device("meta"):                                                          # as they are loaded
         parts = {name: kinds[name](config).to(dtypes[name]) for name, config in configs.items()}
@@ -275,11 +279,16 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
             "peak": {mode: n + OVERHEAD for mode, n in peak.items()}, "locked": locked}
 
 
+def of_encoders(dtype) -> torch.dtype:
+    """In float16 T5 overflows."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 def report(name, configs, free=None, **how) -> str:
     """What `sample.py --dry-run` prints. how: see need, without int8; free: bytes on this machine's card."""
     plain, small = need(configs, **how), need(configs, **how, int8=True)
     several = f"{how['pictures']} at once, " if how.get("pictures", 1) > 1 else ""
-    text = how.get("text_dtype") or how["dtype"]
+    text = how.get("text_dtype") or of_encoders(how["dtype"])
     others = f"encoders {short(text)}, " * (text != how["dtype"]) + "the autoencoder float32"
     lines = [f"{name}, {how['height']} x {how['width']} pixels, {several}{short(how['dtype'])}, {others}; "
              "GB are 10^9 bytes",
@@ -304,6 +313,7 @@ def report(name, configs, free=None, **how) -> str:
 def choose(mode, name, configs, free, int8=False, **how) -> str:
     """One of MODES: `mode` itself, or for "auto" the fastest that fits into `free` bytes of the card.
     ValueError if it does not fit, which says what would."""
+    check_mode(mode, ("auto", *MODES))
     peak = need(configs, **how, int8=int8)["peak"]
     fitting = [m for m in MODES if peak[m] <= free and mode in ("auto", m)]
     if fitting:

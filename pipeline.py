@@ -294,7 +294,7 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
         offload.check_main_memory(name, configs, free_memory(home), int8, works=device.type == home.type,
                                   locked=mode == "block" and device.type == "cuda", **about)
     encoders = load_text_encoders(
-        path, device=home, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, tokenizers=tokenizers,
+        path, device=home, dtype=offload.of_encoders(dtype), tokenizers=tokenizers,
         drop=drop, int8=int8, widths=text_widths(configs))
     parts = {"vae": load_vae(path, device=home, dtype=torch.float32),
              "mmdit": load_mmdit(path, device=home, dtype=dtype, int8=int8), "encoders": encoders}

@@ -80,8 +80,9 @@ def parse(argv=None):
     text.add_argument("--drop", nargs="+", default=[], type=encoder, metavar="ENCODER",
                       help=f"encoders to do without, of {', '.join(ENCODERS)}: zeros take their place")
     text.add_argument("--drop-t5", action="store_true", help="short for --drop t5")
-    text.add_argument("--left-out", action="store_true", help="a dropped T5, or both CLIPs dropped, give no "
-                      "tokens instead of zeros (ComfyUI's convention)")
+    text.add_argument("--left-out", action=argparse.BooleanOptionalAction, default=False,
+                      help="a dropped T5, or both CLIPs dropped, give no tokens instead of zeros (ComfyUI's "
+                      "convention)")
     text.add_argument("--tokenizers", help="folder with tokenizer/ and tokenizer_3/ for published weights "
                       "that have none beside them")
     memory = p.add_argument_group("memory and speed")
@@ -90,7 +91,8 @@ def parse(argv=None):
                         "(default: bfloat16 on a card, else float32); of autocast for a run (default: none)")
     memory.add_argument("--offload", default="auto", choices=("auto", *offload.MODES), help="where weights "
                         "wait for their turn, see offload.py (default: auto, the fastest that fits the card)")
-    memory.add_argument("--int8", action="store_true", help="transformer and T5 in 8 bits: half the memory")
+    memory.add_argument("--int8", action=argparse.BooleanOptionalAction, default=False,
+                        help="transformer and T5 in 8 bits: half the memory")
     memory.add_argument("--dry-run", action="store_true", help="only say what it takes; --model may also be "
                         f"one of {', '.join(offload.PRESETS)}")
     p.error = refuse
@@ -98,6 +100,7 @@ def parse(argv=None):
     if args.like:
         p.set_defaults(**settings_of(args.like))
         args = p.parse_args(argv)
+        args.strength = args.strength if args.image else None           # --image "" does without
     args.dtype = args.dtype and getattr(torch, args.dtype)
     args.drop = tuple(dict.fromkeys(args.drop + ["t5"] * args.drop_t5))
     if args.left_out and "t5" not in args.drop and len(args.drop) < 2:
@@ -183,8 +186,8 @@ def settings_of(path) -> dict:
         with data.opened(Path(path)) as image:
             told = json.loads(image.text["parameters"])
         layers = told["skip_layers"]
-        return {k: told[k] for k in REPEATED} | {"prompt": [told["prompt"]],
-                                                 "skip_layer_guidance": layers[0] if layers else 0}
+        return {k: told[k] for k in REPEATED if k in told} | {
+            "prompt": [told["prompt"]], "skip_layer_guidance": layers[0] if layers else 0}
     except Exception as e:              # another program's picture, or a damaged one
         raise ValueError(f"--like {path} is no picture with settings that sample.py wrote ({e!r})") from None
 

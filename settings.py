@@ -127,8 +127,9 @@ def flag_of(field: str) -> str:
 
 
 def parse(argv=None) -> tuple[TrainConfig, bool]:
-    """Flags are the fields of TrainConfig. With --resume the run's own settings count,
-    and only those in FREE may change; with --from the other run's, where no flag says otherwise."""
+    """Flags are the fields of TrainConfig. With --resume the run's own settings count, and only those in FREE
+    and the path of published weights may change; with --from the other run's, where no flag says otherwise.
+    """
     parser = argparse.ArgumentParser(
         prog="train.py", allow_abbrev=False, description="train every part of Stable Diffusion 3",
         usage="train.py [--tiny] [--data DATA] [--minutes X] [--out RUN] [other flags]\n"
@@ -162,13 +163,14 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     folder = Path(given.pop("out", "") or last_run())
     saved = read_json(folder / "config.json")
     learns_on = saved.get("origin") and saved.get("encoders") and not (folder / "start").is_dir()
-    moved = ("origin",) if learns_on and is_published(given.get("origin")) else ()      # the weights may have
+    moved = ("origin",) if learns_on and "origin" in given else ()      # published weights, elsewhere now
     for name, value in given.items():
         if name not in FREE + moved and saved.get(name) != value:
             raise ValueError(f"{flag_of(name)} {value} contradicts {folder}/config.json "
                              f"({saved.get(name)}): a run keeps its settings; "
                              "leave the flag out or start a new run")
     for name in moved:
+        config_of(given[name], "mmdit")             # CheckpointError unless it is there and one of SD3
         given[name] = str(Path(given[name]).resolve())
     if given.get("encoders"):                       # before they take the place of those in config.json
         given["encoders"] = str(Path(given["encoders"]).resolve())

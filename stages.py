@@ -403,8 +403,8 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
         row = [(np.asarray(image), [prompt]) for image, prompt in zip(images, prompts)]
         if run.ranks.rank:                                  # it was needed for its shard of the weights only
             return
-        (run.folder / "samples").mkdir(exist_ok=True)
-        contact_sheet({f"step {step}": row[:4], "": row[4:]}).save(run.folder / "samples" / f"{step:06d}.png")
+        sheet = contact_sheet({f"step {step}": row[:4], "": row[4:]})
+        write_atomically(run.folder / "samples" / f"{step:06d}.png", partial(sheet.save, format="PNG"))
 
     return Stage("flow", model, loss, preview, ema=True, finish=finish)
 

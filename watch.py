@@ -338,8 +338,6 @@ def plot_run(path) -> None:
         write_atomically(Path(path).with_name("loss.png"), lambda p: p.write_bytes(png.getvalue()))
 
 
-# ------------------------------------------------------------------------------------------ being interrupted
-
 def film(folder: Path) -> None:
     """film.gif, if there are two sample grids or more: what the same noise became, step after step."""
     frames = []
@@ -351,6 +349,8 @@ def film(folder: Path) -> None:
         write_atomically(folder / "film.gif", lambda path: frames[0].save(
             path, format="GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0))
 
+
+# ------------------------------------------------------------------------------------------ being interrupted
 
 class Stopped(KeyboardInterrupt):
     """Somebody asked for the end, and everything that had to be saved is."""

@@ -28,11 +28,12 @@ from flow import DENSITIES  # noqa: E402
 from studies.training_length import scores, trained, write_table  # noqa: E402
 
 
-def row(density: str, found: dict) -> dict:
+def row(density: str, steps: int, found: dict) -> dict:
     by_steps = {f"score_{n}": found["steps"][str(n)]["score"] for n in report.STEPS}
     by_t = {f"loss_{t}": x for t, x in found["loss"]["by_t"].items()}
-    return {"density": density, "overall": found["score"]["overall"], "error": found["error"]["overall"],
-            **by_steps, "loss": found["loss"]["mean"], "loss_error": found["loss"]["error"], **by_t}
+    return {"density": density, "steps": steps, "overall": found["score"]["overall"],
+            "error": found["error"]["overall"], **by_steps, "loss": found["loss"]["mean"],
+            "loss_error": found["loss"]["error"], **by_t}
 
 
 def plot(rows: list[dict], shift: float, path: Path) -> None:
@@ -71,12 +72,12 @@ def main(argv=None) -> None:
     p.add_argument("-n", type=int, default=64, help="prompts a task (default: 64)")
     args = p.parse_args(argv)
     try:
-        shift = args.shift or read_json(args.run / "config.json")["shift"]
-        rows, other = [], f"-shift{shift:g}" * bool(args.shift)
+        shift = read_json(args.run / "config.json")["shift"] if args.shift is None else args.shift
+        rows, other = [], "" if args.shift is None else f"-shift{shift:g}"
         for density in DENSITIES:
             folder = args.run / "timesteps" / f"{density}-steps{args.steps}{other}"
             trained(args.run, folder, density=density, flow_steps=args.steps, shift=shift)
-            rows.append(row(density, scores(folder, args.n, "drawn,loss,steps")))
+            rows.append(row(density, args.steps, scores(folder, args.n, "drawn,loss,steps")))
         write_atomically(args.run / f"timesteps{other}.csv", partial(write_table, rows))
         plot(rows, shift, args.run / f"timesteps{other}.png")
     except (ValueError, FloatingPointError, OSError) as e:

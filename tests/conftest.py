@@ -56,16 +56,16 @@ def ahead(request, tmp_path_factory):
     """{what: what comes of it, later}: the "card" of test_devices.py, "kernels" that test_kernels_aot.py
     compiles, and the README's demos by their commands, as far as they are asked for. They run, one by one,
     beside the tests before them."""
-    asked, later = {item.path.name for item in request.session.items}, {}
+    asked, later = {name for item in request.session.items for name in item.fixturenames}, {}
     with ThreadPoolExecutor(1) as pool:
         def run(*command):
             return pool.submit(subprocess.run, [sys.executable, *map(str, command)], capture_output=True,
                                text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
                                cwd=tmp_path_factory.mktemp("ahead"))
 
-        if "test_devices.py" in asked:
+        if any(item.path.name == "test_devices.py" for item in request.session.items):
             later["card"] = run(ROOT / "tests" / "test_devices.py", tmp_path_factory.mktemp("card"))
-        if "test_kernels_aot.py" in asked:
+        if "everything" in asked:
             from test_kernels_aot import compile_all
             later["kernels"] = pool.submit(compile_all, tmp_path_factory.mktemp("kernels"))
         for item in request.session.items:

@@ -698,13 +698,23 @@ def test_torch_compile_traces_autocast_and_the_choice_among_measured_kernels_in_
 # ------------------------------------------------------------------------------------- the sweep, the bench
 
 def test_the_sweep_cuts_each_step_of_both_passes_in_other_ways(capsys, monkeypatch):
-    cuts, usual = [], sweep.tiles
-    monkeypatch.setattr(sweep, "tiles", lambda step, x: cuts.append(step) or usual(step, x))
+    module, cuts = sys.modules["kernels.joint_attention"], set()
+
+    def launched(launch, steps):
+        def run(*args):
+            cuts.add(tuple((step, module.tiles(step, args[-5])["BLOCK_M"]) for step in steps))
+            return launch(*args)
+        return run
+
+    usual = module.tiles
+    monkeypatch.setattr(sweep, "launch_forward", launched(sweep.launch_forward, ["forward"]))
+    monkeypatch.setattr(sweep, "launch_backward", launched(sweep.launch_backward, ["keys", "queries"]))
     sweep.main(["--smoke", "--head-dim", "16"])
     said = capsys.readouterr().out
     assert said.count("2 ways of 2, 0 left out") == 3 and said.count("the table's own") == 3
-    assert set(cuts) == set(sweep.STEPS)
-    assert sys.modules["kernels.joint_attention"].tiles is sweep.tiles           # as before
+    assert cuts == {(("forward", 32),), (("forward", 16),), (("keys", 32), ("queries", 32)),
+                    (("keys", 16), ("queries", 32)), (("keys", 32), ("queries", 16))}
+    assert module.tiles is usual
 
 
 def test_the_sweep_names_the_fastest_way_that_computes_the_same_and_what_it_left_out(monkeypatch):
@@ -716,7 +726,7 @@ def test_the_sweep_names_the_fastest_way_that_computes_the_same_and_what_it_left
         way = tuple(module.tiles("keys", x).get(name) for name in sweep.NAMES)
         if way == large:
             raise RuntimeError("out of resource: shared memory")
-        return [torch.full((2,), 1.5 if way == wrong else 1.0)]
+        return [torch.ones(2), torch.full((2,), math.nan if way == wrong else 1.0)]
 
     monkeypatch.setattr(sweep, "tiles", lambda step, x: dict(zip(sweep.NAMES, own)))
     monkeypatch.setattr(module, "tiles", sweep.tiles)
@@ -725,7 +735,7 @@ def test_the_sweep_names_the_fastest_way_that_computes_the_same_and_what_it_left
     found, left_out = sweep.sweep("keys", call, own, [own, wrong, fast, large, slow], "cpu", 60)
     assert found == [(1, fast), (2, own), (3, slow)]
     assert [why.split(":")[0] for why in left_out] == [str(wrong), str(large)]
-    assert "differs by" in left_out[0] and "out of resource" in left_out[1]
+    assert "something else" in left_out[0] and "out of resource" in left_out[1]
     assert sweep.sweep("keys", call, own, [own, fast, slow], "cpu", 0) == ([(2, own)], [])      # no time
     ways = sweep.candidates("keys", own)
     assert ways[0] == own and len(set(ways)) == len(ways) > 30

@@ -462,7 +462,7 @@ def test_encoders_that_cannot_be_used_are_refused_before_they_are_written_down(
         ["--resume", "--out", shutil.copytree(finished, tmp_path / "own"), "--encoders", published], capsys)
 
 
-def test_published_weights_learn_on_from_where_they_are(encoded, odd, tmp_path):
+def test_published_weights_learn_on_from_where_they_are(encoded, odd, finished, tmp_path):
     """With no rate they stay as they are, bit by bit, also in a second phase, and first losses are theirs;
     interrupted and resumed is as good as straight through."""
     published = odd / "small.safetensors"
@@ -488,8 +488,11 @@ def test_published_weights_learn_on_from_where_they_are(encoded, odd, tmp_path):
     assert (resumed / "mmdit.safetensors").read_bytes() == (straight / "mmdit.safetensors").read_bytes()
     told = read_json(resumed / "config.json")
     assert told["origin"] == told["encoders"] == moved
+    for wrong, why in (("gone", "does not exist"), (odd / "text_encoders" / "clip_l.safetensors", "clip_l")):
+        with pytest.raises(ValueError, match=why):
+            parse(["--resume", "--out", config.out, "--from", str(wrong)])
     with pytest.raises(ValueError, match="--from .* contradicts"):
-        parse(["--resume", "--out", config.out, "--from", str(resumed)])
+        parse(["--resume", "--out", str(finished), "--from", moved])
     assert not (resumed / "start").exists() and sorted(p.name for p in resumed.glob("*.safetensors")) == [
         "mmdit.safetensors"]
 
