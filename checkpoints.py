@@ -98,11 +98,12 @@ def save_tensors(path, tensors: dict, about: dict) -> None:
                       "go on with  python train.py --resume") from None
 
 
-def load_tensors(path) -> tuple[dict, dict]:
-    """What `save_tensors` wrote: (tensors on the CPU, about)."""
+def load_tensors(path, names=None) -> tuple[dict, dict]:
+    """What `save_tensors` wrote: (tensors on the CPU, about). names: of those alone; None: all."""
     try:
         with safe_open(path, framework="pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "{}"))
+            tensors = {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}
+            return tensors, json.loads((f.metadata() or {}).get("about", "{}"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the run did not get so far, "
                               "continue it with train.py --resume") from None
@@ -143,19 +144,29 @@ def load_part(run, name: str, later=nullcontext()) -> torch.nn.Module:
     Inside `later` (parallel.Later) its tensors stay in the file until they are made."""
     path = Path(run, f"{name}.safetensors")
     tensors, about = load_tensors(path)
-    module, config = PARTS[name]
+    config = part_config(path, name, about)
+    with later:
+        try:
+            built = PARTS[name][0](config)
+        except (TypeError, ValueError) as e:
+            raise unknown(path, e) from None
+        return load_strict(built, tensors, path).eval().requires_grad_(False)
+
+
+def part_config(path, name: str, about: dict):
+    """The config of one of PARTS, from what its file `path` says about itself."""
     if about.get("part") != name:
         raise CheckpointError(
             f"{path} was not written as {name!r} by train.py: it cannot be loaded as a part of a run")
     try:
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
-        with later:
-            built = module(config(**settings))
+        return PARTS[name][1](**settings)
     except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(
-            f"{path} describes an architecture that this code does not know ({e})") from None
-    with later:
-        return load_strict(built, tensors, path).eval().requires_grad_(False)
+        raise unknown(path, e) from None
+
+
+def unknown(path, e) -> CheckpointError:
+    return CheckpointError(f"{path} describes an architecture that this code does not know ({e})")
 
 
 def load_tokenizers(folder, clip_length: int) -> dict:
@@ -203,6 +214,25 @@ def load_encoders(path, *, drop=(), dtype=None, t5_width=4096) -> tuple[Autoenco
                                       widths=(*(c.width for c in configs), t5_width))
     encoders.clip_length = configs[0].context_length                        # also where both are dropped
     return vae, encoders
+
+
+def run_configs(path, drop=()) -> dict:
+    """The configs of a run's transformer, autoencoder and text encoders, but a T5 in `drop`: read from their
+    files, of which no tensor is touched. CheckpointError unless they fit each other."""
+    home, configs = home_of_encoders(path), {}
+    for name in ("mmdit", "vae", *(e for e in ENCODERS if e != "t5" or e not in drop)):
+        folder = Path(path) if name == "mmdit" else home
+        if is_run(folder):
+            file = folder / f"{name}.safetensors"
+            configs[name] = part_config(file, name, load_tensors(file, ())[1])
+        else:
+            configs[name] = config_of(folder, name)
+    c, t5 = configs["mmdit"], configs.get("t5")
+    pooled = sum(clip.projection_dim or clip.width for clip in (configs["clip_l"], configs["clip_g"]))
+    if pooled != c.pooled_dim or (t5 and t5.width != c.context_dim):
+        raise CheckpointError(
+            f"{path}: the text encoders do not fit mmdit.safetensors: the folder mixes two runs")
+    return configs
 
 
 def bare_encoders(path) -> dict:

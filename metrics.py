@@ -35,7 +35,6 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,14 +42,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from tqdm import tqdm
 
 import data
 import flow
 from checkpoints import (CheckpointError, load_part, load_strict, load_tensors, load_tokenizers, read_json,
-                         save_tensors, write_atomically, write_json)
+                         save_tensors, write_json)
 from text_encoders import (CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
                            load_clip_tokenizer)
 
@@ -468,9 +466,15 @@ def draw_folder(pipe, jobs, folder, steps, guidance):
     """Draw what is asked for and not there yet, in GenEval's layout. -> [path, ...], in the order of the jobs
 
     Each PNG holds its settings, its seed and the length of its path from noise, and appears whole or not."""
-    from pipeline import to_pil       # here: the measures themselves need no pipeline
+    from pipeline import save_picture, settings_of, to_pil  # here: the measures themselves need no pipeline
 
-    todo = [job for job in jobs if not settings_of(picture_path(folder, job))]
+    def is_drawn(path):
+        try:
+            return bool(settings_of(path))
+        except ValueError:
+            return False
+
+    todo = [job for job in jobs if not is_drawn(picture_path(folder, job))]
     batch = together(*pipe.size)
     if todo:
         print(f"drawing {len(todo)} pictures in {steps} steps; {len(jobs) - len(todo)} are there", flush=True)
@@ -483,25 +487,14 @@ def draw_folder(pipe, jobs, folder, steps, guidance):
                                  steps=steps, guidance=guidance, output="tensor", callback=path))
             lengths = zip(path.length.tolist(), path.straight.tolist())
             for job, image, (length, straight) in zip(now, images, lengths):
-                info, target = PngInfo(), picture_path(folder, job)
-                info.add_itxt("parameters", json.dumps({
-                    "prompt": job.metadata["prompt"], "seed": job.seed, "steps": steps, "guidance": guidance,
-                    "path": length, "straight": straight}))
+                target = picture_path(folder, job)
                 if job.k == 0 or not target.parent.is_dir():
                     write_json(target.parent.parent / "metadata.jsonl", job.metadata)
-                write_atomically(target, partial(image.save, format="PNG", pnginfo=info))
+                save_picture(image, target, {
+                    "prompt": job.metadata["prompt"], "seed": job.seed, "steps": steps, "guidance": guidance,
+                    "path": length, "straight": straight})
                 progress.update()
     return [picture_path(folder, job) for job in jobs]
-
-
-def settings_of(path):
-    """What draw_folder wrote into a picture; None if it is missing, not whole, or not ours."""
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            return json.loads(opened.info["parameters"])
-    except (OSError, KeyError, ValueError, SyntaxError):
-        return None
 
 
 # --- Demo -------------------------------------------------------------------------------------------------

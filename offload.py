@@ -243,9 +243,8 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
     """
     kinds = {"mmdit": MMDiT, "vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder,
              "t5": T5Encoder}
-    text_dtype = text_dtype or of_encoders(dtype)
-    dtypes = {"mmdit": dtype, "vae": torch.float32, **dict.fromkeys(ENCODERS, text_dtype)}
-    with torch.device("meta"):                                                          # as they are loaded
+    dtypes = {"mmdit": dtype, "vae": torch.float32, **dict.fromkeys(ENCODERS, of_encoders(dtype, text_dtype))}
+    with torch.device("meta"):
         parts = {name: kinds[name](config).to(dtypes[name]) for name, config in configs.items()}
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     mmdit, c, f = parts["mmdit"], configs["mmdit"], configs["vae"].factor
@@ -279,16 +278,16 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
             "peak": {mode: n + OVERHEAD for mode, n in peak.items()}, "locked": locked}
 
 
-def of_encoders(dtype) -> torch.dtype:
-    """In float16 T5 overflows."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
+def of_encoders(dtype, text_dtype=None) -> torch.dtype:
+    """text_dtype, or else the transformer's; but in float16 T5 overflows."""
+    return text_dtype or (torch.bfloat16 if dtype == torch.float16 else dtype)
 
 
 def report(name, configs, free=None, **how) -> str:
     """What `sample.py --dry-run` prints. how: see need, without int8; free: bytes on this machine's card."""
     plain, small = need(configs, **how), need(configs, **how, int8=True)
     several = f"{how['pictures']} at once, " if how.get("pictures", 1) > 1 else ""
-    text = how.get("text_dtype") or of_encoders(how["dtype"])
+    text = of_encoders(how["dtype"], how.get("text_dtype"))
     others = f"encoders {short(text)}, " * (text != how["dtype"]) + "the autoencoder float32"
     lines = [f"{name}, {how['height']} x {how['width']} pixels, {several}{short(how['dtype'])}, {others}; "
              "GB are 10^9 bytes",
@@ -337,7 +336,8 @@ def check_main_memory(name, configs, free, int8=False, works=False, locked=False
 
     if free is None or (taken := most([])) <= free:
         return
-    flags = (["--dtype bfloat16"] * (how["dtype"] == torch.float32) + ["--int8"] * (not int8)
+    own = how.get("text_dtype")             # of a run, whose --dtype is that of autocast
+    flags = (["--dtype bfloat16"] * (how["dtype"] == torch.float32 and not own) + ["--int8"] * (not int8)
              + ["--drop-t5"] * ("t5" in configs))
     raise ValueError(f"{name} needs {taken / GB:.1f} GB of main memory in {short(how['dtype'])}, and "
                      f"{free / GB:.1f} GB are free: "

@@ -29,6 +29,7 @@ DIFFERS: a given picture becomes the mean of its posterior, not a sample: it nee
 
 Run `python pipeline.py`: checks on an untrained pipeline that seeds, batches and sizes behave as promised.
 """
+import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,10 +37,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
+import data
 import flow
 import offload
-from checkpoints import CheckpointError, home_of_encoders, is_run, load_encoders, load_part, read_json
+from checkpoints import (CheckpointError, home_of_encoders, is_run, load_encoders, load_part, read_json,
+                         run_configs, write_atomically)
 from kernels.int8 import quantise_mmdit, quantise_t5
 from offload import Places
 from tensor_files import read_config
@@ -244,21 +248,16 @@ def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures) 
     """The arguments of Pipeline for a run's folder."""
     if tokenizers:
         raise ValueError(f"{path} knows its tokenizers: leave out --tokenizers {tokenizers}")
-    config = read_json(path / "config.json")
-    mmdit = load_part(path, "mmdit")
+    config, configs = read_json(path / "config.json"), run_configs(path, drop)
     text_dtype = text_dtype_of(path, device)
-    vae, encoders = load_encoders(path, drop=drop, dtype=text_dtype, t5_width=mmdit.config.context_dim)
-    if encoders.widths[2] != mmdit.config.context_dim or sum(encoders.pooled_dims) != mmdit.config.pooled_dim:
-        raise CheckpointError(
-            f"{path}: the text encoders do not fit mmdit.safetensors: the folder mixes two runs")
-    if device.type == "cuda":
-        said = {name: encoder for name in ENCODERS if (encoder := getattr(encoders, name)) is not None}
-        configs = {name: part.config for name, part in {"mmdit": mmdit, "vae": vae, **said}.items()}
-        height, width = (given or config["size"] for given in size or (None, None))
-        mode = offload.choose(mode, path, configs, free_memory(device), int8, height=height, width=width,
-                              t5_length=config["t5_length"], dtype=torch.float32, text_dtype=text_dtype,
-                              pictures=min(pictures, at_once(height, width, vae.config.factor)))
+    height, width = (given or config["size"] for given in size or (None, None))
+    about = dict(height=height, width=width, t5_length=config["t5_length"], dtype=torch.float32,
+                 text_dtype=text_dtype, pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
+    if device.type == "cuda" or not is_run(home_of_encoders(path)):         # what train.py makes is small
+        mode = place(mode, path, {k: c for k, c in configs.items() if k not in drop}, device, int8, about)
     mode = "none" if mode == "auto" else mode
+    mmdit = load_part(path, "mmdit")
+    vae, encoders = load_encoders(path, drop=drop, dtype=text_dtype, t5_width=mmdit.config.context_dim)
     if int8:
         quantise_mmdit(mmdit)
         if encoders.t5:
@@ -286,13 +285,8 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
     # room for guidance and long prompts: whether they come is not known yet
     about = dict(height=height, width=width, t5_length=T5_LONGEST, dtype=dtype,
                  pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
-    if device.type == "cuda":
-        mode = offload.choose(mode, name, configs, free_memory(device), int8, **about)
-    mode = "none" if mode == "auto" else mode
+    mode = place(mode, name, configs, device, int8, about)
     home = device if mode == "none" else torch.device("cpu")
-    if home.type != "cuda":
-        offload.check_main_memory(name, configs, free_memory(home), int8, works=device.type == home.type,
-                                  locked=mode == "block" and device.type == "cuda", **about)
     encoders = load_text_encoders(
         path, device=home, dtype=offload.of_encoders(dtype), tokenizers=tokenizers,
         drop=drop, int8=int8, widths=text_widths(configs))
@@ -301,6 +295,19 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
     scheduler = path / "scheduler" / "scheduler_config.json"
     shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
     return parts | how | {"shift": shift, "t5_longest": T5_LONGEST, "size": (side, side), "offload": mode}
+
+
+def place(mode, name, configs, device, int8, about) -> str:
+    """One of offload.MODES, "auto" decided, before anything large is read. about: how, see offload.need.
+    ValueError where memory is too small, the card's or the main one."""
+    if device.type == "cuda":
+        mode = offload.choose(mode, name, configs, free_memory(device), int8, **about)
+    mode = "none" if mode == "auto" else mode
+    home = device if mode == "none" else torch.device("cpu")
+    if home.type != "cuda":
+        offload.check_main_memory(name, configs, free_memory(home), int8, works=device.type == home.type,
+                                  locked=mode == "block" and device.type == "cuda", **about)
+    return mode
 
 
 def published_configs(path, drop=()) -> dict:
@@ -400,6 +407,23 @@ def to_pil(images: torch.Tensor) -> list:
     """(B, 3, H, W) in [0, 1] -> PIL images."""
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
+
+
+def save_picture(image, path, settings: dict) -> None:
+    """A PNG, whole or not at all, with its settings as JSON in the text chunk "parameters" (Unicode safe)."""
+    info = PngInfo()
+    info.add_itxt("parameters", json.dumps(settings, ensure_ascii=True))
+    write_atomically(path, lambda p: image.save(p, format="PNG", pnginfo=info))
+
+
+def settings_of(path) -> dict:
+    """What save_picture wrote there. ValueError for what is missing, not whole, or of another program."""
+    try:
+        with data.opened(Path(path)) as image:
+            image.load()
+            return json.loads(image.info["parameters"])
+    except Exception as e:              # decoders fail in many ways
+        raise ValueError(f"{path} is no picture with settings that were written here ({e!r})") from None
 
 
 def demo() -> None:

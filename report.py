@@ -42,9 +42,9 @@ from checkpoints import read_json, write_atomically, write_json
 from evaluate import SIDE, find_objects, foreign, illustrate, requests, tally, variants
 from metrics import (COCO, LEVELS, Job, Statistics, bar, clip_score, draw_folder, fid, fingerprint, fit,
                      geneval_prompts, kid, load_towers, nearest, open_picture, picture_path, read_folder,
-                     read_prompts, reference, retrieval, seed_of, settings_of, validation_loss)
+                     read_prompts, reference, retrieval, seed_of, validation_loss)
 from offload import is_out_of_memory
-from pipeline import Pipeline, pick_device
+from pipeline import Pipeline, pick_device, settings_of
 
 # --- What is measured -------------------------------------------------------------------------------------
 

@@ -20,7 +20,6 @@ zeros take its place, as in training, or, with --left-out, what ComfyUI does (se
 """
 import argparse
 import itertools
-import json
 import math
 import os
 import re
@@ -28,18 +27,17 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import data
 import flow
 import offload
-from checkpoints import home_of_encoders, is_run, last_run, load_part, read_json, write_atomically
+from checkpoints import is_run, last_run, read_json, run_configs
 from pipeline import (DEFAULTS, Pipeline, at_once, check_request, pick_device, published_configs, recognise,
-                      seeds_of, side_of, text_dtype_of)
+                      save_picture, seeds_of, settings_of, side_of, text_dtype_of)
 from pipeline import to_pil                     # noqa: F401  (can be called from here, as Pipeline can)
 from text_encoders import ENCODERS
-from weights import config_of, free_memory
+from weights import free_memory
 
 REPEATED = ("prompt", "negative", "seed", "steps", "guidance", "height", "width", "method", "schedule",
             "shift", "model", "image", "strength", "t5_length", "drop", "left_out", "int8", "dtype")
@@ -98,7 +96,7 @@ def parse(argv=None):
     p.error = refuse
     args = p.parse_args(argv)
     if args.like:
-        p.set_defaults(**settings_of(args.like))
+        p.set_defaults(**flags_of(args.like))
         args = p.parse_args(argv)
         args.strength = args.strength if args.image else None           # --image "" does without
     args.dtype = args.dtype and getattr(torch, args.dtype)
@@ -139,10 +137,10 @@ def check(args) -> None:
     flow.part_way(flow.schedule(2, 1 if args.shift is None else args.shift), strength_of(args))
     if args.t5_length is not None and args.t5_length != 0 and not 2 <= args.t5_length <= 10_000:
         raise ValueError(f"--t5-length is {args.t5_length}: 2 to 10,000, or 0 for none")
-    for i in range(args.n if args.out else 1):
-        path = free_path(args.out, "one", args.seed + i, args.n)
-    if len(args.prompt) > 1 and path == free_path(args.out, "other", args.seed + i, args.n):
+    if len(args.prompt) > 1 and is_file_name(args.out):
         raise ValueError(f"--out {args.out} is one file for several prompts: give a folder, ending in /")
+    for i in range(args.n if args.out else 1):
+        free_path(args.out, args.prompt[0], args.seed + i, args.n)
 
 
 def strength_of(args) -> float:
@@ -151,11 +149,16 @@ def strength_of(args) -> float:
 
 # -------------------------------------------------------------------------------------------------- the files
 
+def is_file_name(out) -> bool:
+    """Does --out name a file, not a folder?"""
+    return bool(out) and not Path(out).is_dir() and not out.endswith(("/", os.sep))
+
+
 def free_path(out, prompt: str, seed: int, n: int) -> Path:
     """Where a picture goes: to the file `out` (with the seed in its name if n are drawn), into the folder
     `out`, or into samples/. In a folder the name is new: the prompt's words, the seed, a number."""
-    folder = Path("samples") if not out else Path(out)
-    if out and not folder.is_dir() and not out.endswith(("/", os.sep)):
+    folder = Path(out or "samples")
+    if is_file_name(out):
         if folder.suffix.lower() not in ("", ".png"):
             raise ValueError(f"--out {out}: pictures are PNG, which keeps their settings; end it in .png")
         path = folder.with_name(f"{folder.stem}-{seed}.png" if n > 1 else f"{folder.stem}.png")
@@ -173,23 +176,15 @@ def free_path(out, prompt: str, seed: int, n: int) -> Path:
     return path
 
 
-def save_picture(image, path: Path, settings: dict) -> None:
-    """PNG with its settings as JSON in the text chunk "parameters" (Unicode safe)."""
-    info = PngInfo()
-    info.add_itxt("parameters", json.dumps(settings, ensure_ascii=True))
-    write_atomically(path, lambda p: image.save(p, format="PNG", pnginfo=info))
-
-
-def settings_of(path) -> dict:
+def flags_of(path) -> dict:
     """What a picture that was drawn here says of flags (not of where to write and on which device)."""
     try:
-        with data.opened(Path(path)) as image:
-            told = json.loads(image.text["parameters"])
+        told = settings_of(path)
         layers = told["skip_layers"]
         return {k: told[k] for k in REPEATED if k in told} | {
             "prompt": [told["prompt"]], "skip_layer_guidance": layers[0] if layers else 0}
-    except Exception as e:              # another program's picture, or a damaged one
-        raise ValueError(f"--like {path} is no picture with settings that sample.py wrote ({e!r})") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"--like {path} cannot be used, sample.py did not draw it ({e})") from None
 
 
 def open_picture(path):
@@ -270,10 +265,7 @@ def dry_run(args) -> None:
     if model in offload.PRESETS and not Path(model).exists():
         configs, name, how = offload.preset_configs(model), model, DEFAULTS[model]
     elif run:
-        home = home_of_encoders(model)
-        configs = {part: load_part(home, part).config if is_run(home) else config_of(home, part)
-                   for part in ("vae", *ENCODERS)} | {"mmdit": load_part(model, "mmdit").config}
-        name, how = model, {"guidance": 3.0}
+        configs, name, how = run_configs(model, args.drop), model, {"guidance": 3.0}
     else:
         configs = published_configs(model, args.drop)
         name, how = recognise(configs["mmdit"], model)

@@ -36,8 +36,8 @@ import torch
 from torch import nn
 
 import flow
-from checkpoints import (bare_encoders, home_of_encoders, is_published, is_run, load_encoders, load_part,
-                         load_tokenizers, write_atomically)
+from checkpoints import (bare_encoders, home_of_encoders, is_run, load_encoders, load_part, load_tokenizers,
+                         write_atomically)
 from data import contact_sheet, list_pictures, pick_captions, refuse_if_mostly_bad
 from mmdit import MMDiT, MMDiTConfig
 from parallel import Later, local, whole

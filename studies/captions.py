@@ -10,7 +10,6 @@ like originals.
 RUN's encoders, latents and seed serve all; only what the flow model is shown differs. Everything lies in
 RUN/captions/ and is kept: a stopped command goes on where it was. Beside it, captions.csv and captions.png.
 """
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints import write_atomically  # noqa: E402
 from data import TASKS  # noqa: E402
-from studies.training_length import scores, trained, write_table  # noqa: E402
+from studies.training_length import (  # noqa: E402
+    figure, flags, save_figure, scores, told_in_one_line, trained, write_table)
 
 SHARES = (0.0, 0.5, 1.0)            # of synthetic captions
 
@@ -31,11 +31,7 @@ def row(share: float, steps: int, found: dict) -> dict:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, panel = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    fig, panel = figure(figsize=(9, 3.6))
     for i, r in enumerate(rows):
         places = [k + 0.27 * (i - 1) for k in range(len(TASKS) + 1)]
         panel.bar(places, [100 * r[name] for name in (*TASKS, "overall")], 0.25,
@@ -43,17 +39,14 @@ def plot(rows: list[dict], path: Path) -> None:
     panel.set_xticks(range(len(TASKS) + 1), [name.replace("_", "\n") for name in (*TASKS, "overall")])
     panel.set(ylabel="right, %", ylim=(0, 100))
     panel.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(rows))
-    write_atomically(path, partial(fig.savefig, dpi=100, format="png"))
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 def main(argv=None) -> None:
-    p = argparse.ArgumentParser(description="score against the share of synthetic captions")
-    p.add_argument("run", type=Path, help="a finished run of drawn pictures, whose encoders are used")
+    p = flags("score against the share of synthetic captions")
     p.add_argument("--steps", type=int, default=1500, help="of the transformer (default: 1500)")
-    p.add_argument("-n", type=int, default=64, help="prompts a task (default: 64)")
     args = p.parse_args(argv)
-    try:
+    with told_in_one_line():
         rows = []
         for share in SHARES:
             folder = args.run / "captions" / f"synthetic{share}-steps{args.steps}"
@@ -61,9 +54,6 @@ def main(argv=None) -> None:
             rows.append(row(share, args.steps, scores(folder, args.n, "drawn")))
         write_atomically(args.run / "captions.csv", partial(write_table, rows))
         plot(rows, args.run / "captions.png")
-    except (ValueError, FloatingPointError, OSError) as e:
-        print(f"captions.py: {e}", file=sys.stderr)
-        sys.exit(2)
     for r in rows:
         print(f"{100 * r['synthetic']:5.0f} % synthetic  score {100 * r['overall']:.1f} +- "
               f"{100 * r['error']:.1f}  " + "  ".join(f"{t} {100 * r[t]:.0f}" for t in TASKS))

@@ -12,7 +12,6 @@ Everything lies in RUN/timesteps/ and is kept: a stopped command goes on where i
 timesteps.csv and timesteps.png, or those named by their shift, hold the validation loss at each t, the score
 of many pictures in 20 steps, and that of fewer, all from the same noise, in 5, 10, 20 and 50.
 """
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,8 @@ import flow  # noqa: E402
 import report  # noqa: E402
 from checkpoints import read_json, write_atomically  # noqa: E402
 from flow import DENSITIES  # noqa: E402
-from studies.training_length import scores, trained, write_table  # noqa: E402
+from studies.training_length import (  # noqa: E402
+    figure, flags, save_figure, scores, told_in_one_line, trained, write_table)
 
 
 def row(density: str, steps: int, found: dict) -> dict:
@@ -37,11 +37,7 @@ def row(density: str, steps: int, found: dict) -> dict:
 
 
 def plot(rows: list[dict], shift: float, path: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    fig, panels = figure(1, 3, figsize=(13, 3.8))
     t = torch.linspace(0.005, 0.995, 199)
     before = flow.shift_t(t, 1 / shift)                                     # where the shift found it
     slope = (1 / shift) / (1 + (1 / shift - 1) * t) ** 2                    # d before / d t
@@ -60,18 +56,15 @@ def plot(rows: list[dict], shift: float, path: Path) -> None:
     panels[2].set_xticks([], minor=True)
     for panel in panels:
         panel.legend(fontsize="small")
-    write_atomically(path, partial(fig.savefig, dpi=100, format="png"))
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 def main(argv=None) -> None:
-    p = argparse.ArgumentParser(description="score and loss against the density of training times")
-    p.add_argument("run", type=Path, help="a finished run of drawn pictures, whose encoders are used")
+    p = flags("score and loss against the density of training times")
     p.add_argument("--steps", type=int, default=1500, help="of the transformer (default: 1500)")
     p.add_argument("--shift", type=float, help="of times in training and sampling (default: RUN's)")
-    p.add_argument("-n", type=int, default=64, help="prompts a task (default: 64)")
     args = p.parse_args(argv)
-    try:
+    with told_in_one_line():
         shift = read_json(args.run / "config.json")["shift"] if args.shift is None else args.shift
         rows, other = [], "" if args.shift is None else f"-shift{shift:g}"
         for density in DENSITIES:
@@ -80,9 +73,6 @@ def main(argv=None) -> None:
             rows.append(row(density, args.steps, scores(folder, args.n, "drawn,loss,steps")))
         write_atomically(args.run / f"timesteps{other}.csv", partial(write_table, rows))
         plot(rows, shift, args.run / f"timesteps{other}.png")
-    except (ValueError, FloatingPointError, OSError) as e:
-        print(f"timesteps.py: {e}", file=sys.stderr)
-        sys.exit(2)
     for r in rows:
         print(f"{r['density']:13s} loss {r['loss']:.4f} +- {r['loss_error']:.4f}  "
               f"score {100 * r['overall']:.1f} +- {100 * r['error']:.1f}  "

@@ -18,6 +18,7 @@ import argparse
 import csv
 import shutil
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -77,11 +78,7 @@ def point(folder: Path, prompts: int) -> dict:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    fig, panels = figure(1, 3, figsize=(13, 3.8))
     seeds = list(dict.fromkeys(r["seed"] for r in rows))                  # RUN's own first
     first = seeds[0]
     line = [r for r in rows if r["seed"] == first]
@@ -97,6 +94,19 @@ def plot(rows: list[dict], path: Path) -> None:
         panel.set_xticks([r["steps"] for r in line], [f"{r['steps']:,}" for r in line])
         panel.set_xticks([], minor=True)
         panel.legend(fontsize="small")
+    save_figure(fig, path)
+
+
+def figure(*rows_and_columns, figsize):
+    """-> figure, panels; in inches."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(*rows_and_columns, figsize=figsize, layout="constrained")
+
+
+def save_figure(fig, path: Path) -> None:
+    import matplotlib.pyplot as plt
     write_atomically(path, partial(fig.savefig, dpi=100, format="png"))
     plt.close(fig)
 
@@ -109,14 +119,30 @@ def write_table(rows: list[dict], path: Path) -> None:
             table.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def main(argv=None) -> None:
-    p = argparse.ArgumentParser(description="score and loss against the length of training")
+def flags(what: str) -> argparse.ArgumentParser:
+    """Those that all studies have."""
+    p = argparse.ArgumentParser(description=what)
     p.add_argument("run", type=Path, help="a finished run of drawn pictures, whose encoders are used")
+    p.add_argument("-n", type=int, default=64, help="prompts a task (default: 64)")
+    return p
+
+
+@contextmanager
+def told_in_one_line():
+    """What goes wrong inside, with exit code 2."""
+    try:
+        yield
+    except (ValueError, FloatingPointError, OSError) as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv=None) -> None:
+    p = flags("score and loss against the length of training")
     p.add_argument("--steps", type=int, nargs="+", default=[750, 1500, 3000, 8000], help="of the transformer")
     p.add_argument("--seeds", type=int, nargs="+", help="default: RUN's own")
-    p.add_argument("-n", type=int, default=64, help="prompts a task (default: 64)")
     args = p.parse_args(argv)
-    try:
+    with told_in_one_line():
         for seed in args.seeds or [read_json(args.run / "config.json")["seed"]]:
             for steps in args.steps:
                 folder = args.run / "lengths" / f"seed{seed}-steps{steps}"
@@ -127,9 +153,6 @@ def main(argv=None) -> None:
         rows.sort(key=lambda r: (r["seed"] != own, r["seed"], r["steps"]))
         write_atomically(args.run / "length.csv", partial(write_table, rows))
         plot(rows, args.run / "length.png")
-    except (ValueError, FloatingPointError, OSError) as e:
-        print(f"training_length.py: {e}", file=sys.stderr)
-        sys.exit(2)
     for r in rows:
         print(f"seed {r['seed']}  {r['steps']:6d} steps  loss {r['loss']:.4f} +- {r['loss_error']:.4f}  "
               f"score {100 * r['overall']:.1f} +- {100 * r['error']:.1f}")

@@ -63,7 +63,7 @@ def ahead(request, tmp_path_factory):
                                text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
                                cwd=tmp_path_factory.mktemp("ahead"))
 
-        if any(item.path.name == "test_devices.py" for item in request.session.items):
+        if "card" in asked:
             later["card"] = run(ROOT / "tests" / "test_devices.py", tmp_path_factory.mktemp("card"))
         if "everything" in asked:
             from test_kernels_aot import compile_all

@@ -11,15 +11,19 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 
-def test_on_a_card_everything_that_meets_is_there(ahead):
+@pytest.fixture(scope="session")
+def card(ahead):
+    return ahead["card"].result()
+
+
+def test_on_a_card_everything_that_meets_is_there(card):
     """Training in four stages up to a sample grid, cut off once and resumed; drawing with every way of
     placing the weights, by own and by published ones; scoring."""
-    done = ahead["card"].result()
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert card.returncode == 0, card.stdout[-2000:] + card.stderr[-4000:]
     for words in ("a meeting is noticed", "device: cuda", "bfloat16 (this GPU has it)",
                   "going on at step 2 of 3", "--offload model: at most", "--offload block: at most",
                   "validation loss", "all passed"):
-        assert words in done.stdout + done.stderr, words
+        assert words in card.stdout + card.stderr, words
 
 
 def noticed() -> None:

@@ -20,6 +20,7 @@ import flow
 import metrics
 from checkpoints import CheckpointError
 from metrics import Job, Statistics, fid, kid, nearest, retrieval
+from pipeline import settings_of
 from text_encoders import CLIPTextConfig, CLIPTextEncoder, train_clip_tokenizer
 from vae import Posterior
 
@@ -376,7 +377,7 @@ def test_pictures_are_drawn_once_in_genevals_layout_and_go_on_where_they_stopped
     assert Painter.drawn == 82
     for job, path in zip(jobs, paths):
         assert (metrics.open_picture(path) == job.seed % 251).all()
-        told = metrics.settings_of(path)
+        told = settings_of(path)
         assert (told["seed"], told["steps"], told["prompt"]) == (job.seed, 2, job.metadata["prompt"])
         assert told["path"] == pytest.approx(told["straight"]) and path.parent.name == "samples"
     # as the public scorer looks for them

@@ -8,7 +8,6 @@ found, shown, counted, and left out on request only.
 
 import io
 import json
-import re
 import runpy
 import time
 from collections import Counter

@@ -2,7 +2,6 @@
 and clear about bad input."""
 import csv
 import dataclasses
-import json
 import math
 import shutil
 from pathlib import Path

@@ -27,7 +27,8 @@ import pipeline
 import sample
 import stages
 import train as training
-from checkpoints import bare_encoders, load_part, load_tensors, load_tokenizers, read_json, save_part
+from checkpoints import (bare_encoders, load_part, load_tensors, load_tokenizers, read_json, run_configs,
+                         save_part)
 from conftest import MICRO
 from data import Pictures
 from mmdit import MMDiT
@@ -35,7 +36,7 @@ from prepare import Cache
 from pipeline import Pipeline
 from text_encoders import ENCODERS, CLIPTextConfig, T5Config
 from train import TrainConfig, parse, train
-from weights import config_of, load_mmdit, load_text_encoders, load_vae, locate
+from weights import load_mmdit, load_text_encoders, load_vae, locate
 
 pytestmark = pytest.mark.usefixtures("miniature")
 
@@ -421,14 +422,18 @@ def test_on_a_card_too_small_for_all_of_it_its_parts_come_in_turn(learned, monke
     card, move = SimpleNamespace(type="cuda"), torch.nn.Module.to
     monkeypatch.setattr(torch.nn.Module, "to", lambda m, to: m if to is card else move(m, to))
     how = learned[0], card, None, set(), "auto", False, None, (64, None), 1
-    configs = {part: config_of(read_json(learned[0] / "config.json")["encoders"], part)
-               for part in ("vae", *ENCODERS)} | {"mmdit": load_part(learned[0], "mmdit").config}
-    peak = offload.need(configs, height=64, width=32, dtype=torch.float32, text_dtype=torch.bfloat16)["peak"]
+    peak = offload.need(run_configs(learned[0]), height=64, width=32, dtype=torch.float32,
+                        text_dtype=torch.bfloat16)["peak"]
     for free, mode in ((peak["none"], "none"), (peak["none"] - 1, "model"), (peak["model"], "model")):
         assert pipeline.load_run(*how)["offload"] == mode
     free = min(peak.values()) - 1
+    monkeypatch.setattr(pipeline, "load_part", lambda *_: pytest.fail("read before it was refused"))
     with pytest.raises(ValueError, match="needs .* GB on the card for 64 x 32 pixels with --offload"):
         pipeline.load_run(*how)
+    free = 1_000_000
+    with pytest.raises(ValueError, match="of main memory .* --drop-t5 makes it") as refused:
+        Pipeline.from_pretrained(learned[0], device="cpu")
+    assert "--dtype" not in str(refused.value)              # that of autocast saves none
 
 
 def test_a_second_phase_keeps_published_encoders(learned, encoded, published, tmp_path):
