@@ -399,25 +399,28 @@ def read_picture(picture, size):
     box = (size, size) if isinstance(size, int) else tuple(size)
     if callable(picture):
         return picture(box[0])
-    with opened(picture) as image:
+    with opened(picture, whole=True) as image:
         # fit() crops before it resizes: a strip of 20000 x 1 must not become 1280000 x 64 on the way
         return np.array(ImageOps.fit(upright(image, max(box)), box, Image.Resampling.BICUBIC))
 
 
 @contextmanager
-def opened(picture):
-    """A PIL image of which no more than the header was read, and which is small enough to decode."""
+def opened(picture, whole=False):
+    """A PIL image of which no more than the header was read, and which is small enough to decode. whole: in
+    a PNG the checksums are compared first, which Pillow's decoder does not do: a wrong bit may look right."""
     if isinstance(picture, Path) and not picture.is_file():
         raise ValueError("no such file")    # missing, a folder, or a pipe: reading might wait for ever
     if isinstance(picture, Image.Image):
         image = picture
-    elif isinstance(picture, Path):
-        image = Image.open(picture)
     else:
-        image = Image.open(io.BytesIO(read_bytes(picture)))
+        file = picture if isinstance(picture, Path) else io.BytesIO(read_bytes(picture))
+        image = Image.open(file)
     try:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:,}: make it smaller")
+        if whole and image.format == "PNG":
+            image.verify()                              # after which it cannot be read
+            image = Image.open(file)
         yield image
     finally:
         if image is not picture:

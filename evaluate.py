@@ -418,21 +418,25 @@ def foreign(metadata, classes=data.SHAPES):
     """Why a picture with this metadata cannot be judged in the drawn world; None if it can."""
     if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
         return "the metadata has no prompt"
+    def known(word, words):
+        return isinstance(word, str) and word in words
+
     include, exclude, seen = metadata.get("include"), metadata.get("exclude", []), 0
-    if metadata.get("tag") not in data.TASKS:
+    if not known(metadata.get("tag"), data.TASKS):
         return f"unknown task {metadata.get('tag')!r}"
     if not isinstance(include, list) or not include or not isinstance(exclude, list):
         return "the metadata has no include clauses"
     for i, c in enumerate(include + exclude):
-        if not isinstance(c, dict) or c.get("class") not in classes:
+        if not isinstance(c, dict) or not known(c.get("class"), classes):
             return f"unknown class {c.get('class') if isinstance(c, dict) else c!r}"
         if type(c.get("count")) is not int or c["count"] < 1:
             return f"count {c.get('count')!r} is no number of objects"
-        if "color" in c and c["color"] not in data.COLOURS:
+        if "color" in c and not known(c["color"], data.COLOURS):
             return f"unknown colour {c['color']!r}"
         place = c.get("position")
-        if "position" in c and not (isinstance(place, list) and len(place) == 2 and i == 1 and place[1] == 0
-                                    and place[0] in data.RELATIONS and len(include) == 2):
+        of_first = isinstance(place, list) and len(place) == 2 and type(place[1]) is int and place[1] == 0
+        if "position" in c and not (
+                of_first and known(place[0], data.RELATIONS) and i == 1 and len(include) == 2):
             return f"unknown position {place!r}"
         seen += c["count"] if i < len(include) else 0
     kinds = {"two_object": 2, "position": 2, "color_attr": 2}.get(metadata["tag"], 1)

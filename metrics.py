@@ -34,6 +34,7 @@ Run: python metrics.py     closed forms: FID of Gaussian sets, KID of equal ones
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -113,12 +114,8 @@ def normed(x):
 
 def fit(picture, side):
     """The centre square, bicubic, as CLIP was trained -> uint8 (side, side, 3)."""
-    if isinstance(picture, (str, Path)):
-        with Image.open(picture) as opened:
-            picture = opened.convert("RGB")
-    else:
-        picture = Image.fromarray(picture)
-    return np.asarray(ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC))
+    picture = open_picture(picture) if isinstance(picture, (str, Path)) else picture
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), (side, side), Image.Resampling.BICUBIC))
 
 
 def load_towers(path, device="cpu"):
@@ -403,12 +400,9 @@ def read_prompts(path):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append(metadata_in(line))
         except ValueError as e:
-            raise ValueError(f"{path}:{i} is not JSON ({e}): mend or remove the line") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f'{path}:{i} has no "prompt": mend or remove the line')
-        rows.append(row)
+            raise ValueError(f"{path}:{i} is no metadata ({e}): mend or remove the line") from None
     if not rows:
         raise ValueError(f"{path} is empty: give a file with one JSON object a line, each with a prompt")
     return rows
@@ -419,39 +413,70 @@ def picture_path(folder, job):
 
 
 def open_picture(path):
-    """-> (H, W, 3) uint8. ValueError, naming the reason, for whatever is no picture."""
+    """-> (H, W, 3) uint8, as a viewer shows it on white. ValueError, with the reason, for no picture."""
     try:
-        with data.opened(Path(path)) as image:
-            return np.array(image.convert("RGB"))
+        with data.opened(Path(path), whole=True) as image:
+            return np.array(data.upright(image, max(image.size)))
     except Exception as error:      # decoders fail in many ways: OSError, SyntaxError, zlib.error ...
         raise ValueError((str(error) or type(error).__name__).replace(f" '{path}'", "")[:160]) from None
+
+
+def name_of(path):
+    """Of a picture in GenEval's layout: as it is called from its folder."""
+    return "/".join(Path(path).parts[-3:])
+
+
+def is_number(name):
+    return re.fullmatch("[0-9]{1,9}", name) is not None
+
+
+def metadata_in(text):
+    """GenEval's metadata of a prompt; ValueError unless it is JSON with a prompt that can be written."""
+    try:
+        metadata = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
+        raise ValueError('no "prompt" in it')
+    metadata["prompt"].encode()                     # half a surrogate pair can be read, but not written
+    return metadata
 
 
 def read_folder(folder):
     """Everything in GenEval's layout. -> [Job, ...], [path, ...], [(name, reason it is skipped), ...]
 
     Raises ValueError where nothing can be used."""
-    jobs, paths, skipped = [], [], []
-    if not Path(folder).is_dir():
+    jobs, paths, skipped, folder, seen = [], [], [], Path(folder), {}
+    if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give one with 00000/metadata.jsonl and 00000/samples/*.png")
-    prompts = sorted((p for p in Path(folder).iterdir() if p.is_dir() and p.name.isdigit()),
-                     key=lambda p: int(p.name))
+    prompts = sorted((p for p in folder.iterdir() if p.is_dir() and is_number(p.name)),
+                     key=lambda p: (int(p.name), p.name))
+    skipped += [(p.name, "no folder with a number for a name: not of GenEval's layout")
+                for p in sorted(folder.iterdir()) if p.suffix.lower() in data.SUFFIXES and p.is_file()
+                and p.name != "scores.png" or p.is_dir() and p not in prompts and (p / "samples").is_dir()]
     with bar(len(prompts), "reading") as progress:
         for sub in prompts:
             progress.update()
-            try:
-                metadata = json.loads((sub / "metadata.jsonl").read_text(encoding="utf-8"))
-                if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
-                    raise ValueError('no "prompt" in it')
-            except (OSError, ValueError) as e:
-                why = "missing" if isinstance(e, FileNotFoundError) else str(e)[:160]
-                skipped += [(f"{sub.name}/metadata.jsonl", f"{why}; its pictures are not scored")]
+            if (first := seen.setdefault(int(sub.name), sub.name)) != sub.name:
+                skipped.append((sub.name, f"the same number as {first}, whose prompt counts"))
                 continue
-            for path in sorted(p for p in (sub / "samples").glob("*.png") if p.stem.isdigit()):
+            try:
+                metadata = metadata_in((sub / "metadata.jsonl").read_text(encoding="utf-8-sig"))
+                there = sorted(p for p in (sub / "samples").iterdir() if p.suffix.lower() in data.SUFFIXES)
+            except (OSError, ValueError) as e:
+                lacking = sub / "metadata.jsonl" if isinstance(e, ValueError) else Path(e.filename)
+                why = "missing" if isinstance(e, FileNotFoundError) else str(e)[:160]
+                skipped += [(f"{sub.name}/{lacking.name}", f"{why}; its pictures are not scored")]
+                continue
+            if not there:
+                skipped.append((f"{sub.name}/samples", "no picture in it"))
+            for path in there:
                 try:
+                    if not (is_number(path.stem) and path.suffix == ".png"):
+                        raise ValueError("not called by a number and .png, as GenEval's are")
                     open_picture(path)
                 except ValueError as e:
-                    skipped.append((f"{sub.name}/samples/{path.name}", str(e)))
+                    skipped.append((name_of(path), str(e)))
                     continue
                 jobs.append(Job(int(sub.name), int(path.stem), None, metadata))
                 paths.append(path)
@@ -465,16 +490,18 @@ def read_folder(folder):
 def draw_folder(pipe, jobs, folder, steps, guidance):
     """Draw what is asked for and not there yet, in GenEval's layout. -> [path, ...], in the order of the jobs
 
-    Each PNG holds its settings, its seed and the length of its path from noise, and appears whole or not."""
+    Each PNG holds its settings, its seed and the length of its path from noise, and appears whole or not. One
+    of another prompt or seed is drawn anew: what the i-th prompt is may change with its source."""
     from pipeline import save_picture, settings_of, to_pil  # here: the measures themselves need no pipeline
 
-    def is_drawn(path):
+    def is_drawn(job):
         try:
-            return bool(settings_of(path))
-        except ValueError:
+            told = settings_of(picture_path(folder, job))
+            return (told["prompt"], told["seed"]) == (job.metadata["prompt"], job.seed)
+        except (ValueError, TypeError, KeyError):
             return False
 
-    todo = [job for job in jobs if not is_drawn(picture_path(folder, job))]
+    todo = [job for job in jobs if not is_drawn(job)]
     batch = together(*pipe.size)
     if todo:
         print(f"drawing {len(todo)} pictures in {steps} steps; {len(jobs) - len(todo)} are there", flush=True)

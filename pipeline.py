@@ -419,7 +419,7 @@ def save_picture(image, path, settings: dict) -> None:
 def settings_of(path) -> dict:
     """What save_picture wrote there. ValueError for what is missing, not whole, or of another program."""
     try:
-        with data.opened(Path(path)) as image:
+        with data.opened(Path(path), whole=True) as image:
             image.load()
             return json.loads(image.info["parameters"])
     except Exception as e:              # decoders fail in many ways

@@ -27,8 +27,10 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,13 +40,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from checkpoints import read_json, write_atomically, write_json
+from checkpoints import home_of_encoders, is_run, read_json, write_atomically, write_json
 from evaluate import SIDE, find_objects, foreign, illustrate, requests, tally, variants
 from metrics import (COCO, LEVELS, Job, Statistics, bar, clip_score, draw_folder, fid, fingerprint, fit,
-                     geneval_prompts, kid, load_towers, nearest, open_picture, picture_path, read_folder,
-                     read_prompts, reference, retrieval, seed_of, validation_loss)
+                     geneval_prompts, kid, load_towers, name_of, nearest, open_picture, picture_path,
+                     read_folder, read_prompts, reference, retrieval, seed_of, validation_loss)
 from offload import is_out_of_memory
 from pipeline import Pipeline, pick_device, settings_of
+from text_encoders import ENCODERS
+from weights import locate
 
 # --- What is measured -------------------------------------------------------------------------------------
 
@@ -100,7 +104,15 @@ class Subject:
         """The side at which pictures are compared."""
         if "size" in self.config:
             return self.config["size"]
-        return self.pipe.size[0] if self.pipe else len(open_picture(self.paths[0]))
+        return self.pipe.size[0] if self.pipe else common_side(self.paths)
+
+
+def common_side(paths):
+    """The shorter side that most of the pictures have."""
+    def side(path):
+        with data.opened(path) as image:
+            return min(image.size)
+    return Counter(map(side, paths)).most_common(1)[0][0]
 
 
 def number(x, digits=1, scale=100):
@@ -151,7 +163,7 @@ def measure_drawn(s):
             jobs.append(s.jobs[i])
             images.append(image)
         else:
-            s.skipped.append((f"{s.jobs[i].number:05d}/samples/{s.jobs[i].k:05d}.png", "not square"))
+            s.skipped.append((name_of(s.paths[i]), "not square"))
     if not jobs:
         raise ValueError("none of the pictures is square, as the drawn world's are: crop them")
     result = tally(jobs, find_all(images, "scoring"))
@@ -203,6 +215,15 @@ def rivals(metadata, prompts, rng, most=31):
     return [options[i] for i in rng.permutation(len(options))[:most]]
 
 
+def error_of(values, numbers):
+    """The standard error of a mean over pictures, of which those of one prompt, by number, go together."""
+    by_prompt = {}
+    for value, number in zip(values, numbers):
+        by_prompt.setdefault(number, []).append(value)
+    means = [np.mean(group) for group in by_prompt.values()]
+    return float(np.std(means) / math.sqrt(len(means)))
+
+
 def measure_clip(s):
     """CLIP score and R-precision; of true drawings too, for what the towers cannot see they cannot score."""
     towers, prompts = s.towers, [job.metadata["prompt"] for job in s.jobs]
@@ -214,8 +235,9 @@ def measure_clip(s):
     def scores(images, order):
         cosines = clip_score(images, texts[[index[prompts[i]] for i in order]])
         hits = [retrieval(image, texts[[index[t] for t in candidates[i]]]) for image, i in zip(images, order)]
-        return {"score": cosines.mean().item(), "error": cosines.std(correction=0).item() / len(order) ** 0.5,
-                "precision": float(np.mean(hits)), "precision_error": float(np.std(hits) / len(hits) ** 0.5)}
+        numbers = [s.jobs[i].number for i in order]
+        return {"score": cosines.mean().item(), "error": error_of(cosines.tolist(), numbers),
+                "precision": float(np.mean(hits)), "precision_error": error_of(hits, numbers)}
 
     order, images = list(range(len(prompts))), torch.cat(list(towers.look(s.paths)))
     rows = {"pictures": scores(images, order),
@@ -312,8 +334,9 @@ def measure_memory(s):
         lines[1] += row("", number(result["too_near"]))[17:]
         lines += [row(what, f"{near.median():.1f}", number(result["heldout_copies"]),
                       number(result["heldout_too_near"]))]
-    lines += [f"root mean square difference, of 255, to {len(training.images)} {of}; copies: below 2;",
-              "too near: as near as the nearest 1 % of what training has not seen"]
+    lines += [f"root mean square difference, of 255, to {len(training.images)} {of}; copies: below 2"]
+    if heldout is not None:
+        lines += [f"too near: {limit:.1f} or less, the 1 % quantile of {what}; ties count"]
     closest = far.argsort()[:12].tolist()
     pairs = [(pictures[i], training.images[index[i]], s.jobs[order[i]].metadata["prompt"], far[i].item())
              for i in closest]
@@ -402,13 +425,16 @@ MEASURES = {"drawn": measure_drawn, "loss": measure_loss, "clip": measure_clip, 
             "steps": measure_steps, "memory": measure_memory}
 
 
-def weights_of(path):
-    """A fingerprint of a run's folder, of a folder of weights or of one file."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(
-        p for p in path.rglob("*.safetensors")
-        if p.name != "state.safetensors" and "pictures" not in p.relative_to(path).parts)
-    return hashlib.sha256("".join(map(fingerprint, files)).encode()).hexdigest()[:12]
+def weights_of(path, pipe):
+    """A fingerprint of what draws: the files of the five parts, and the tokenizers' words."""
+    home = home_of_encoders(path)
+    files = []
+    for part in ("mmdit", "vae", *ENCODERS):
+        at = Path(path) if part == "mmdit" else home
+        files += [at / f"{part}.safetensors"] if is_run(at) else sorted(
+            {file for file, *_ in locate(at, part)[0].index.values()})
+    words = [tokenizer.tok.to_str() for tokenizer in pipe.encoders.tokenizers]
+    return hashlib.sha256("".join([*map(fingerprint, files), *words]).encode()).hexdigest()[:12]
 
 
 def jobs_of(rows, n, per_prompt, seed):
@@ -425,10 +451,15 @@ def jobs_of(rows, n, per_prompt, seed):
 def prepare(args):
     """Draw what is to be scored, or read it. -> Subject"""
     if args.images:
+        out = Path(args.out or args.images)
         jobs, paths, skipped = read_folder(args.images)
-        return Subject(Path(args.out or args.images), jobs, paths, skipped, {}, source=args.data)
+        writable(out)
+        return Subject(out, jobs, paths, skipped, {}, source=args.data)
     path = args.run or args.model
+    out = Path(args.out or args.run or Path("samples", f"geneval-{Path(path).stem}"))
     config = read_json(Path(path, "config.json")) if args.run else {}
+    if args.run and not is_run(path):
+        raise ValueError(f"{path} is no run of train.py: give one, or published weights with --model")
     if args.prompts:
         jobs = jobs_of(read_prompts(args.prompts), args.n, args.pictures, args.seed)
     elif args.model:
@@ -442,25 +473,42 @@ def prepare(args):
     if not jobs:
         raise ValueError("-n and --pictures must be at least 1")
     pipe = Pipeline.from_pretrained(path, device=args.device)
-    out = Path(args.out or args.run or Path("samples", f"geneval-{Path(path).stem}"))
     args.steps = args.steps or pipe.steps
     args.guidance = pipe.guidance if args.guidance is None else args.guidance
-    about = {"weights": weights_of(path), "guidance": args.guidance, "seed": args.seed,
-             "size": list(pipe.size), "prompts": hashlib.sha256(json.dumps(
-                 args.prompts and read_prompts(args.prompts)).encode()).hexdigest()[:12]}
+    asked = json.dumps(args.prompts and read_prompts(args.prompts))
+    about = {"weights": weights_of(path, pipe), "guidance": args.guidance, "seed": args.seed,
+             "shift": pipe.shift, "schedule": pipe.kind, "size": list(pipe.size),
+             "prompts": hashlib.sha256(asked.encode()).hexdigest()[:12]}
 
     def draw(jobs, steps):
         folder, told = out, about | {"steps": steps}
         if args.run or steps != args.steps:
             digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
             folder = out / "pictures" / f"{steps}-steps-{digest}"
-        if (folder / "settings.json").is_file() and read_json(folder / "settings.json") != told:
+        settings = folder / "settings.json"
+        try:
+            before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{settings} cannot be read ({e}): delete {folder}, or choose another --out "
+                             "(its pictures are drawn again)") from None
+        if before not in (None, told):
             raise ValueError(f"{folder} holds pictures of other weights or settings (settings.json): "
                              "choose another --out")
-        write_json(folder / "settings.json", told)
+        if before is None:
+            write_json(settings, told)
         return draw_folder(pipe, jobs, folder, steps, args.guidance)
 
+    writable(out)
+    if args.measures == ["loss"]:                               # of given pictures: nothing is drawn
+        return Subject(out, [], [], [], config, pipe, None, draw, args.data)
     return Subject(out, jobs, draw(jobs, args.steps), [], config, pipe, None, draw, args.data)
+
+
+def writable(out):
+    """ValueError unless a report can be written into this folder."""
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{there} is no folder that can be written to: choose another --out")
 
 
 def measure(args):
@@ -477,24 +525,41 @@ def measure(args):
         s.towers, names = load_towers(args.clip or args.run, device), ["clip"]
     elif len(names) > 1 and "drawn" in names and not of_this_world:
         names, lines = [n for n in names if n != "drawn"], ["drawn is left out: no prompt is of it", ""]
-    report, panels = {"settings": vars(args)}, []
+    report, panels, failed = {"settings": vars(args)}, [], []
     for name in [name for name in MEASURES if name in names]:
-        result, more, pictures = MEASURES[name](s)
+        try:
+            result, more, pictures = MEASURES[name](s)
+        except ValueError as e:                                 # the others' work shall not be lost
+            failed.append(f"{name} could not be measured: {e}")
+            continue
         report |= result if name == "drawn" else {name: result}
         lines += [*more, ""]
         panels += pictures
+    if failed and len(failed) == len(names):
+        raise ValueError("; ".join(failed))
+    finish(s, args, names, report, lines, panels)
+    if failed:
+        raise ValueError("; ".join(failed))
+
+
+def finish(s, args, names, report, lines, panels):
+    """The report: into its folder, and then onto the terminal."""
     if "drawn" in names:
-        s.skipped += {f"{job.number:05d}": why for job in s.jobs if (why := foreign(job.metadata))}.items()
+        s.skipped += [(name_of(path), why) for job, path in zip(s.jobs, s.paths)
+                      if (why := foreign(job.metadata))]
     report["skipped"] = s.skipped
     lines += [f"skipped {name}: {why}" for name, why in s.skipped[:10]]
     lines += [f"{len(s.skipped)} skipped in all, named in scores.json"] if s.skipped else []
-    print("\n".join(lines))
     write_json(s.out / "scores.json", report)
     write_atomically(s.out / "scores.txt", lambda p: p.write_text("\n".join(lines) + "\n", encoding="utf-8"))
-    page = stack(panels or [sheet([open_picture(p) for p in s.paths[:10]], [
-        {"task": "", "prompt": job.metadata["prompt"], "correct": True} for job in s.jobs[:10]])])
-    write_atomically(s.out / "scores.png", partial(page.save, format="PNG"))
-    print(f"{len(s.paths)} pictures; wrote scores.json, scores.txt and scores.png into {s.out}")
+    if not panels and s.paths:
+        panels = [sheet([open_picture(p) for p in s.paths[:10]], [
+            {"task": "", "prompt": job.metadata["prompt"], "correct": True} for job in s.jobs[:10]])]
+    if panels:
+        write_atomically(s.out / "scores.png", partial(stack(panels).save, format="PNG"))
+    print("\n".join(lines))
+    scored = len(report["records"]) if "records" in report else len(s.paths)
+    print(f"{scored} pictures; wrote scores.json, scores.txt{' and scores.png' * bool(panels)} into {s.out}")
     if args.model:
         print(f"for GenEval's own detector: python evaluation/evaluate_images.py {s.out}")
 
@@ -532,13 +597,17 @@ def parse(argv=None):
         ("--clip FOLDER", ("clip", "fid", "steps"), args.clip or args.run),
         ("--data FOLDER", ("loss", "fid", "memory"), args.data or args.run),
         ("--run or --model", ("loss", "steps"), not args.images)) for name in names if not there}
-    if args.measures == ["all"]:
+    if "all" in args.measures:
         args.measures = [name for name in MEASURES if name not in lacking]
     for name in args.measures:  # now, not after an hour of drawing
         if name not in MEASURES:
             raise ValueError(f"no measure {name!r}: choose from all, {', '.join(MEASURES)}")
         if name in lacking:
             raise ValueError(f"the measure {name} needs {lacking[name]}: add it, or leave {name} out")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance {args.guidance} is no number: 1 for none")
+    if args.data:
+        data.list_pictures(args.data, SIDE, count=1)
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: it must be 0 or more")
     return args
@@ -550,6 +619,8 @@ def refuse(message: str):
 
 def main(argv=None):
     try:
+        if hasattr(sys.stdout, "reconfigure"):          # a console that cannot write a prompt
+            sys.stdout.reconfigure(errors="backslashreplace")
         measure(parse(argv))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on with what is drawn")

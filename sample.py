@@ -190,7 +190,7 @@ def flags_of(path) -> dict:
 def open_picture(path):
     """RGB, upright, transparent parts white."""
     try:
-        with data.opened(Path(path)) as image:
+        with data.opened(Path(path), whole=True) as image:
             return data.upright(image, max(image.size))
     except Exception as e:              # decoders fail in many ways: OSError, SyntaxError, zlib.error ...
         raise ValueError(f"--image {path} cannot be used: {e or type(e).__name__}") from None

@@ -69,9 +69,13 @@ def scores(folder: Path, prompts: int, measures: str = "drawn,loss") -> dict:
 
 def point(folder: Path, prompts: int) -> dict:
     """One row of the table."""
-    found = scores(folder, prompts)
-    steps = [int(row["step"]) for row in read_metrics(folder / "metrics.csv") if row["stage"] == "flow"][-1]
-    return {"seed": read_json(folder / "config.json")["seed"], "steps": steps, "loss": found["loss"]["mean"],
+    found, config = scores(folder, prompts), read_json(folder / "config.json")
+    steps, minutes = 0, 0.0
+    for line in (line for line in read_metrics(folder / "metrics.csv") if line["stage"] == "flow"):
+        pictures = (int(line["step"]) - steps) * config["flow_batch"]
+        minutes += pictures / float(line["samples_per_s"]) / 60
+        steps = int(line["step"])
+    return {"seed": config["seed"], "steps": steps, "minutes": minutes, "loss": found["loss"]["mean"],
             "loss_error": found["loss"]["error"], "overall": found["score"]["overall"],
             "error": found["error"]["overall"], **{task: found["score"][task] for task in TASKS},
             "shape": found["shape"], "unseen": found["unseen"]}
@@ -90,8 +94,9 @@ def plot(rows: list[dict], path: Path) -> None:
     for task in TASKS:
         panels[2].plot([r["steps"] for r in line], [r[task] for r in line], "o-", ms=3, label=task)
     for panel, title in zip(panels, ("validation loss", "score, all tasks", f"score by task, seed {first}")):
-        panel.set(title=title, xlabel="steps of the transformer", xscale="log")
-        panel.set_xticks([r["steps"] for r in line], [f"{r['steps']:,}" for r in line])
+        panel.set(title=title, xlabel="steps of the transformer, and their minutes", xscale="log")
+        panel.set_xticks([r["steps"] for r in line],
+                         [f"{r['steps']:,}\n{r['minutes']:.0f} min" for r in line])
         panel.set_xticks([], minor=True)
         panel.legend(fontsize="small")
     save_figure(fig, path)

@@ -3,6 +3,7 @@ pictures are GenEval's, and are drawn once."""
 import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
+import evaluate
 import flow
 import metrics
-from checkpoints import CheckpointError
+from checkpoints import CheckpointError, write_json
 from metrics import Job, Statistics, fid, kid, nearest, retrieval
 from pipeline import settings_of
 from text_encoders import CLIPTextConfig, CLIPTextEncoder, train_clip_tokenizer
@@ -338,8 +340,9 @@ def test_metadata_is_read_from_a_file_and_a_bad_line_is_named(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in metrics.geneval_prompts()), encoding="utf-8")
     assert metrics.read_prompts(path) == metrics.geneval_prompts()
-    for text, message in (('{"prompt": "a"}\n{"prompt": \n', "jsonl:2 is not JSON"),
-                          ('{"tag": "x"}', ":1 has no"), ("\n\n", "is empty"), ("[1]", ":1 has no")):
+    for text, message in (('{"prompt": "a"}\n{"prompt": \n', "jsonl:2 is no metadata"),
+                          ('{"tag": "x"}', ':1 .*no "prompt"'), ("\n\n", "is empty"),
+                          ("[1]", ':1 .*no "prompt"'), ("[" * 200_000, ":1 .*nested")):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             metrics.read_prompts(path)
@@ -396,13 +399,82 @@ def test_what_is_wrong_in_a_folder_is_skipped_and_named(tmp_path):
     (tmp_path / "00007" / "metadata.jsonl").unlink()
     (tmp_path / "00014" / "metadata.jsonl").write_text("{")
     (tmp_path / "00021" / "metadata.jsonl").write_text('["a"]')
+    shutil.copytree(tmp_path / "00028", tmp_path / "28")
     (tmp_path / "00028" / "samples" / "grid.png").write_bytes(b"")              # not a number: not a sample
-    (tmp_path / "notes").mkdir()
+    (tmp_path / "00028" / "samples" / "00000.png").rename(tmp_path / "00028" / "samples" / "00000.PNG")
+    (tmp_path / "00028" / "samples" / "notes.txt").write_text("no picture at all")
+    for name in ("notes", "00040", "00041/samples", "²/samples"):
+        (tmp_path / name).mkdir(parents=True)
+        write_json(tmp_path / name.split("/")[0] / "metadata.jsonl", {"prompt": "a star"})
+    for name, text in (("00042", "[" * 200_000), ("00043", json.dumps({"prompt": "a \ud800 star"}))):
+        (tmp_path / name / "samples").mkdir(parents=True)
+        (tmp_path / name / "metadata.jsonl").write_text(text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "loose.jpg")
     jobs, paths, skipped = metrics.read_folder(tmp_path)
-    assert len(jobs) == len(paths) == 5
-    assert [name for name, _ in skipped] == ["00000/samples/00001.png", "00007/metadata.jsonl",
-                                             "00014/metadata.jsonl", "00021/metadata.jsonl"]
+    assert len(jobs) == len(paths) == 4
+    assert [name for name, _ in skipped] == [
+        "loose.jpg", "²", "00000/samples/00001.png", "00007/metadata.jsonl", "00014/metadata.jsonl",
+        "00021/metadata.jsonl", "00028/samples/00000.PNG", "00028/samples/grid.png", "28", "00040/samples",
+        "00041/samples", "00042/metadata.jsonl", "00043/metadata.jsonl"]
     assert str(tmp_path) not in json.dumps(skipped)
+
+
+def test_metadata_with_a_byte_order_mark_is_read(tmp_path):
+    paths = metrics.draw_folder(Painter(), jobs_for(1), tmp_path, 2, 1.0)
+    file = paths[0].parent.parent / "metadata.jsonl"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert metrics.read_folder(tmp_path)[1] == paths
+
+
+def test_no_wrong_bit_in_a_png_makes_another_picture(tmp_path):
+    path = tmp_path / "star.png"
+    pixels = evaluate.illustrate(data.prompts("colors", 1)[0], np.random.default_rng(0))
+    Image.fromarray(pixels).save(path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    decoded = 0
+    for i in rng.integers(8 * len(whole), size=300).tolist():
+        flipped = bytearray(whole)
+        flipped[i // 8] ^= 1 << i % 8
+        path.write_bytes(flipped)
+        try:
+            assert (metrics.open_picture(path) == pixels).all(), i      # such as of the last chunk's checksum
+        except ValueError:
+            pass
+        try:
+            with Image.open(path) as image:             # Pillow alone would take some of them for pictures
+                decoded += (np.asarray(image.convert("RGB")) != pixels).any()
+        except Exception:
+            pass
+    assert decoded > 0
+
+
+@pytest.mark.parametrize("how", ["16 bits", "transparent", "turned"])
+def test_pictures_are_judged_as_they_are_seen(how, tmp_path):
+    path, seen = tmp_path / "a.png", np.full((8, 16, 3), 255, np.uint8)
+    seen[:, :8] = 0
+    if how == "16 bits":
+        Image.fromarray(seen[..., 0].astype(np.uint16) * 257).save(path)
+    elif how == "transparent":                          # red where nobody sees it
+        alpha = 255 - seen[..., :1]
+        Image.fromarray(np.concatenate([seen & [255, 0, 0], alpha], 2).astype(np.uint8), "RGBA").save(path)
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = 6                                # to be turned by a quarter, clockwise
+        Image.fromarray(np.rot90(seen).copy()).save(path, exif=exif)
+    assert (metrics.open_picture(path) == seen).all()
+
+
+def test_pictures_of_another_prompt_or_seed_are_drawn_anew(tmp_path):
+    jobs = jobs_for(3)
+    Painter.drawn = 0
+    metrics.draw_folder(Painter(), jobs, tmp_path, 2, 1.0)
+    changed = [jobs[0]._replace(metadata={**jobs[0].metadata, "prompt": "another"}),
+               jobs[1]._replace(seed=jobs[1].seed + 1), *jobs[2:]]
+    paths = metrics.draw_folder(Painter(), changed, tmp_path, 2, 1.0)
+    assert Painter.drawn == len(jobs) + 2
+    told = [settings_of(path) for path in paths]
+    assert [(t["prompt"], t["seed"]) for t in told] == [(j.metadata["prompt"], j.seed) for j in changed]
+    assert json.loads((paths[0].parent.parent / "metadata.jsonl").read_text())["prompt"] == "another"
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path):

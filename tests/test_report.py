@@ -109,6 +109,75 @@ def test_other_weights_or_settings_are_never_mixed_with_old_pictures(run):
     assert sorted(json.loads((p / "settings.json").read_text())["guidance"] for p in folders) == [0, 3, 3]
 
 
+def test_what_draws_decides_whether_pictures_are_those_that_are_there_and_nothing_else_does(run, capsys):
+    flags = ("--run", run, "-n", 1, "--pictures", 1, "--steps", 1, "--device", "cpu")
+
+    def drawn():
+        command(*flags)
+        return "drawing 6" in capsys.readouterr().out
+
+    assert drawn()
+    for name in ("cache", "start", "timesteps/uniform"):                # what a run may hold besides
+        (run / name).mkdir(parents=True)
+        shutil.copy(run / "vae.safetensors", run / name / "mmdit.safetensors")
+    assert not drawn()
+    config = json.loads((run / "config.json").read_text())
+    write_json(run / "config.json", config | {"shift": 1.5})
+    assert drawn()
+    words = run / "tokenizers" / "t5" / "tokenizer.json"
+    told = json.loads(words.read_text())
+    told["model"]["vocab"][-1][1] -= 1                                  # its last word is rarer
+    words.write_text(json.dumps(told))
+    assert drawn() and not drawn()
+
+
+def test_captions_that_come_in_another_order_are_not_scored_with_old_pictures(run, capsys):
+    config = json.loads((run / "config.json").read_text())
+    folder = run.parent / "pictures"
+    folder.mkdir()
+    for i in range(5):
+        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"number {i}")
+    write_json(run / "config.json", config | {"data": str(folder)})
+    flags = ("--run", run, "-n", 9, "--pictures", 1, "--steps", 1, "--device", "cpu", "--measures", "clip")
+    command(*flags)
+    (folder / "0.txt").unlink()
+    command(*flags)
+    assert "drawing 4 pictures" in capsys.readouterr().out              # all have moved up by one
+    jobs = metrics.read_folder(next((run / "pictures").glob("1-*")))[0][:4]
+    assert {job.metadata["prompt"] for job in jobs} == {f"number {i}" for i in range(1, 5)}
+
+
+def test_one_measure_that_fails_does_not_take_the_others_with_it(tmp_path, made, capsys):
+    gallery(tmp_path, 1, 1)
+    for sub in list(tmp_path.iterdir())[2:]:
+        shutil.rmtree(sub)
+    with pytest.raises(SystemExit) as end:
+        command("--images", tmp_path, "--measures", "drawn,all", "--data", "emoji", "--clip", made)
+    assert end.value.code == 2 and "fid could not be measured: KID needs three" in capsys.readouterr().err
+    assert len(scores(tmp_path)["records"]) == 2 and {"clip", "memory"} < set(scores(tmp_path))
+    assert "fid" not in scores(tmp_path)
+
+
+def test_the_validation_loss_needs_no_pictures_to_be_drawn(run, small, monkeypatch, capsys):
+    monkeypatch.setattr(report, "draw_folder", lambda *_: pytest.fail("drawn"))
+    command("--run", run, "--measures", "loss", "--device", "cpu")
+    assert scores(run)["loss"]["pictures"] == 6 and "0 pictures; wrote" in capsys.readouterr().out
+
+
+def test_the_references_size_is_that_of_most_pictures(tmp_path):
+    jobs = gallery(tmp_path, 1, 2)
+    paths = [metrics.picture_path(tmp_path, job) for job in jobs]
+    Image.new("RGB", (8, 8)).save(paths[0])
+    assert report.common_side(paths) == 64
+
+
+def test_the_error_of_clips_figures_counts_prompts_and_not_their_pictures():
+    values = [0.0, 0.0, 1.0, 1.0]
+    assert report.error_of(values, [1, 1, 2, 2]) == pytest.approx(0.5 / 2 ** 0.5)
+    assert report.error_of(values, [1, 2, 3, 4]) == pytest.approx(0.25)
+
+
 def test_pictures_do_not_depend_on_how_many_are_drawn_together(run, monkeypatch):
     pipe, jobs = Pipeline.from_pretrained(run, device="cpu"), evaluate.requests(2, per_prompt=2)
     together = metrics.draw_folder(pipe, jobs, run / "a", 2, 3.0)
@@ -187,7 +256,7 @@ def test_foreign_metadata_is_skipped_with_its_class_and_never_scored(tmp_path, c
     told = scores(tmp_path)
     assert len(told["records"]) == 10 and told["score"]["overall"] == 1
     assert told["skipped"] == [["10000/metadata.jsonl", "missing; its pictures are not scored"],
-                               ["00001", "unknown class 'bench'"]]
+                               ["00001/samples/00000.png", "unknown class 'bench'"]]
     assert "unknown class 'bench'" in capsys.readouterr().out
 
 
@@ -231,10 +300,15 @@ def test_large_pictures_of_others_are_scored_as_they_are(tmp_path):
     (("--run", "empty", "--steps", "0"), "at least 1"), (("--run", "empty", "--seed", "-1"), "0 or more"),
     (("--run", "empty", "-n", "few"), "invalid int"),
     (("--model", "empty", "--prompts", "nowhere"), "is no file"),
-    (("--images", "full", "--device", "gpu7"), "device")])
+    (("--images", "full", "--device", "gpu7"), "device"), (("--run", "list"), "no run of train.py"),
+    (("--run", "empty", "--guidance", "nan"), "no number"), (("--images", "full", "--out", "file"), "--out"),
+    (("--images", "full", "--measures", "memory", "--data", "empty"), "empty")])
 def test_bad_input_ends_in_one_line_that_names_the_remedy(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "list").mkdir()
+    write_json(tmp_path / "list" / "config.json", [])
     own, foreign = data.prompts("colors", 1)[0], metrics.geneval_prompts()[0]
     for folder, metadata in (("full", own), ("foreign", foreign)):
         path = tmp_path / folder / "00000" / "samples" / "00000.png"
