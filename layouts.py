@@ -200,7 +200,7 @@ IGNORED = {                 # keys that may be there and are not read; all other
             (r"\bscaled_fp8$", "says that float8 weights have scales"),
             (r"\.(comfy_quant|scale_input|input_scale)$", "for arithmetic in float8"))}
 FOREIGN = (                 # keys of files that are often taken for SD3's, and what these are
-    (r"lora_|\.lora\.|\.(hada_w|lokr_w)\d", "a LoRA, which only changes a model: merge it into one"),
+    (r"lora_|\.lora\.|\.(hada_w|lokr_w)\d", "a LoRA, which only changes a model: give it with --lora"),
     (r"controlnet_blocks\.|^control_model\.|input_hint_block", "a ControlNet"),
     (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d", "a FLUX model"),
     (r"conditioner\.embedders\.|(^|\.)label_emb\.|(^|\.)add_embedding\.", "an SDXL model"),

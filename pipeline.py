@@ -44,6 +44,7 @@ import flow
 import offload
 from checkpoints import (CheckpointError, home_of_encoders, is_run, load_encoders, load_part, read_json,
                          run_configs, write_atomically)
+from finetune import change_all
 from kernels.int8 import quantise_mmdit, quantise_t5
 from offload import Places
 from tensor_files import read_config
@@ -96,24 +97,23 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, path, *, device=None, dtype=None, t5=True, offload="auto", int8=False,
-                        tokenizers=None, size=None, drop=(), pictures=1) -> "Pipeline":
+                        tokenizers=None, size=None, drop=(), pictures=1, loras=()) -> "Pipeline":
         """A run's folder, as train.py leaves it, or published weights (see the top of this file).
 
         device: None picks the best. dtype: for a run, of autocast, None for none; else of the weights, None
         for bfloat16 on a card and float32 elsewhere. drop: encoders in whose place zeros stand; published
         ones are not even loaded; t5=False drops "t5". offload: one of offload.MODES; "auto": the fastest that
         fits the card, for so many pictures of `size` (see at_once). int8: transformer and T5 in 8 bits (see
-        kernels/int8.py). tokenizers: a folder, if the model's has none.
+        kernels/int8.py). tokenizers: a folder, if the model's has none. loras: adapters that change the
+        transformer (finetune.Lora).
         Raises CheckpointError where the folder is neither, ValueError where it does not fit.
         """
         device, drop = pick_device(device or "auto"), {*drop, *(() if t5 else ("t5",))}
         if wrong := drop - set(ENCODERS):
             raise ValueError(f"cannot drop {sorted(wrong)}: choose from {', '.join(ENCODERS)}")
-        if is_run(path):
-            return cls(**load_run(Path(path), device, dtype, drop, offload, int8, tokenizers, size, pictures),
-                       device=device)
-        return cls(**load_published(Path(path), device, dtype, drop, offload, int8, tokenizers, size,
-                                    pictures), device=device)
+        load = load_run if is_run(path) else load_published
+        return cls(**load(Path(path), device, dtype, drop, offload, int8, tokenizers, size, pictures, loras),
+                   device=device)
 
     @torch.no_grad()
     def __call__(self, prompt, *, negative="", height=None, width=None, steps=None, guidance=None, seed=0,
@@ -244,7 +244,7 @@ def unknown(tokenizer, text: str) -> list[str]:
 
 # -------------------------------------------------------------------------------------------------- loading
 
-def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures) -> dict:
+def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, loras=()) -> dict:
     """The arguments of Pipeline for a run's folder."""
     if tokenizers:
         raise ValueError(f"{path} knows its tokenizers: leave out --tokenizers {tokenizers}")
@@ -256,7 +256,7 @@ def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures) 
     if device.type == "cuda" or not is_run(home_of_encoders(path)):         # what train.py makes is small
         mode = place(mode, path, {k: c for k, c in configs.items() if k not in drop}, device, int8, about)
     mode = "none" if mode == "auto" else mode
-    mmdit = load_part(path, "mmdit")
+    mmdit = change_all(load_part(path, "mmdit"), loras)
     vae, encoders = load_encoders(path, drop=drop, dtype=text_dtype, t5_width=mmdit.config.context_dim)
     if int8:
         quantise_mmdit(mmdit)
@@ -275,11 +275,13 @@ def text_dtype_of(run, device) -> torch.dtype:
     return torch.bfloat16 if published and device.type == "cuda" else torch.float32
 
 
-def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pictures) -> dict:
+def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, loras=()) -> dict:
     """The arguments of Pipeline for published weights. What may be missing is looked for first, the largest
     files are read last."""
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     configs = published_configs(path, drop)
+    if loras:
+        load_mmdit(path, device="meta", loras=loras)                # do they fit?
     (name, how), side = recognise(configs["mmdit"], path), side_of(configs)
     height, width = (given or side for given in size or (None, None))
     # room for guidance and long prompts: whether they come is not known yet
@@ -291,7 +293,8 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
         path, device=home, dtype=offload.of_encoders(dtype), tokenizers=tokenizers,
         drop=drop, int8=int8, widths=text_widths(configs))
     parts = {"vae": load_vae(path, device=home, dtype=torch.float32),
-             "mmdit": load_mmdit(path, device=home, dtype=dtype, int8=int8), "encoders": encoders}
+             "mmdit": load_mmdit(path, device=home, dtype=dtype, int8=int8, loras=loras),
+             "encoders": encoders}
     scheduler = path / "scheduler" / "scheduler_config.json"
     shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
     return parts | how | {"shift": shift, "t5_longest": T5_LONGEST, "size": (side, side), "offload": mode}

@@ -5,6 +5,7 @@
     python sample.py "a red star" "a blue ring" "three hearts"      several, for which weights are read once
     python sample.py "a lighthouse at dusk, oil on canvas" --model sd3.5_large.safetensors --int8
     python sample.py "the same in winter" --model sd3.5_large.safetensors --image dusk.png --strength 0.7
+    python sample.py "the same in winter" --model sd3.5_large.safetensors --lora style.safetensors=0.8
     python sample.py --like samples/a-red-star-7.png --steps 100       the same again, but for what flags say
     python sample.py --dry-run --model sd3.5-large              what it takes, without any weights
 
@@ -33,6 +34,7 @@ import data
 import flow
 import offload
 from checkpoints import is_run, last_run, read_json, run_configs
+from finetune import Lora
 from pipeline import (DEFAULTS, Pipeline, at_once, check_request, pick_device, published_configs, recognise,
                       save_picture, seeds_of, settings_of, side_of, text_dtype_of)
 from pipeline import to_pil                     # noqa: F401  (can be called from here, as Pipeline can)
@@ -40,7 +42,7 @@ from text_encoders import ENCODERS
 from weights import free_memory
 
 REPEATED = ("prompt", "negative", "seed", "steps", "guidance", "height", "width", "method", "schedule",
-            "shift", "model", "image", "strength", "t5_length", "drop", "left_out", "int8", "dtype")
+            "shift", "model", "lora", "image", "strength", "t5_length", "drop", "left_out", "int8", "dtype")
 
 
 # ---------------------------------------------------------------------------------------------------- request
@@ -69,6 +71,8 @@ def parse(argv=None):
                    help="how much of --image may change, above 0 and at most 1 (default: 0.6)")
     p.add_argument("--skip-layer-guidance", type=number, metavar="SCALE",
                    help="0: none (default: 2.5 for SD3.5-medium, the only model made for it)")
+    p.add_argument("--lora", nargs="+", default=[], metavar="FILE",
+                   help="adapters that change the model, each FILE or FILE=STRENGTH (default: 1)")
     p.add_argument("--out", help="file to write, or a folder (default: a new name under samples/)")
     p.add_argument("--like", metavar="PNG", help="a picture that was drawn here: its settings count where no "
                    "flag says otherwise")
@@ -116,6 +120,17 @@ def number(text: str) -> float:
     return value
 
 
+def file_and_strength(lora: str) -> tuple[str, float]:
+    """Of --lora; a file's own name may have an "=" in it."""
+    name, _, strength = lora.rpartition("=")
+    if not name or Path(lora).exists():
+        return lora, 1.0
+    try:
+        return name, number(strength)
+    except ValueError:
+        raise ValueError(f"--lora {lora}: {strength!r} is no strength, give a number such as 0.8") from None
+
+
 def encoder(name: str) -> str:
     if name not in ENCODERS:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(ENCODERS)}; the prompt comes first")
@@ -134,6 +149,8 @@ def check(args) -> None:
     asked |= {name: v for name in asked if (v := getattr(args, name)) is not None}
     check_request([""], [""], output="pil", **asked)
     seeds_of(args.seed, args.n)
+    for lora in args.lora:
+        file_and_strength(lora)
     flow.part_way(flow.schedule(2, 1 if args.shift is None else args.shift), strength_of(args))
     if args.t5_length is not None and args.t5_length != 0 and not 2 <= args.t5_length <= 10_000:
         raise ValueError(f"--t5-length is {args.t5_length}: 2 to 10,000, or 0 for none")
@@ -210,9 +227,11 @@ def draw(args) -> None:
     folder = args.model or last_run(finished=True)
     if str(folder) in offload.PRESETS and not Path(folder).exists():
         raise ValueError(f"{folder} is a name, not weights: give their file or folder, or add --dry-run")
+    loras = [Lora(*file_and_strength(lora)) for lora in args.lora]
     pipe = Pipeline.from_pretrained(
         folder, device=args.device, dtype=args.dtype, drop=args.drop, offload=args.offload, int8=args.int8,
-        tokenizers=args.tokenizers, size=(args.height, args.width), pictures=args.n)
+        tokenizers=args.tokenizers, size=(args.height, args.width), pictures=args.n,
+        loras=loras)
     pipe.kind, pipe.shift = args.schedule or pipe.kind, pipe.shift if args.shift is None else args.shift
     if args.skip_layer_guidance is not None:
         _, *where = pipe.skip_layers or DEFAULTS["sd3.5-medium"]["skip_layers"]
@@ -223,10 +242,10 @@ def draw(args) -> None:
     asked |= {k: v for k in asked if (v := getattr(args, k)) is not None}
     settings = asked | {"negative": args.negative, "method": args.method, "shift": pipe.shift,
                         "schedule": pipe.kind, "skip_layers": pipe.skip_layers, "model": str(folder),
-                        "drop": args.drop, "left_out": args.left_out, "int8": args.int8,
+                        "lora": args.lora, "drop": args.drop, "left_out": args.left_out, "int8": args.int8,
                         "dtype": args.dtype and offload.short(args.dtype), "image": args.image,
                         "strength": strength_of(args) if image else None}
-    tell(pipe, args, asked)
+    tell(pipe, args, asked, loras)
     some = at_once(asked["height"], asked["width"], pipe.vae.config.factor)
     steps = len(flow.part_way(range(asked["steps"] + 1), strength_of(args) if image else 1)) - 1
     # each prompt apart: the longest of several would lengthen T5's text for all, which changes pictures
@@ -246,8 +265,12 @@ def draw(args) -> None:
               file=sys.stderr)
 
 
-def tell(pipe, args, asked) -> None:
+def tell(pipe, args, asked, loras) -> None:
     """Notices: what of the request will have no effect."""
+    for lora in loras:
+        if lora.left_out:
+            print(f"notice: {lora.path} has {lora.left_out} tensors for text encoders, which are left out",
+                  file=sys.stderr)
     for prompt in dict.fromkeys([*args.prompt, args.negative]):
         if line := pipe.notice(prompt, asked["t5_length"]):
             print(line, file=sys.stderr)

@@ -285,11 +285,11 @@ def read_tensor(source, recipe, shape, device, dtype) -> torch.Tensor:
     return out
 
 
-def fill(source, recipe, build, config, part, device, dtype, smaller=None) -> torch.nn.Module:
+def fill(source, recipe, build, config, part, device, dtype, smaller=None, loras=()) -> torch.nn.Module:
     """The module with its tensors from the source, on `device`, ready to be used. Everything is compared
     before anything is read; on the way there is never more than one tensor beside the model.
 
-    smaller: quantise_mmdit or quantise_t5."""
+    smaller: quantise_mmdit or quantise_t5. loras: what changes the tensors on their way (finetune.Lora)."""
     device = torch.device(device)
     try:
         with torch.device("meta"):
@@ -298,6 +298,8 @@ def fill(source, recipe, build, config, part, device, dtype, smaller=None) -> to
         raise CheckpointError(f"{source.path}: this code does not know such an architecture ({e})") from None
     own = {name: (t.shape, recipe(name)) for name, t in module.state_dict().items()}
     check_names(source, own, part)
+    for lora in loras:
+        lora.find({name: shape for name, (shape, _) in own.items()}, config.depth)
     dtype = own_dtype(source, own, part, dtype)
     module = (smaller or (lambda module: module))(module.to(dtype)).eval().requires_grad_(False)
     if device.type == "meta":                       # only to compare: nothing is read
@@ -310,6 +312,8 @@ def fill(source, recipe, build, config, part, device, dtype, smaller=None) -> to
     try:
         for name, (shape, r) in own.items():
             t, (layer, _, leaf) = read_tensor(source, r, shape, device, dtype), name.rpartition(".")
+            for lora in loras:
+                lora.change(name, t)
             if layer in in_int8 and leaf == "weight":
                 t, tensors[f"{layer}.scale"] = quantise(t)
             tensors[name] = t
@@ -319,15 +323,15 @@ def fill(source, recipe, build, config, part, device, dtype, smaller=None) -> to
     return module.requires_grad_(False)
 
 
-def load_mmdit(path, *, device="cpu", dtype=None, int8=False) -> MMDiT:
+def load_mmdit(path, *, device="cpu", dtype=None, int8=False, loras=()) -> MMDiT:
     """The transformer of a file or folder in either layout; CheckpointError if it is something else.
 
     device, dtype: where and as what it shall be. dtype None: as it is stored (float8 becomes bfloat16).
-    int8: see kernels/int8.py.
+    int8: see kernels/int8.py. loras: finetune.Lora, each adds its change to the weights as these are read.
     On the device "meta" names and shapes are compared and no weights are read, here and in the other four."""
     source, recipe = locate(path, "mmdit")
     return fill(source, recipe, MMDiT, mmdit_config(source, recipe), "mmdit", device, dtype,
-                quantise_mmdit if int8 else None)
+                quantise_mmdit if int8 else None, loras)
 
 
 def load_vae(path, *, device="cpu", dtype=None) -> AutoencoderKL:

@@ -15,6 +15,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 import flow
+from finetune import Lora
 from mmdit import MMDiT, MMDiTConfig
 from pipeline import Pipeline
 from text_encoders import ENCODERS
@@ -104,6 +105,29 @@ def test_diffusers_reads_the_transformers_that_are_written_here_in_shards_too(tm
     assert names[0] == names[1]                                 # cut up in the same way, under the same names
     again = load_mmdit(tmp_path / "theirs").state_dict()
     assert all(torch.equal(t, again[k]) for k, t in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_an_adapter_that_peft_made_means_the_same_here(tmp_path, kind):
+    """On every linear layer, alpha other than the rank, saved as diffusers' training scripts do."""
+    peft = pytest.importorskip("peft", reason=f"peft {WHY}")
+    size = {"depth": 3, "heads": 2, "ctx": 24, "pooled": 16, "side": 6}
+    theirs = their_transformer(*KINDS[kind], size)
+    theirs.save_pretrained(tmp_path / "transformer")
+    linears = [name for name, m in theirs.named_modules() if isinstance(m, torch.nn.Linear)]
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=linears, init_lora_weights=False)
+    torch.manual_seed(0)
+    theirs.add_adapter(config)
+    diffusers.StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path, transformer_lora_layers=peft.get_peft_model_state_dict(theirs),
+        transformer_lora_adapter_metadata=config.to_dict())
+    ours = load_mmdit(tmp_path / "transformer", loras=[Lora(tmp_path / "pytorch_lora_weights.safetensors")])
+    x, t, context, pooled = (torch.randn(2, 16, 8, 12), torch.rand(2), torch.randn(2, 9, 24),
+                             torch.randn(2, 16))
+    expected = theirs(x, context, pooled, 1000 * t, return_dict=False)[0]
+    plain = load_mmdit(tmp_path / "transformer")(x, t, context, pooled)
+    assert error(ours(x, t, context, pooled), expected) < 1e-5 < 0.1 < error(plain, expected)
 
 
 # ------------------------------------------------------------------------------------------------ autoencoder

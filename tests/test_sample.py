@@ -6,12 +6,15 @@ import shutil
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import data
+import finetune
 import flow
 import sample
 from checkpoints import load_tensors, save_tensors
@@ -259,6 +262,34 @@ def test_a_picture_tells_how_to_draw_it_again_and_what_it_tells_of_other_things_
     assert other != first and but == told | {"prompt": "a ring", "steps": 2, "dtype": None}
 
 
+def test_an_adapter_changes_the_picture_as_much_as_it_is_told_and_is_noted_in_it(run, tmp_path, capsys):
+    net = finetune.add_lora(sample.Pipeline.from_pretrained(run, device="cpu").mmdit, 2)
+    for layer in finetune.adapters(net).values():
+        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "odd=0.5.safetensors"
+    finetune.save_lora(net, file)
+
+    def drawn(*flags):
+        sample.main(["a star", "--model", str(run), "--steps", "2", "--device", "cpu", "--out", f"{tmp_path}/",
+                     *map(str, flags)])
+        path = Path(capsys.readouterr().out.strip())
+        with Image.open(path) as image:
+            return image.tobytes(), path, json.loads(image.text["parameters"])["lora"]
+
+    plain, changed, none, twice = (drawn(*flags) for flags in (
+        (), ("--lora", file), ("--lora", f"{file}=0"), ("--lora", f"{file}=0.5", f"{file}=0.5")))
+    assert plain[0] == none[0] != changed[0] and twice[2] == [f"{file}=0.5"] * 2 and plain[2] == []
+    near, far = ((abs(np.frombuffer(twice[0], np.uint8).astype(int) - np.frombuffer(other[0], np.uint8))).max()
+                 for other in (changed, plain))
+    assert near <= 1 < far
+    assert drawn("--like", changed[1])[0] == changed[0]
+    more = load_file(file) | {"lora_te1_x.lora_down.weight": torch.ones(1, 1)}
+    save_file(more, tmp_path / "more.safetensors")
+    sample.main(["a star", "--model", str(run), "--steps", "1", "--device", "cpu", "--out", f"{tmp_path}/",
+                 "--lora", str(tmp_path / "more.safetensors")])
+    assert "more.safetensors has 1 tensors for text encoders, which are left out" in capsys.readouterr().err
+
+
 def test_a_dry_run_counts_the_last_runs_own_weights_and_draws_nothing(run, pipe, monkeypatch, capsys):
     monkeypatch.chdir(run.parent.parent)
     before = sorted(Path(".").rglob("*"))
@@ -313,7 +344,8 @@ def test_without_a_usable_run_one_line_says_what_to_do(argv, cause, tmp_path, mo
 
 @pytest.mark.parametrize(
     "flags", [["--steps", "0"], ["--height", "50"], ["--seed", "-1"], ["--width", "100000"],
-              ["--tokenizers", "."], ["--image", "no.png"]])
+              ["--tokenizers", "."], ["--image", "no.png"], ["--lora", "no.safetensors"],
+              ["--lora", "no.safetensors=much"], ["--lora", "no.safetensors=nan"]])
 def test_bad_flags_end_with_exit_code_2_and_no_file(run, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
