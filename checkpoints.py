@@ -216,17 +216,19 @@ def load_encoders(path, *, drop=(), dtype=None, t5_width=4096) -> tuple[Autoenco
     return vae, encoders
 
 
+def config_of_part(run, name: str):
+    """The config of one of PARTS in a run's folder; no tensor is read."""
+    file = Path(run, f"{name}.safetensors")
+    return part_config(file, name, load_tensors(file, ())[1])
+
+
 def run_configs(path, drop=()) -> dict:
     """The configs of a run's transformer, autoencoder and text encoders, but a T5 in `drop`: read from their
     files, of which no tensor is touched. CheckpointError unless they fit each other."""
     home, configs = home_of_encoders(path), {}
     for name in ("mmdit", "vae", *(e for e in ENCODERS if e != "t5" or e not in drop)):
-        folder = Path(path) if name == "mmdit" else home
-        if is_run(folder):
-            file = folder / f"{name}.safetensors"
-            configs[name] = part_config(file, name, load_tensors(file, ())[1])
-        else:
-            configs[name] = config_of(folder, name)
+        folder = path if name == "mmdit" else home
+        configs[name] = (config_of_part if is_run(folder) else config_of)(folder, name)
     c, t5 = configs["mmdit"], configs.get("t5")
     pooled = sum(clip.projection_dim or clip.width for clip in (configs["clip_l"], configs["clip_g"]))
     if pooled != c.pooled_dim or (t5 and t5.width != c.context_dim):

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 import flow
-from checkpoints import has_run, is_published, last_run, read_json
+from checkpoints import config_of_part, has_run, is_published, last_run, read_json
 from mmdit import MMDiTConfig
 from pipeline import check_side
 from prepare import Cache
@@ -34,7 +34,7 @@ from stages import STAGES, encoder_prints
 from weights import config_of
 
 # settings that say what is trained, and by what
-SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate")
+SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate", "lora")
 FREE = ("minutes", "accumulate", "fsdp", "compile", "encoders")    # what a resumed run may change
 
 
@@ -56,6 +56,7 @@ class TrainConfig:
     origin: str = flag(
         "", "a finished run to go on from: its parts are kept, its transformer learns on; or "
         "published weights, with a --cache that their encoders made", "from where and where to")
+    lora: int = flag(0, "with --from: rank of adapters, which alone learn (finetune.py); 0: all learns")
     out: str = flag("", "folder of the run; default: a new one under runs/")
     device: str = flag("auto", "auto | cuda | mps | cpu")
     dtype: str = flag("auto", "auto | bfloat16 | float32, of matrix products")
@@ -111,6 +112,10 @@ class TrainConfig:
         if self.encoders and not self.cache:
             raise ValueError("published encoders only make caches: add --cache DIR, made by  python train.py "
                              f"cache --model {self.encoders} --data DIR --size SIDE")
+        if self.lora < 0 or self.lora and not self.origin:
+            raise ValueError(f"--lora {self.lora}: adapters have a rank above 0 and change what --from names")
+        if self.lora and self.fsdp:
+            raise ValueError("--lora and --fsdp: where only adapters learn, nothing is cut up: leave out --fsdp")
         MMDiTConfig.preset(self.model)
         flow.t_density(self.density, torch.tensor(0.5))
         flow.shift_t(0.5, self.shift)
@@ -205,8 +210,9 @@ def second_phase(given: dict) -> dict:
         cache = checked_cache(given)
         cache.compare(*encoder_prints(given.get("encoders", run)))
         size = cache.index["size"]
-    known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "origin", "cache", "minutes"}
+    known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "origin", "cache", "minutes", "lora"}
     kept = {k: v for k, v in saved.items() if k in known}
+    kept |= of_adapters(given, config_of_part(run, "mmdit"), 5e-3)
     return {**kept, "shift": saved["shift"] * size / saved["size"], **given, "size": size}
 
 
@@ -232,9 +238,17 @@ def fine_tuning(given: dict) -> dict:
         raise ValueError(f"{given['cache']} was made by a run's encoders, of which published weights know "
                          f"nothing: make one by  python train.py cache --model {given['origin']} --data DIR "
                          "--size SIDE")
-    config_of(given["origin"], "mmdit")                         # CheckpointError unless it is one of SD3
-    return {"flow_rate": 1e-5, "muon_rate": 0.0, "shift": max(1.0, 3.0 * given["size"] / 1024), **given,
-            "origin": str(Path(given["origin"]).resolve())}
+    c = config_of(given["origin"], "mmdit")                     # CheckpointError unless it is one of SD3
+    return {"flow_rate": 1e-5, "muon_rate": 0.0, "shift": max(1.0, 3.0 * given["size"] / 1024),
+            **of_adapters(given, c, 1e-4), **given, "origin": str(Path(given["origin"]).resolve())}
+
+
+def of_adapters(given: dict, c: MMDiTConfig, rate: float) -> dict:
+    """Settings with which adapters of a transformer of this config learn, if they shall: larger steps than
+    the weights' own. ValueError for a rank that is none."""
+    if not 0 <= given.get("lora", 0) <= c.width:
+        raise ValueError(f"--lora {given['lora']}: the rank can be 1 to {c.width}, the transformer's width")
+    return {"flow_rate": rate, "muon_rate": 0.0} if given.get("lora") else {}
 
 
 def checked_cache(given: dict) -> Cache:

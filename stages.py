@@ -39,6 +39,7 @@ import flow
 from checkpoints import (bare_encoders, home_of_encoders, is_run, load_encoders, load_part, load_tokenizers,
                          write_atomically)
 from data import contact_sheet, list_pictures, pick_captions, refuse_if_mostly_bad
+from finetune import add_lora, merge_lora, save_lora
 from mmdit import MMDiT, MMDiTConfig
 from parallel import Later, local, whole
 from pipeline import Pipeline
@@ -285,15 +286,19 @@ def take_over(origin, folder) -> None:
 
 
 def start_of(run, vae, later=nullcontext()) -> MMDiT:
-    """The transformer that --from names: a run's for this run's pictures, or a published one as it is.
+    """The transformer that --from names: a run's for this run's pictures, or a published one as it is. With
+    --lora only adapters of it learn; a published one then stays in the dtype of products.
 
     Inside `later` its tensors stay in their file until they are made."""
     c = run.config
     if (run.folder / "start").is_dir():
         old = load_part(run.folder / "start", "mmdit", later)
         with later:
-            return grown(old, c.size // (2 * vae.config.factor))
+            model = grown(old, c.size // (2 * vae.config.factor), white=not c.lora)
+        return add_lora(model, c.lora, seed=c.seed) if c.lora else model
     device = "meta" if isinstance(later, Later) else run.device
+    if c.lora:
+        return add_lora(load_mmdit(c.origin, device=device, dtype=run.dtype), c.lora, seed=c.seed)
     model = load_mmdit(c.origin, device=device, dtype=torch.float32).requires_grad_(True)
     if device == "meta":
         source, recipe = locate(c.origin, "mmdit")
@@ -303,15 +308,15 @@ def start_of(run, vae, later=nullcontext()) -> MMDiT:
     return model
 
 
-def grown(old: MMDiT, tokens: int) -> MMDiT:
+def grown(old: MMDiT, tokens: int, white: bool = True) -> MMDiT:
     """The same weights for pictures of tokens x tokens. The coordinates of its first pictures are stretched
     over these (interpolated), and go on beyond them (extended), paper section 5.3.2. Smaller ones have the
-    middle of them."""
+    middle of them. white: the layer that reads text is about to learn (WhiteLinear)."""
     c = dataclasses.replace(old.config, pos_sample=max(old.config.pos_sample, tokens),
                             pos_max=max(old.config.pos_max, 3 * tokens))
     new = MMDiT(c)      # a published table is kept where it reaches: what it holds may be by another formula
     new.load_state_dict(old.state_dict() | ({} if c == old.config else {"pos_embed": new.pos_embed}))
-    new.context_embedder = WhiteLinear(new.context_embedder)
+    new.context_embedder = WhiteLinear(new.context_embedder) if white else new.context_embedder
     return new
 
 
@@ -362,7 +367,8 @@ class WhiteLinear(nn.Linear):
 def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
     c, model = run.config, parts["mmdit"]
     for name, p in model.joint_blocks[-1].context_block.attn.named_parameters():
-        p.requires_grad_(not name.startswith("ln_q"))       # the last text queries are not read (parallel.py)
+        if name.startswith("ln_q"):
+            p.requires_grad_(False)                         # the last text queries are not read (parallel.py)
     batches = cached_batches(run, parts, tokenizers, survey, pictures)
     widths = [parts[name].config.width for name in ENCODERS[:2]]
     prompts = preview_prompts(c, pictures.captions)
@@ -394,6 +400,10 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
     def finish():
         if white:
             model.context_embedder = model.context_embedder.folded().requires_grad_(False)
+        if c.lora:
+            if run.ranks.rank == 0:
+                save_lora(model, run.folder / "lora.safetensors")
+            merge_lora(model)
 
     def preview(step):
         vae = load_vae(c.encoders, dtype=torch.float32) if c.encoders else load_part(run.folder, "vae")

@@ -165,6 +165,8 @@ def rate_at(step: int, total: int, config: TrainConfig) -> float:
 def begin(run: Run, stage: Stage) -> State:
     """A stage before its first step."""
     c, params = run.config, dict(stage.model.named_parameters())
+    if stage.name == "flow" and c.lora:
+        params = {name: p for name, p in params.items() if p.requires_grad}
     matrices, rest = split(stage.model) if stage.name == "flow" and c.muon_rate else ([], params.values())
     # matrices decay, biases and norms do not
     groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
@@ -464,6 +466,9 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
     if not todo:
         print("all stages are learned")
         return
+    if c.lora:
+        learning = sum(p.numel() for p in parts["mmdit"].parameters() if p.requires_grad)
+        print(f"adapters of rank {c.lora} learn, {learning:,} numbers; all else stays")
 
     def flow_loss(step, g, rows):
         m, side = parts["mmdit"].config, c.size // parts["vae"].config.factor

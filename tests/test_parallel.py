@@ -233,6 +233,17 @@ def test_a_second_phase_cut_up_among_two_learns_what_one_process_does(finished, 
     assert_equal(*folders)
 
 
+def test_adapters_on_two_processes_learn_what_they_do_on_one(finished, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for world, folder in enumerate(folders, 1):
+        flags = ["--from", str(finished), "--lora", "2", "--flow-steps", "3", "--out", str(folder)]
+        codes, said = launch(folder, world, flags)
+        assert codes == [0] * world and "adapters of rank 2 learn" in said, said
+    assert_equal(*folders)
+    one, two = (load_tensors(folder / "lora.safetensors")[0] for folder in folders)
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one | two)
+
+
 @fsdp
 def test_published_weights_cut_up_among_two_learn_what_one_process_does(tmp_path):
     make_fake_checkpoint.main([str(tmp_path), "--config", "small", "--parts", *make_fake_checkpoint.BUILD])

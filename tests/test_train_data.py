@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
+import finetune
 import make_fake_checkpoint
 import offload
 import pipeline
@@ -39,6 +40,7 @@ from train import TrainConfig, parse, train
 from weights import load_mmdit, load_text_encoders, load_vae, locate
 
 pytestmark = pytest.mark.usefixtures("miniature")
+
 
 def modules():
     """All in memory that have numbers, not shapes alone."""
@@ -549,6 +551,67 @@ def test_bad_input_about_published_encoders_is_one_line_that_names_the_remedy(
         ["--cache", out,
          *flags_of(encoders=other / published.name, out="run", flow_batch=2, dtype="float32")],
         capsys)
+
+
+# --- Adapters ---
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(t, b[name]) and t.dtype == b[name].dtype
+                                        for name, t in a.items())
+
+
+def test_only_adapters_learn_and_their_file_with_what_they_began_with_is_the_run(finished, tmp_path, capsys):
+    flags = ["--from", str(finished), "--lora", "2", *flags_of(pictures=8, flow_steps=4, flow_batch=4,
+                                                              save_every=2)]
+    config, _ = parse(flags)
+    assert (config.flow_rate, config.muon_rate) == (5e-3, 0)
+    straight = train(*parse([*flags, "--out", str(tmp_path / "straight")]))
+    before, after = load_part(finished, "mmdit"), load_part(straight, "mmdit")
+    moved = {name for name, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[name])}
+    assert moved == {f"{name}.weight" for name in finetune.adapters(finetune.add_lora(
+        load_part(finished, "mmdit"), 1))}
+    assert same(finetune.change_all(before, [finetune.Lora(straight / "lora.safetensors")]).state_dict(),
+                after.state_dict())
+    sizes = [t.numel() for name, t in load_file(straight / "lora.safetensors").items() if "alpha" not in name]
+    assert f"adapters of rank 2 learn, {sum(sizes):,} numbers" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Run, "generator", power_cut(training.Run.generator, 3))
+        with pytest.raises(KeyboardInterrupt):
+            train(*parse([*flags, "--out", str(tmp_path / "cut")]))
+    checkpoint, = (tmp_path / "cut" / "checkpoints").iterdir()
+    assert checkpoint.name == "flow-000002"
+    assert not any(name.endswith("qkv.weight") for name in load_tensors(checkpoint / "state.safetensors")[0])
+    resumed = train(*parse(["--resume", "--out", str(tmp_path / "cut")]))
+    for name in ("mmdit", "lora"):
+        assert same(*(load_file(folder / f"{name}.safetensors") for folder in (resumed, straight)))
+    all_of_it, _ = parse(["--from", str(straight)])                     # what follows learns as a whole again
+    assert all_of_it.lora == 0
+
+
+def test_adapters_of_published_weights_learn_beside_them_in_half_precision(encoded, odd, tmp_path):
+    flags = ["--from", str(odd), "--cache", str(encoded[0]), "--encoders", str(odd), "--lora", "3", *flags_of(
+        flow_steps=3, flow_batch=4, preview_every=3, device="cpu", dtype="bfloat16")]
+    config, _ = parse([*flags, "--out", str(tmp_path / "run")])
+    assert config.flow_rate == 1e-4
+    run, base = train(config), odd / "small.safetensors"
+    adapter = finetune.Lora(run / "lora.safetensors")
+    assert {t.dtype for pair in adapter.factors.values() for t in pair[:2]} == {torch.float32}
+    assert any(B.any() for _, B, _ in adapter.factors.values())
+    stored = load_file(run / "mmdit.safetensors")
+    assert same(stored, load_mmdit(base, dtype=torch.bfloat16, loras=[adapter]).state_dict())
+    pipes = (Pipeline.from_pretrained(run, device="cpu"),
+             Pipeline.from_pretrained(odd, device="cpu", loras=[adapter]))
+    pipes[1].kind, pipes[1].shift = "clean", pipes[0].shift
+    a, b = (pipe("a star", steps=2, guidance=1.0, output="latent", t5_length=77, height=32, width=32)
+            for pipe in pipes)
+    assert (a - b).norm() < 0.02 * b.norm()                     # the one's transformer was rounded, merged
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lora", "2"], "what --from names"), (["--from", "RUN", "--lora", "-1"], "rank"),
+    (["--from", "RUN", "--lora", "33"], "1 to 32"), (["--from", "RUN", "--lora", "2", "--fsdp"], "--fsdp")])
+def test_adapters_that_cannot_be_are_refused_before_anything_is_read(flags, words, finished, capsys):
+    assert words in refused([str(finished) if flag == "RUN" else flag for flag in flags], capsys)
 
 
 # --- A folder in which much is bad ---
