@@ -170,21 +170,22 @@ class Lora:
         keys = Source([self.path]).index
         with open_safetensors(self.path) as f:
             tensors, about = {key: f.get_tensor(key) for key in keys}, f.metadata() or {}
-        found = {key: FACTOR.fullmatch(key) for key in keys}
+        found = {key: m for key in keys if (m := FACTOR.fullmatch(key))}
         for key in keys:
             if other := next((what for pattern, what in OTHERS if re.search(pattern, key)), None):
                 raise CheckpointError(f"{path} is {other}: merge it into a model with the program it is for")
-        if not any(found.values()):
+        if not found:
             raise CheckpointError(f"{path} is no LoRA but {describe(keys)}: give a model with --model")
         self.left_out = sum(bool(OF_TEXT.match(key)) for key in keys)
-        self.factors, self.places = {}, {}
-        for stem in dict.fromkeys(m[1] for key, m in found.items() if m and not OF_TEXT.match(key)):
-            pair = {m[2] or {"down": "A", "up": "B"}[m[3]]: tensors[key]
-                    for key, m in found.items() if m and m[1] == stem}
+        self.factors, self.places, pairs = {}, {}, {}
+        for key, (stem, which, old) in ((key, m.groups()) for key, m in found.items()):
+            if not OF_TEXT.match(key):
+                pairs.setdefault(stem, {})[which or {"down": "A", "up": "B"}[old]] = tensors[key]
+        for stem, pair in pairs.items():
             if pair.keys() != {"A", "B"} or pair["A"].shape[:1] != pair["B"].shape[1:2]:
                 raise CheckpointError(f"{path} is damaged: the two factors of {stem} do not belong together")
             self.factors[stem] = pair["A"], pair["B"], self.scale(stem, tensors, about, len(pair["A"]))
-        known = {key for key, m in found.items() if m} | {f"{stem}.alpha" for stem in self.factors}
+        known = found.keys() | {f"{stem}.alpha" for stem in self.factors}
         if unknown := [key for key in keys if key not in known and not OF_TEXT.match(key)]:
             raise CheckpointError(f"{path} has an unknown {unknown[0]}: it is no plain LoRA")
 

@@ -115,7 +115,7 @@ class TrainConfig:
         if self.lora < 0 or self.lora and not self.origin:
             raise ValueError(f"--lora {self.lora}: adapters have a rank above 0 and change what --from names")
         if self.lora and self.fsdp:
-            raise ValueError("--lora and --fsdp: where only adapters learn, nothing is cut up: leave out --fsdp")
+            raise ValueError("--lora and --fsdp: where adapters learn nothing is cut up, leave out --fsdp")
         MMDiTConfig.preset(self.model)
         flow.t_density(self.density, torch.tensor(0.5))
         flow.shift_t(0.5, self.shift)
