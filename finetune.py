@@ -19,7 +19,7 @@ It is added to the weights while these are read (`sample.py --lora FILE`), after
 as ever.
 
 What surprises
-- diffusers' scale is alpha / rank, too, but alpha stands in the file's metadata, or nowhere: then it is rank.
+- peft's alpha is in the file's metadata, or in adapter_config.json beside it, or nowhere: then it is rank.
 - Where diffusers has the halves of a modulation exchanged, the rows of B have to be exchanged with them.
 - Only a difference counts in DPO: with too small a beta both pictures become worse, the worse one faster.
 - The last block's text projection stays: SelfAttention.project_kv cuts dead queries off the weight itself.
@@ -28,6 +28,7 @@ Sources: LoRA arXiv 2106.09685, DPO 2305.18290, for diffusion 2311.12908 (whose 
 Run `python finetune.py`: an adapter learns what a small model does not know, and is merged, saved and read.
 """
 import json
+import math
 import re
 from contextlib import contextmanager
 from functools import partial
@@ -175,32 +176,47 @@ class Lora:
             if other := next((what for pattern, what in OTHERS if re.search(pattern, key)), None):
                 raise CheckpointError(f"{path} is {other}: merge it into a model with the program it is for")
         if not found:
-            raise CheckpointError(f"{path} is no LoRA but {describe(keys)}: give a model with --model")
+            raise CheckpointError(f"{path} has no factors of a LoRA, it is {describe(keys)}: give a model "
+                                  "with --model, and an adapter in one of the namings of finetune.py")
         self.left_out = sum(bool(OF_TEXT.match(key)) for key in keys)
         self.factors, self.places, pairs = {}, {}, {}
         for key, (stem, which, old) in ((key, m.groups()) for key, m in found.items()):
             if not OF_TEXT.match(key):
                 pairs.setdefault(stem, {})[which or {"down": "A", "up": "B"}[old]] = tensors[key]
         for stem, pair in pairs.items():
-            if pair.keys() != {"A", "B"} or pair["A"].shape[:1] != pair["B"].shape[1:2]:
+            fit = pair.keys() == {"A", "B"} and pair["A"].shape[:1] == pair["B"].shape[1:2] != (0,)
+            if not fit or not all(t.is_floating_point() for t in pair.values()):
                 raise CheckpointError(f"{path} is damaged: the two factors of {stem} do not belong together")
             self.factors[stem] = pair["A"], pair["B"], self.scale(stem, tensors, about, len(pair["A"]))
+        if not self.factors:
+            raise CheckpointError(f"{path} changes text encoders alone, which stay as they are here: leave "
+                                  "it out")
         known = found.keys() | {f"{stem}.alpha" for stem in self.factors}
         if unknown := [key for key in keys if key not in known and not OF_TEXT.match(key)]:
             raise CheckpointError(f"{path} has an unknown {unknown[0]}: it is no plain LoRA")
 
     def scale(self, stem, tensors, about, rank) -> float:
-        """What the product of the factors is multiplied with."""
-        if f"{stem}.alpha" in tensors:
-            return tensors[f"{stem}.alpha"].item() / rank
+        """What the product of the factors is multiplied with: alpha / rank. Where alpha is no tensor, peft
+        has written it elsewhere, for all layers and for those that match a pattern."""
+        beside = self.path.with_name("adapter_config.json")
         try:
-            told = json.loads(about.get("lora_adapter_metadata", "{}"))
-            own = told.get("transformer.alpha_pattern") or {}
-            alpha = next((a for layer, a in own.items() if stem.endswith(layer)),
-                         told.get("transformer.lora_alpha", rank))
-            return float(alpha) / (rank ** 0.5 if told.get("transformer.use_rslora") else rank)
-        except (ValueError, AttributeError, TypeError) as e:
-            raise CheckpointError(f"{self.path}: its metadata is damaged ({e}): get it again") from None
+            if f"{stem}.alpha" in tensors:
+                alpha, root = tensors[f"{stem}.alpha"].item(), False
+            else:
+                text = about.get("lora_adapter_metadata", "{}")
+                if stem.startswith("base_model.model.") and beside.is_file():
+                    text = beside.read_text(encoding="utf-8")
+                told = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
+                layer, patterns = PREFIX.sub("", stem), told.get("alpha_pattern") or {}
+                alpha = next((a for pattern, a in patterns.items()
+                              if re.fullmatch(rf"(.*\.)?({pattern})", layer)), told.get("lora_alpha", rank))
+                root = told.get("use_rslora")
+            if not math.isfinite(alpha):
+                raise ValueError(f"alpha is {alpha}")
+            return alpha / (rank ** 0.5 if root else rank)
+        except (ValueError, AttributeError, TypeError, RuntimeError, OSError, re.error) as e:
+            raise CheckpointError(
+                f"{self.path}: the scale of {stem} is damaged ({e}): get it again") from None
 
     def find(self, shapes: dict, depth: int) -> "Lora":
         """shapes: {our name of a tensor: its shape}, of a transformer of `depth` blocks."""
@@ -216,6 +232,8 @@ class Lora:
                 raise CheckpointError(f"{self.path} is for another model: it changes {stem}, which is not in "
                                       f"this one of {depth} blocks")
             name, i, recipe = place
+            if (i, recipe) in ((i, recipe) for _, i, recipe in self.places.get(name, ())):
+                raise CheckpointError(f"{self.path} changes {stem} twice, under two names: it is damaged")
             rows, *columns = shapes[name]
             needed = rows // len(recipe.keys), torch.Size(columns).numel()
             if (told := (len(B), A[0].numel())) != needed or B[0].numel() != len(A):

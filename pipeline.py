@@ -289,14 +289,16 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
                  pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
     mode = place(mode, name, configs, device, int8, about)
     home = device if mode == "none" else torch.device("cpu")
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
+    if not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
+        raise CheckpointError(f"{scheduler}: shift is {shift!r}, no number above 0: get the file again")
     encoders = load_text_encoders(
         path, device=home, dtype=offload.of_encoders(dtype), tokenizers=tokenizers,
         drop=drop, int8=int8, widths=text_widths(configs))
     parts = {"vae": load_vae(path, device=home, dtype=torch.float32),
              "mmdit": load_mmdit(path, device=home, dtype=dtype, int8=int8, loras=loras),
              "encoders": encoders}
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
     return parts | how | {"shift": shift, "t5_longest": T5_LONGEST, "size": (side, side), "offload": mode}
 
 
@@ -343,8 +345,11 @@ def side_of(configs) -> int:
 
 def recognise(c, path) -> tuple[str, dict]:
     """Which published model this is -> its name and its row of DEFAULTS. Turbo has the shapes of the large
-    one: only names tell it."""
-    if "turbo" in f"{Path(path).name} {read_config(Path(path, 'transformer')).get('_name_or_path')}".lower():
+    one: only names tell it, the path's own, what it links to, or that of a folder of Hugging Face's."""
+    real = Path(path).resolve()
+    names = [Path(path).name, real.name, *(p for p in real.parts if p.startswith("models--")),
+             str(read_config(Path(path, "transformer")).get("_name_or_path"))]
+    if "turbo" in " ".join(names).lower():
         return "sd3.5-large-turbo", DEFAULTS["sd3.5-large-turbo"]
     if not c.qk_norm:
         return "sd3-medium", DEFAULTS["sd3-medium"]

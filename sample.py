@@ -41,8 +41,8 @@ from pipeline import to_pil                     # noqa: F401  (can be called fro
 from text_encoders import ENCODERS
 from weights import free_memory
 
-REPEATED = ("prompt", "negative", "seed", "steps", "guidance", "height", "width", "method", "schedule",
-            "shift", "model", "lora", "image", "strength", "t5_length", "drop", "left_out", "int8", "dtype")
+REPEATED = ("negative", "seed", "steps", "guidance", "height", "width", "method", "schedule", "shift",
+            "model", "lora", "image", "strength", "t5_length", "drop", "left_out", "int8", "dtype")
 
 
 # ---------------------------------------------------------------------------------------------------- request
@@ -71,7 +71,7 @@ def parse(argv=None):
                    help="how much of --image may change, above 0 and at most 1 (default: 0.6)")
     p.add_argument("--skip-layer-guidance", type=number, metavar="SCALE",
                    help="0: none (default: 2.5 for SD3.5-medium, the only model made for it)")
-    p.add_argument("--lora", nargs="+", default=[], metavar="FILE",
+    p.add_argument("--lora", nargs="+", action="extend", metavar="FILE",
                    help="adapters that change the model, each FILE or FILE=STRENGTH (default: 1)")
     p.add_argument("--out", help="file to write, or a folder (default: a new name under samples/)")
     p.add_argument("--like", metavar="PNG", help="a picture that was drawn here: its settings count where no "
@@ -79,7 +79,7 @@ def parse(argv=None):
     text = p.add_argument_group("text")
     text.add_argument("--t5-length", type=int, help="tokens of T5 (default: a run's own; for published "
                       "weights 77, and up to 256 where the prompt needs them)")
-    text.add_argument("--drop", nargs="+", default=[], type=encoder, metavar="ENCODER",
+    text.add_argument("--drop", nargs="+", action="extend", type=encoder, metavar="ENCODER",
                       help=f"encoders to do without, of {', '.join(ENCODERS)}: zeros take their place")
     text.add_argument("--drop-t5", action="store_true", help="short for --drop t5")
     text.add_argument("--left-out", action=argparse.BooleanOptionalAction, default=False,
@@ -100,9 +100,11 @@ def parse(argv=None):
     p.error = refuse
     args = p.parse_args(argv)
     if args.like:
-        p.set_defaults(**flags_of(args.like))
-        args = p.parse_args(argv)
+        told, prompt = flags_of(args.like, args)
+        argv = sys.argv[1:] if argv is None else argv
+        args = p.parse_args([*told, *argv, *([] if args.prompt else ["--", prompt])])
         args.strength = args.strength if args.image else None           # --image "" does without
+    args.lora, args.drop = args.lora or [], args.drop or []
     args.dtype = args.dtype and getattr(torch, args.dtype)
     args.drop = tuple(dict.fromkeys(args.drop + ["t5"] * args.drop_t5))
     if args.left_out and "t5" not in args.drop and len(args.drop) < 2:
@@ -139,10 +141,10 @@ def encoder(name: str) -> str:
 
 def check(args) -> None:
     """ValueError for what is wrong whatever the weights: better now than when they have been read."""
-    if not args.prompt:
+    if not args.prompt and not args.dry_run:
         raise ValueError('no prompt: say what to draw, such as python sample.py "a red star"')
-    if args.n < 1:
-        raise ValueError(f"-n is {args.n}: ask for 1 picture or more")
+    if not 1 <= args.n <= 10_000:
+        raise ValueError(f"-n is {args.n}: ask for 1 picture or more, at most 10,000")
     if args.strength is not None and not args.image:
         raise ValueError("--strength is about a picture to begin with: add --image")
     asked = dict(height=64, width=64, steps=1, guidance=1)
@@ -150,10 +152,13 @@ def check(args) -> None:
     check_request([""], [""], output="pil", **asked)
     seeds_of(args.seed, args.n)
     for lora in args.lora:
-        file_and_strength(lora)
+        if not Path(file := file_and_strength(lora)[0]).is_file():
+            raise ValueError(f"--lora {file}: there is no such file; its strength is given as FILE=0.8")
     flow.part_way(flow.schedule(2, 1 if args.shift is None else args.shift), strength_of(args))
     if args.t5_length is not None and args.t5_length != 0 and not 2 <= args.t5_length <= 10_000:
         raise ValueError(f"--t5-length is {args.t5_length}: 2 to 10,000, or 0 for none")
+    if args.dry_run:
+        return
     if len(args.prompt) > 1 and is_file_name(args.out):
         raise ValueError(f"--out {args.out} is one file for several prompts: give a folder, ending in /")
     for i in range(args.n if args.out else 1):
@@ -193,13 +198,24 @@ def free_path(out, prompt: str, seed: int, n: int) -> Path:
     return path
 
 
-def flags_of(path) -> dict:
-    """What a picture that was drawn here says of flags (not of where to write and on which device)."""
+def flags_of(path, args) -> tuple[list[str], str]:
+    """What a picture that was drawn here says of flags (not of where to write and on which device), as flags,
+    but for lists that `args` have themselves; and its prompt."""
+    flags = []
     try:
         told = settings_of(path)
-        layers = told["skip_layers"]
-        return {k: told[k] for k in REPEATED if k in told} | {
-            "prompt": [told["prompt"]], "skip_layer_guidance": layers[0] if layers else 0}
+        told["skip_layer_guidance"] = told["skip_layers"][0] if told["skip_layers"] else 0
+        for name in (*REPEATED, "skip_layer_guidance"):
+            flag, value = f"--{name.replace('_', '-')}", told.get(name)
+            if isinstance(value, bool):
+                flags.append(flag if value else flag.replace("--", "--no-"))
+            elif isinstance(value, list):
+                flags += [flag, *value] if value and not getattr(args, name) else []
+            elif value is not None:
+                flags.append(f"{flag}={value}")
+        if not all(isinstance(word, str) for word in (told["prompt"], *flags)):
+            raise ValueError("not in the words of sample.py")
+        return flags, told["prompt"]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"--like {path} cannot be used, sample.py did not draw it ({e})") from None
 
@@ -274,6 +290,12 @@ def tell(pipe, args, asked, loras) -> None:
     for prompt in dict.fromkeys([*args.prompt, args.negative]):
         if line := pipe.notice(prompt, asked["t5_length"]):
             print(line, file=sys.stderr)
+    if asked["guidance"] < 1:
+        print(f"notice: --guidance {asked['guidance']:g} leads away from the prompt: 1 is none, 0 draws "
+              "without the prompt", file=sys.stderr)
+    if args.image and len(flow.part_way(range(asked["steps"] + 1), strength_of(args))) > asked["steps"]:
+        print(f"notice: --image has no effect: --strength {strength_of(args):g} of {asked['steps']} steps "
+              "are all of them", file=sys.stderr)
     if args.negative and asked["guidance"] == 1:
         print("notice: --negative has no effect at guidance 1; turbo models are made for it, others take "
               "--guidance 4", file=sys.stderr)
@@ -318,10 +340,8 @@ def main(argv=None) -> None:
         if hasattr(sys.stdout, "reconfigure"):          # a console that cannot write a prompt's file name
             sys.stdout.reconfigure(errors="backslashreplace")
         args = parse(argv)
-        if args.dry_run:
-            return dry_run(args)
         check(args)
-        draw(args)
+        (dry_run if args.dry_run else draw)(args)
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as e:

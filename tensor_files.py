@@ -109,7 +109,11 @@ class Source:
     def count(self, pattern) -> int:
         """One more than the largest number that stands in the place of {} in a key."""
         found = (re.match(re.escape(pattern).replace(r"\{\}", r"(\d+)"), key) for key in self.index)
-        return max((int(m[1]) + 1 for m in found if m), default=0)
+        count = max((int(m[1]) + 1 for m in found if m), default=0)
+        if count > len(self.index):
+            raise CheckpointError(f"{self.path} has a {pattern.format(count - 1)} and only {len(self.index)} "
+                                  "tensors: it is damaged, get it again")
+        return count
 
     def scale_key(self, key):
         """Of scaled float8: the key of what the weight is to be multiplied with."""
@@ -126,7 +130,9 @@ class Source:
         self.since += t.numel() * t.element_size()
         if (scale := self.scale_key(key)) is None:
             return t
-        scale = self.handle.get_tensor(self.prefix + scale).float()
+        other = self.index[scale][0]                                        # it may be in another shard
+        handle = self.handle if other == file else open_safetensors(other)
+        scale = handle.get_tensor(self.prefix + scale).float()
         return t.float() * scale.reshape(-1, *[1] * (t.ndim - 1))           # one number, or one for each row
 
 

@@ -25,6 +25,7 @@ What surprises
 
 Run `python weights.py`: writes a small model in both layouts, loads both, compares every bit.
 """
+import filecmp
 import json
 import math
 import re
@@ -87,8 +88,13 @@ def locate(path, part):
         found = [x for x in found if x[0].prefix]
     if not found and part in BESIDE:
         beside = [p for d in (folder, folder / "text_encoders") for p in d.glob(BESIDE[part])]
-        for p in sorted(beside, key=lambda p: (-p.stat().st_size, p.name))[:1]:
-            found = [x for x in [pick_part(Source([p], read_config(p.parent)), part)] if x]
+        beside = {p: x for p in beside if (x := pick_part(Source([p], read_config(p.parent)), part))}
+        most = max((p.stat().st_size for p in beside), default=0)
+        largest = [p for p in sorted(beside) if p.stat().st_size == most]
+        for p in largest[1:]:
+            if not filecmp.cmp(largest[0], p, shallow=False):
+                raise CheckpointError(f"{largest[0]} and {p} are of one size but different: keep one there")
+        found = [beside[p] for p in largest[:1]]
     if len(found) > 1:
         names = " and ".join(sorted(source.path.name for source, _ in found)[:3])
         raise CheckpointError(f"{path} has {NAMES[part]} {len(found)} times, in {names}: give one of them")
@@ -134,6 +140,9 @@ def mmdit_config(source, recipe) -> MMDiTConfig:
     depth = max(source.count("joint_blocks.{}."), source.count("transformer_blocks.{}."))
     norm = source.shape(recipe("joint_blocks.0.context_block.attn.ln_k.weight"))
     head_dim = norm[0] if norm else source.config.get("attention_head_dim", 64)
+    if not isinstance(head_dim, int) or head_dim < 1:
+        raise CheckpointError(f"{source.path.parent}/config.json: attention_head_dim is {head_dim!r}, no "
+                              "number of channels: get the file again")
     dual = [recipe(f"joint_blocks.{i}.x_block.attn2.qkv.weight") for i in range(depth)]
     return MMDiTConfig(
         depth, None if D == depth * head_dim else D // head_dim, head_dim, C, P,
@@ -152,12 +161,16 @@ def vae_config(source, recipe) -> VAEConfig:
     if z == 16 and c.get("scaling_factor") == 0.3611:
         raise CheckpointError(f"{source.path} is FLUX's autoencoder (its scaling factor is 0.3611); "
                               "SD3's has 1.5305")
+    shift, scale = c.get("shift_factor", 0.0609), c.get("scaling_factor", 1.5305)
+    if not all(isinstance(x, (int, float)) for x in (shift, scale)) or not scale:
+        raise CheckpointError(f"{source.path.parent}/config.json: shift_factor {shift!r}, scaling_factor "
+                              f"{scale!r}: latents need two numbers, get the file again")
     ch = needed(source, recipe, "encoder.conv_in.weight", 4)[0]
     levels = max(source.count("encoder.down.{}."), source.count("encoder.down_blocks.{}."))
     blocks = max(source.count("encoder.down.0.block.{}."), source.count("encoder.down_blocks.0.resnets.{}."))
     widths = [needed(source, recipe, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
     return VAEConfig(ch, tuple(w // ch for w in widths), blocks, z, c.get("norm_num_groups", 32),
-                     c.get("shift_factor", 0.0609), c.get("scaling_factor", 1.5305))
+                     shift, scale)
 
 
 def clip_config(source, recipe, which) -> CLIPTextConfig:

@@ -154,6 +154,11 @@ def test_without_alpha_the_metadata_tell_the_scale_or_it_is_one(tmp_path, about,
     assert torch.allclose(changed[name] - model().state_dict()[name], scale * B @ A, atol=1e-5)
 
 
+def test_a_layer_that_is_changed_under_two_names_is_refused(tmp_path):
+    save_file(factors() | factors(key=KEY.removeprefix("diffusion_model.")), tmp_path / "a.safetensors")
+    refuses(lambda: change_all(model(), [Lora(tmp_path / "a.safetensors")]), "twice", "damaged")
+
+
 def test_an_embedders_convolution_can_be_changed_too(tmp_path):
     A, B = torch.randn(2, 4, 2, 2), torch.randn(16, 2, 1, 1)
     key = "diffusion_model.x_embedder.proj.lora_"
@@ -180,12 +185,17 @@ def factors(rank=2, key=KEY):
 
 
 @pytest.mark.parametrize("tensors, words", [
-    ({"joint_blocks.0.x_block.attn.qkv.weight": torch.ones(2, 2)}, ("but an SD3 transformer", "--model")),
-    ({"something": torch.ones(2)}, ("no LoRA", "something")),
+    ({"joint_blocks.0.x_block.attn.qkv.weight": torch.ones(2, 2)}, ("it is an SD3 transformer", "--model")),
+    ({"something": torch.ones(2)}, ("no factors of a LoRA", "something")),
     ({f"{KEY}.lora_A.weight": torch.ones(2, 16)}, ("damaged", f"{KEY}")),
     (factors(3), ("damaged", KEY)), (factors() | {f"{KEY}.dora_scale": torch.ones(16)}, ("DoRA",)),
     ({f"{KEY}.hada_w1_a": torch.ones(2, 16)}, ("LoHa",)),
     (factors() | {f"{KEY}.more": torch.ones(16)}, ("unknown", f"{KEY}.more")),
+    (factors() | {f"{KEY}.alpha": torch.ones(2)}, ("the scale of", KEY)),
+    (factors() | {f"{KEY}.alpha": torch.tensor(math.inf)}, ("the scale of", "inf")),
+    ({key: t[:0] if "A" in key else t[:, :0] for key, t in factors().items()}, ("damaged", KEY)),
+    ({key: t.int() for key, t in factors().items()}, ("damaged", KEY)),
+    (factors(key="lora_te1_text_model_x"), ("text encoders alone", "leave it out")),
 ])
 def test_what_is_no_plain_lora_is_named(tensors, words, tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")

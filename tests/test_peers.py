@@ -107,22 +107,34 @@ def test_diffusers_reads_the_transformers_that_are_written_here_in_shards_too(tm
     assert all(torch.equal(t, again[k]) for k, t in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, saved", [*((kind, "pipeline") for kind in KINDS), ("sd3.5-medium", "model"),
+                                         ("sd3.5-medium", "peft")])
 @torch.no_grad()
-def test_an_adapter_that_peft_made_means_the_same_here(tmp_path, kind):
-    """On every linear layer, alpha other than the rank, saved as diffusers' training scripts do."""
+def test_an_adapter_that_peft_made_means_the_same_here(tmp_path, kind, saved):
+    """On every linear layer, alpha other than the rank and of some layers another; saved in three ways, of
+    which the first is that of diffusers' training scripts."""
     peft = pytest.importorskip("peft", reason=f"peft {WHY}")
     size = {"depth": 3, "heads": 2, "ctx": 24, "pooled": 16, "side": 6}
     theirs = their_transformer(*KINDS[kind], size)
     theirs.save_pretrained(tmp_path / "transformer")
     linears = [name for name, m in theirs.named_modules() if isinstance(m, torch.nn.Linear)]
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=linears, init_lora_weights=False)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=linears, init_lora_weights=False,
+                             alpha_pattern={r"transformer_blocks\.[01]\.attn\.to_q": 17, "ff.net.2": 1},
+                             use_rslora=saved == "peft")
     torch.manual_seed(0)
-    theirs.add_adapter(config)
-    diffusers.StableDiffusion3Pipeline.save_lora_weights(
-        tmp_path, transformer_lora_layers=peft.get_peft_model_state_dict(theirs),
-        transformer_lora_adapter_metadata=config.to_dict())
-    ours = load_mmdit(tmp_path / "transformer", loras=[Lora(tmp_path / "pytorch_lora_weights.safetensors")])
+    if saved == "peft":
+        theirs = peft.get_peft_model(theirs, config)
+        theirs.save_pretrained(tmp_path)
+    else:
+        theirs.add_adapter(config)
+    if saved == "pipeline":
+        diffusers.StableDiffusion3Pipeline.save_lora_weights(
+            tmp_path, transformer_lora_layers=peft.get_peft_model_state_dict(theirs),
+            transformer_lora_adapter_metadata=config.to_dict())
+    elif saved == "model":
+        theirs.save_lora_adapter(tmp_path)
+    file, = tmp_path.glob("*.safetensors")
+    ours = load_mmdit(tmp_path / "transformer", loras=[Lora(file)])
     x, t, context, pooled = (torch.randn(2, 16, 8, 12), torch.rand(2), torch.randn(2, 9, 24),
                              torch.randn(2, 16))
     expected = theirs(x, context, pooled, 1000 * t, return_dict=False)[0]

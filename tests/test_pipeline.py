@@ -257,6 +257,31 @@ def test_a_folder_of_the_turbo_model_is_told_by_its_config(tmp_path):
     assert recognise(MMDiTConfig.preset("sd3.5-large"), tmp_path)[0] == "sd3.5-large-turbo"
 
 
+@pytest.mark.parametrize("where", [".", "link", "models--stabilityai--stable-diffusion-3.5-large-turbo"])
+def test_the_turbo_model_is_told_by_where_it_really_is(where, tmp_path, monkeypatch):
+    turbo = tmp_path / "stable-diffusion-3.5-large-turbo"
+    hub = tmp_path / "models--stabilityai--stable-diffusion-3.5-large-turbo" / "snapshots" / "ec07796"
+    for folder in (turbo, hub):
+        folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(turbo)
+    monkeypatch.chdir(turbo)
+    path = {".": ".", "link": tmp_path / "link"}.get(where, hub)
+    assert recognise(MMDiTConfig.preset("sd3.5-large"), path)[0] == "sd3.5-large-turbo"
+
+
+@pytest.mark.parametrize("file, name, value", [
+    ("scheduler/scheduler_config.json", "shift", None), ("scheduler/scheduler_config.json", "shift", "3"),
+    ("vae/config.json", "scaling_factor", None), ("vae/config.json", "shift_factor", "x")])
+def test_a_damaged_config_is_named_before_large_files_are_read(
+        file, name, value, folder, tmp_path, monkeypatch):
+    whole = shutil.copytree(folder, tmp_path / "model")
+    told = json.loads((whole / file).read_text())
+    (whole / file).write_text(json.dumps(told | {name: value}))
+    monkeypatch.setattr(pipeline, "load_text_encoders", lambda *a, **k: pytest.fail("read"))
+    with pytest.raises(ValueError, match=name):
+        Pipeline.from_pretrained(whole, device="cpu")
+
+
 def test_the_schedulers_shift_and_the_position_tables_size_are_the_folders(folder):
     pipe = Pipeline.from_pretrained(folder, device="cpu", t5=False)
     assert (pipe.shift, pipe.kind, pipe.size, pipe.encoders.t5) == (2.5, "reference", (256, 256), None)

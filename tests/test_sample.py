@@ -262,6 +262,31 @@ def test_a_picture_tells_how_to_draw_it_again_and_what_it_tells_of_other_things_
     assert other != first and but == told | {"prompt": "a ring", "steps": 2, "dtype": None}
 
 
+@pytest.mark.parametrize("wrong", [
+    {"steps": [1]}, {"drop": "t5"}, {"prompt": None}, {"seed": 1.5}, {"dtype": "float8"}, {"method": "foo"},
+    {"steps": "many"}, {"drop": ["t6"]}, {"skip_layers": 3}, {"lora": [3]}])
+def test_a_picture_that_tells_what_no_flag_can_be_is_refused_in_one_line(wrong, tmp_path, capsys):
+    whole = {"prompt": "a star", "skip_layers": None, "steps": 2, "drop": [], "seed": 3, "int8": False}
+    for told in (whole, whole | wrong):
+        sample.save_picture(Image.new("RGB", (16, 16)), tmp_path / "a.png", told)
+        if told is whole:
+            assert sample.parse(["--like", str(tmp_path / "a.png")]).steps == 2
+    with pytest.raises(SystemExit) as end:
+        sample.main(["--like", str(tmp_path / "a.png"), "--device", "cpu"])
+    assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_encoders_can_be_dropped_by_several_flags():
+    assert sample.parse("a --drop t5 --drop clip_l".split()).drop == ("t5", "clip_l")
+
+
+def test_what_will_surprise_is_told(run, tmp_path, capsys):
+    sample.main(["a star", "--model", str(run), "--device", "cpu", "--out", f"{tmp_path}/", "--steps", "2",
+                 "--guidance", "0", "--image", str(data.ASSETS / "emoji.png")])
+    said = capsys.readouterr().err
+    assert "--guidance 0 leads away from the prompt" in said and "--strength 0.6 of 2 steps are all" in said
+
+
 def test_an_adapter_changes_the_picture_as_much_as_it_is_told_and_is_noted_in_it(run, tmp_path, capsys):
     net = finetune.add_lora(sample.Pipeline.from_pretrained(run, device="cpu").mmdit, 2)
     for layer in finetune.adapters(net).values():
@@ -270,8 +295,8 @@ def test_an_adapter_changes_the_picture_as_much_as_it_is_told_and_is_noted_in_it
     finetune.save_lora(net, file)
 
     def drawn(*flags):
-        sample.main([*"--steps 2 --device cpu".split(), "--model", str(run), "--out", f"{tmp_path}/", "a star",
-                     *map(str, flags)])
+        sample.main(["a star", *"--steps 2 --device cpu".split(), "--model", str(run),
+                     "--out", f"{tmp_path}/", *map(str, flags)])
         path = Path(capsys.readouterr().out.strip())
         with Image.open(path) as image:
             return np.asarray(image).astype(int), path, json.loads(image.text["parameters"])["lora"]
@@ -281,6 +306,8 @@ def test_an_adapter_changes_the_picture_as_much_as_it_is_told_and_is_noted_in_it
     assert (plain[0] == none[0]).all() and twice[2] == [f"{file}=0.5"] * 2 and plain[2] == []
     assert abs(twice[0] - changed[0]).max() <= 1 < abs(twice[0] - plain[0]).max()
     assert (drawn("--like", changed[1])[0] == changed[0]).all()
+    assert (drawn("--lora", f"{file}=0.5", "--lora", f"{file}=0.5")[0] == twice[0]).all()
+    assert drawn("--like", changed[1], "--lora", f"{file}=0")[2] == [f"{file}=0"]
     more = load_file(file) | {"lora_te1_x.lora_down.weight": torch.ones(1, 1)}
     save_file(more, tmp_path / "more.safetensors")
     sample.main(["a star", "--model", str(run), "--steps", "1", "--device", "cpu", "--out", f"{tmp_path}/",

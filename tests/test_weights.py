@@ -574,6 +574,35 @@ def test_scaled_float8_is_multiplied_by_its_scales(tmp_path, kind, rows, spellin
     assert any(error(plain[k], t) > 1 for k, t in exact.items())                    # the scales do matter
 
 
+def test_scales_of_float8_may_lie_in_another_shard_than_the_weights(tmp_path):
+    weight, scale = torch.ones(4, 4).to(torch.float8_e4m3fn), torch.tensor(3.0)
+    for i, tensors in enumerate(({"a.weight": weight}, {"a.scale_weight": scale})):
+        save_file(tensors, tmp_path / f"{i}.safetensors")
+    source = Source([tmp_path / "0.safetensors", tmp_path / "1.safetensors"])
+    assert (source.read("a.weight") == 3).all() and source.read("a.weight").shape == (4, 4)
+
+
+@pytest.mark.parametrize("name, kind", [("flux_vae", "vae"), ("clip_l_other", "clip_l")])
+def test_of_two_files_that_may_be_meant_none_is_guessed(tmp_path, name, kind):
+    single_file(tmp_path / "sd3.safetensors", ("mmdit",))
+    own = with_prefix(kind, "")
+    first = tmp_path / {"vae": "vae.safetensors", "clip_l": "clip_l.safetensors"}[kind]
+    save_file(own, first)
+    other = tmp_path / f"{name}.safetensors"
+    shutil.copy(first, other)                                                       # twice the same
+    assert equal(loaders(tmp_path / "sd3.safetensors")[kind](**F32), small(kind).float())
+    save_file({k: v + 1 for k, v in own.items()}, other)
+    refuses(lambda: loaders(tmp_path / "sd3.safetensors")[kind](), first.name, other.name, "keep one")
+    save_file({"x": torch.zeros(10**6)}, other)                                     # larger, and of no use
+    assert equal(loaders(tmp_path / "sd3.safetensors")[kind](**F32), small(kind).float())
+
+
+def test_a_number_of_blocks_that_cannot_be_is_refused_at_once(tmp_path):
+    tensors = with_prefix("mmdit", "") | {"joint_blocks.99999999.x_block.attn.qkv.weight": torch.zeros(1)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    refuses(lambda: load_mmdit(tmp_path / "x.safetensors"), "joint_blocks.99999999", "damaged")
+
+
 def test_quantised_formats_that_cannot_be_read_are_refused(tmp_path):
     tensors = with_prefix("mmdit", "")
     key = "joint_blocks.0.x_block.mlp.fc1.weight"
