@@ -79,7 +79,10 @@ KEEP = 2                                        # checkpoints
 
 def read_json(path) -> dict:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        told = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(told, dict):
+            raise ValueError("no object in braces")
+        return told
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing: is this the folder of a finished or interrupted run?") from None
@@ -278,10 +281,15 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def clean_checkpoints(run, stages) -> None:
-    """Remove what a killed process left half-written, and checkpoints of stages that are not in `stages`."""
-    for folder in Path(run, "checkpoints").glob("*"):
-        if folder.name.endswith(".tmp") or folder.name.rpartition("-")[0] not in stages:
+    """Remove what a killed process left half-written, and checkpoints of stages that are not in `stages`;
+    what others put there stays."""
+    there = Path(run, "checkpoints")
+    for folder in there.glob("*"):
+        ours = re.fullmatch(r"([a-z0-9]+)-\d{6,}(\.old)?(\.tmp)?", folder.name)
+        if ours and (ours[3] or ours[1] not in stages):
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    if there.is_dir() and not any(there.iterdir()):
+        there.rmdir()
 
 
 def sha256(path) -> str:
@@ -438,7 +446,7 @@ def read_manifest(folder: Path, facts: dict) -> dict:
     except CheckpointError as e:
         missing = not (folder / "manifest.json").exists()
         raise Damaged("it has no manifest.json" if missing else str(e)) from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+    if not isinstance(manifest.get("format"), int):
         raise Damaged("its manifest.json has no format number")
     if manifest["format"] > FORMAT:
         raise CheckpointError(f"{folder} has format {manifest['format']}, this code knows {FORMAT}: go on "
@@ -466,7 +474,8 @@ def verify(folder: Path, facts: dict, rank: int = 0, world: int = 1) -> dict:
                 raise Damaged(f"{name} has {path.stat().st_size:,} bytes, not {about['bytes']:,}")
             if sha256(path) != about["sha256"]:
                 raise Damaged(f"{name} is not what was written: its sha256 is another")
-        manifest["step"], manifest["total"], manifest["bad_in_a_row"], manifest["rollbacks"]
+        for name in ("step", "total", "bad_in_a_row", "rollbacks"):
+            int(manifest[name])
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, CheckpointError):
             raise

@@ -452,7 +452,10 @@ def upright(image, side):
 def _excluded(root):
     """The names in excluded.txt: one a line, of a folder, or beside a single shard."""
     path = (root if root.is_dir() else root.parent) / "excluded.txt"
-    return set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+    try:
+        return set(path.read_text(encoding="utf-8-sig").splitlines()) if path.is_file() else set()
+    except ValueError as e:
+        raise ValueError(f"{path} is no UTF-8 text ({e}): save it as such") from None
 
 
 def _listing(root):
@@ -470,6 +473,9 @@ def _listing(root):
     entries, seen, real = [], set(), root.resolve()
     for name, *parts in raw:
         try:
+            if (printed := name.encode("utf-8", "backslashreplace").decode()) != name:
+                name = printed
+                raise ValueError("its name is no UTF-8 text: rename it")
             entry = _entry(real, name, *parts)
             if entry.name in seen:
                 raise ValueError("listed before: a picture has all its captions in one place")
@@ -485,9 +491,13 @@ def _listing(root):
 def _files(root):
     """A folder's pictures and those of its shards: [(name, picture, .txt, .json)], and what is lost."""
     raw, skipped = [], []
-    for path in sorted(p.relative_to(root) for p in root.rglob("*") if not p.name.startswith(".")):
+    for path in sorted(p.relative_to(root) for p in root.rglob("*")):
         name = path.as_posix()
-        if path.suffix.lower() in SUFFIXES:
+        if any(part.startswith(".") for part in path.parts):
+            continue
+        if (root / path).is_symlink() and (root / path).is_dir():
+            skipped.append((name, "a link to a folder, which is not followed: put the folder itself there"))
+        elif path.suffix.lower() in SUFFIXES:
             raw.append((name, name, path.with_suffix(".txt"), path.with_suffix(".json")))
         elif path.suffix == ".tar":
             inside, lost = _shard(name, root / path)

@@ -406,6 +406,8 @@ class Cache:
         if index.get("format") != FORMAT:
             raise ValueError(f"{folder} is a cache of format {index.get('format')}, this code reads "
                              f"{FORMAT}: delete it and make it again")
+        if lacking := {"latents", "texts", "vae", "text", "data", "size"} - index.keys():
+            raise ValueError(f"{folder}/index.json lacks {min(lacking)}: it is damaged, make the cache again")
         self.index, self.mapped = index, {}
         self.files = {"latents": [n for n, _ in index["latents"]], "text": [n for n, _ in index["texts"]]}
         marks = index["latents"] + index["texts"]
@@ -427,6 +429,9 @@ class Cache:
         keys, self.text_place = self._column("text", "keys")
         self.counts = torch.from_numpy(counts)                                      # (n,) captions a picture
         self.first = self.counts.cumsum(0) - self.counts            # (n,) where those begin in `rows`
+        if (counts < 1).any() or counts.sum() != len(captions):
+            raise ValueError(f"{folder} is damaged, its pictures have {counts.sum()} captions and there are "
+                             f"{len(captions)}: delete it and make it again")
         order = keys.argsort()
         found = np.searchsorted(keys, captions, sorter=order).clip(max=len(keys) - 1)
         self.rows = order[found]                                # of all pictures' captions, in text_place

@@ -114,6 +114,10 @@ class TrainConfig:
                              f"cache --model {self.encoders} --data DIR --size SIDE")
         if self.lora < 0 or self.lora and not self.origin:
             raise ValueError(f"--lora {self.lora}: adapters have a rank above 0 and change what --from names")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed is {self.seed}: it must be from 0 to {2**31 - 1:,}")
+        if self.lora and self.muon_rate:
+            raise ValueError("--muon-rate is for whole matrices: leave it out where --lora is given")
         if self.lora and self.fsdp:
             raise ValueError("--lora and --fsdp: where adapters learn nothing is cut up, leave out --fsdp")
         MMDiTConfig.preset(self.model)
@@ -169,8 +173,10 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     saved = read_json(folder / "config.json")
     learns_on = saved.get("origin") and saved.get("encoders") and not (folder / "start").is_dir()
     moved = ("origin",) if learns_on and "origin" in given else ()      # published weights, elsewhere now
+    gone = tuple(name for name in ("data", "cache") if saved.get(name) not in (None, "", "drawn", "emoji")
+                 and not Path(saved[name]).exists())                    # fingerprints say whether it is they
     for name, value in given.items():
-        if name not in FREE + moved and saved.get(name) != value:
+        if name not in FREE + moved + gone and saved.get(name) != value:
             raise ValueError(f"{flag_of(name)} {value} contradicts {folder}/config.json "
                              f"({saved.get(name)}): a run keeps its settings; "
                              "leave the flag out or start a new run")

@@ -63,8 +63,8 @@ from torch import nn
 
 import flow
 import parallel
-from checkpoints import (Saver, State, clean_checkpoints, has_run, is_published, load_part, load_state,
-                         read_json, save_part, sole_writer, write_json)
+from checkpoints import (Saver, State, checkpoints_of, clean_checkpoints, has_run, is_published, load_part,
+                         load_state, read_json, save_part, sole_writer, write_json)
 from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiT
 from muon import Muon, split
@@ -195,12 +195,15 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     params, average, batch = state.params, state.average, getattr(c, f"{stage.name}_batch")
     groups = [(group, group["lr"]) for optimizer in state.optimizers for group in optimizer.param_groups]
     start = {k: local(p.detach()).to("cpu", copy=True) for k, p in params.items()}  # until there is a save
+    asked = state.total
     if run.load(state):
+        if not c.minutes:                           # it may have been bounded before
+            state.total = asked
         print(f"{stage.name}: going on at step {state.step} of {state.total}")
         start = None
     elif any(row["stage"] == stage.name for row in read_metrics(run.folder / "metrics.csv")):
         print(f"{stage.name}: it was interrupted before its first checkpoint, so it starts again")
-    log, asked, begun = Log(run.folder, state, batch, silent=ranks.rank > 0), state.total, state.step
+    log, begun = Log(run.folder, state, batch, silent=ranks.rank > 0), state.step
     forward = parallel.add_gradients(model, stage.loss, ranks)
     end = time.monotonic() + share * run.left()
 
@@ -373,9 +376,14 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
     todo = ranks.together(lambda: unfinished(folder, own))
     if "vae" in todo or "clip" in todo:                             # the others need no pixels
         pictures = load_pictures(config.data, config.size, count=config.pictures, listing=listing)
+    if not (resume or config.origin or ranks.rank):                 # a start that was cut off left others
+        shutil.rmtree(folder / "tokenizers", ignore_errors=True)
     tokenizers = {} if config.encoders else ranks.once(lambda: make_tokenizers(
         folder, config, [text for texts in captions for text in texts], [texts[0] for texts in captions]))
     if ranks.rank == 0:
+        if listing and len(listing.entries) > config.pictures:
+            print(f"{len(listing.entries):,} pictures are there, of which {config.pictures:,} are taken: "
+                  "--pictures takes more")
         write_json(folder / "config.json", dataclasses.asdict(config))
         clean_checkpoints(folder, todo)
     run.facts = {"settings": {name: getattr(config, name) for name in SHAPING}, "fingerprint": mark}
@@ -411,7 +419,7 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
             for part in PARTS_OF[name]:
                 run.save_part(part, parts[part])
             if ranks.rank == 0:                     # a later stage's learned from others
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                clean_checkpoints(folder, ())
         del stage                                   # and what it held leaves the memory
     with run.tolerating("loss.png or film.gif"):
         if ranks.rank == 0:
@@ -439,10 +447,13 @@ def unfinished(folder: Path, stages=STAGES) -> list[str]:
     lost = {stage: [name for name in PARTS_OF[stage] if not (folder / f"{name}.safetensors").is_file()]
             for stage in stages}
     todo = [stage for stage, names in lost.items() if names]
-    if todo and "flow" not in todo:
-        names = ", ".join(f"{name}.safetensors" for stage in todo for name in lost[stage])
-        raise ValueError(f"{folder}/mmdit.safetensors learned from another {names}, which is missing: "
-                         "put it back, or delete mmdit.safetensors too, to train both again")
+    earlier = [stage for stage in todo if stage != "flow"]
+    learned = ["mmdit.safetensors"] * ("flow" not in todo) or [
+        f"checkpoints/{p.name}" for p in checkpoints_of(folder, "flow")]
+    if earlier and learned:
+        names = ", ".join(f"{name}.safetensors" for stage in earlier for name in lost[stage])
+        raise ValueError(f"{folder}/{learned[0]} learned from another {names}, which is missing: put it "
+                         f"back, or delete {' and '.join(learned)} too, to train all of it again")
     return todo
 
 
@@ -503,6 +514,12 @@ def new_folder(c: TrainConfig) -> Path:
     if c.out and has_run(c.out):
         raise ValueError(f"{c.out} holds a run already: go on with it by  --resume --out {c.out}  "
                          "or choose another --out")
+    parts = [name for names in PARTS_OF.values() for name in names]
+    left = [name for name in (*(f"{name}.safetensors" for name in parts), "checkpoints")
+            if c.out and Path(c.out, name).exists()]
+    if left:
+        raise ValueError(f"{c.out} holds {left[0]} of a run whose config.json is missing: put that back, or "
+                         "choose another --out")
     if not c.out:
         name = named(c.data) + (f"-{c.size}" if c.origin else "")
         numbered = (Path("runs", name + (f"-{i}" if i > 1 else "")) for i in itertools.count(1))

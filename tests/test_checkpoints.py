@@ -85,7 +85,7 @@ json_values = st.recursive(
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3), max_leaves=8)
 
 
-@given(json_values)
+@given(st.dictionaries(st.text(), json_values, max_size=3))
 def test_json_comes_back(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("x") / "config.json"
     write_json(path, value)
@@ -463,7 +463,7 @@ DAMAGES = {
     "no tensors": (lambda f: tensors_file(f).unlink(), "state.safetensors is missing"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
     "half a manifest": (lambda f: (f / "manifest.json").write_text('{"format": 1, "st'), "cannot be read"),
-    "a list for a manifest": (lambda f: write_json(f / "manifest.json", []), "no format number"),
+    "a list for a manifest": (lambda f: write_json(f / "manifest.json", []), "no object in braces"),
     "no list of files": (lambda f: edit(f, lambda m: m.pop("files")), "files"),
     "files of no size": (lambda f: edit(f, lambda m: m["files"].update({"state.safetensors": 7})), "lacks"),
     "another step's manifest": (lambda f: edit(f, lambda m: m.update(step=1)), "flow at step 1"),
@@ -565,9 +565,14 @@ def test_leftovers_of_a_killed_process_and_of_finished_stages_are_removed(tmp_pa
     for name in ("flow-000003.tmp", "flow-000001.old.tmp", "vae-000700"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "state.safetensors").write_bytes(b"half")
+    for name in ("backup", "flow-000002-good"):                                     # somebody's own
+        (tmp_path / "checkpoints" / name).mkdir()
     assert Training().load(tmp_path)
     clean_checkpoints(tmp_path, ["flow"])
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["flow-000001", "flow-000002"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "backup", "flow-000001", "flow-000002", "flow-000002-good"]
+    clean_checkpoints(tmp_path, ())
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["backup", "flow-000002-good"]
 
 
 def test_a_run_has_one_writer_and_a_dead_ones_lock_file_stops_nobody(tmp_path):

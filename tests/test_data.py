@@ -12,9 +12,11 @@ import math
 import os
 import re
 import struct
+import sys
 import tarfile
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -715,6 +717,37 @@ def test_a_compressed_shard_is_named_with_the_remedy(tmp_path):
     (tmp_path / "y.tar.gz").write_bytes(b"\x1f\x8b")
     listing = data.list_pictures(tmp_path)
     assert len(listing.entries) == 1 and "gunzip" in dict(listing.skipped)["y.tar.gz"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_no_text_linked_and_hidden_folders_are_skipped_and_told(tmp_path):
+    folder, picture = tmp_path / "d", Image.new("RGB", (8, 8))
+    fill(folder, a=picture)
+    (folder / ".trash" / "files").mkdir(parents=True)
+    for name in (b"caf\xe9", b".trash/files/b"):
+        picture.save(odd := Path(os.fsdecode(bytes(folder) + b"/" + name + b".png")))
+        odd.with_suffix(".txt").write_text("odd")
+    fill(tmp_path / "elsewhere", c=picture)
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "excluded.txt").write_text("a.png\n", encoding="utf-8-sig")
+    got = data.list_pictures(folder, 8)
+    assert not got.entries and got.excluded == 1
+    assert sorted(got.skipped) == [("caf\\udce9.png", "its name is no UTF-8 text: rename it"), (
+        "link", "a link to a folder, which is not followed: put the folder itself there")]
+    (folder / "excluded.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="excluded.txt is no UTF-8 text"):
+        data.list_pictures(folder, 8)
+
+
+def test_one_wrong_bit_makes_a_picture_unreadable_not_another(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    fill(tmp_path / "d", a=Image.fromarray(noise))
+    path = tmp_path / "d" / "a.png"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 60] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(Exception, match="checksum"):
+        data.read_picture(path, 8)
 
 
 def test_what_excluded_txt_names_is_left_out_and_counted(tmp_path):

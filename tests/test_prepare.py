@@ -480,7 +480,8 @@ def test_the_reader_gives_5000_samples_of_64_pixels_a_second(tmp_path):
                      {"latents": torch.zeros(n, 2, 8, 8, 8).half(),
                       "counts": torch.ones(n).long(), "captions": torch.arange(n * k, n * k + n)}, about)
     names = [[(f"{kind}-{k:05}.safetensors", "") for k in range(24)] for kind in ("latents-64x64", "text")]
-    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "latents": names[0], "texts": names[1]}))
+    (tmp_path / "index.json").write_text(json.dumps(dict.fromkeys(
+        ("vae", "text", "data", "size"), "") | {"format": 1, "latents": names[0], "texts": names[1]}))
     batches, best = Batches(Cache(tmp_path), 256, 0), 0
     assert len(batches.cache) == 24 * n
     for trial in range(3):

@@ -300,7 +300,8 @@ def test_large_pictures_of_others_are_scored_as_they_are(tmp_path):
     (("--run", "empty", "--steps", "0"), "at least 1"), (("--run", "empty", "--seed", "-1"), "0 or more"),
     (("--run", "empty", "-n", "few"), "invalid int"),
     (("--model", "empty", "--prompts", "nowhere"), "is no file"),
-    (("--images", "full", "--device", "gpu7"), "device"), (("--run", "list"), "no run of train.py"),
+    (("--images", "full", "--device", "gpu7"), "device"), (("--run", "list"), "config.json cannot be read"),
+    (("--run", "else"), "no run of train.py"),
     (("--run", "empty", "--guidance", "nan"), "no number"), (("--images", "full", "--out", "file"), "--out"),
     (("--images", "full", "--measures", "memory", "--data", "empty"), "empty")])
 def test_bad_input_ends_in_one_line_that_names_the_remedy(flags, message, tmp_path, monkeypatch, capsys):
@@ -309,6 +310,8 @@ def test_bad_input_ends_in_one_line_that_names_the_remedy(flags, message, tmp_pa
     (tmp_path / "file").write_text("")
     (tmp_path / "list").mkdir()
     write_json(tmp_path / "list" / "config.json", [])
+    (tmp_path / "else").mkdir()
+    write_json(tmp_path / "else" / "config.json", {})
     own, foreign = data.prompts("colors", 1)[0], metrics.geneval_prompts()[0]
     for folder, metadata in (("full", own), ("foreign", foreign)):
         path = tmp_path / folder / "00000" / "samples" / "00000.png"

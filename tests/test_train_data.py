@@ -29,7 +29,7 @@ import sample
 import stages
 import train as training
 from checkpoints import (bare_encoders, load_part, load_tensors, load_tokenizers, read_json, run_configs,
-                         save_part)
+                         save_part, save_tensors)
 from conftest import MICRO
 from data import Pictures
 from mmdit import MMDiT
@@ -551,6 +551,80 @@ def test_bad_input_about_published_encoders_is_one_line_that_names_the_remedy(
         ["--cache", out,
          *flags_of(encoders=other / published.name, out="run", flow_batch=2, dtype="float32")],
         capsys)
+
+
+# --- Nothing lost, nothing mixed ---
+
+def interrupted(finished, folder, **flags):
+    """A run that was cut off at step 3 of flow, after a save at 2."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Run, "generator", power_cut(training.Run.generator, 3))
+        with pytest.raises(KeyboardInterrupt):
+            train(*parse(["--from", str(finished), *flags_of(
+                pictures=8, flow_steps=5, flow_batch=4, save_every=2, out=folder, **flags)]))
+    return folder
+
+
+def test_a_part_that_is_lost_while_the_transformer_learns_from_it_costs_no_checkpoint(
+        finished, tmp_path, capsys):
+    run = interrupted(finished, tmp_path / "run")
+    kept = (run / "t5.safetensors").read_bytes()
+    (run / "t5.safetensors").unlink()
+    said = refused(["--resume", "--out", run], capsys)
+    assert "checkpoints/flow-000002 learned from another t5.safetensors" in said and "put it back" in said
+    (run / "t5.safetensors").write_bytes(kept)
+    training.main(["--resume", "--out", str(run)])
+    assert "going on at step 2 of 5" in capsys.readouterr().out
+
+
+def test_without_a_bound_a_run_that_had_one_learns_all_its_steps(finished, tmp_path, capsys):
+    run = interrupted(finished, tmp_path / "run", minutes=5)
+    file = run / "checkpoints" / "flow-000002" / "manifest.json"
+    file.write_text(json.dumps(read_json(file) | {"total": 4}))         # as it was planned
+    training.main(["--resume", "--out", str(run), "--minutes", "0"])
+    assert "going on at step 2 of 5" in capsys.readouterr().out and len(losses(run)) == 5
+
+
+def test_data_that_have_moved_are_found_where_a_flag_says(finished, tmp_path, capsys):
+    pictures = fill(tmp_path / "pictures", 6)
+    run = interrupted(finished, tmp_path / "run", data=pictures)
+    moved = pictures.rename(tmp_path / "moved")
+    training.main(["--resume", "--out", str(run), "--data", str(moved)])
+    said = capsys.readouterr().out
+    assert "going on at step 2 of 5" in said and "not what it was" not in said
+    again = interrupted(finished, tmp_path / "again", data=moved)
+    assert "contradicts" in refused(["--resume", "--out", again, "--data", finished], capsys)
+
+
+def test_parts_of_a_run_that_has_lost_its_settings_are_no_start_of_another(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "config.json").unlink()
+    assert "vae.safetensors of a run whose config.json is missing" in refused(["--out", run], capsys)
+    rest = tmp_path / "rest"                                            # of a start that was cut off
+    shutil.copytree(finished / "tokenizers", rest / "tokenizers")
+    (rest / "tokenizers" / "t5" / "tokenizer.json").write_text("{}")
+    train(TrainConfig(**MICRO | dict(flow_steps=1), out=str(rest)))
+    assert load_tokenizers(rest, 20)["t5"].vocab_size == load_tokenizers(finished, 20)["t5"].vocab_size
+
+
+def test_a_cache_whose_captions_do_not_add_up_is_refused(finished, tmp_path):
+    cache = shutil.copytree(finished / "cache", tmp_path / "cache")
+    file = next(cache.glob("latents-*"))
+    tensors, about = load_tensors(file)
+    tensors["counts"][1] += 1
+    save_tensors(file, tensors, about)
+    with pytest.raises(ValueError, match="its pictures have .* captions and there are"):
+        Cache(cache)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--seed", "99999999999999999999"], "seed is"), (["--seed", "-1"], "seed is"),
+    (["--from", "RUN", "--lora", "2", "--muon-rate", "0.02"], "--muon-rate is for whole matrices")])
+def test_settings_that_cannot_be_are_refused_before_a_folder_is_made(flags, words, finished, tmp_path, capsys,
+                                                                    monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused([str(finished) if flag == "RUN" else flag for flag in flags], capsys)
+    assert not list(tmp_path.iterdir())
 
 
 # --- Adapters ---
