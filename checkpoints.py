@@ -42,6 +42,7 @@ import re
 import shutil
 import socket
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -92,10 +93,11 @@ def read_json(path) -> dict:
 
 
 def save_tensors(path, tensors: dict, about: dict) -> None:
-    """Tensors by name and a JSON-able dict into one safetensors file."""
+    """Tensors by name, with their checksums, and a JSON-able dict into one safetensors file."""
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
+    told = {"about": json.dumps(about), "crc32": json.dumps({k: crc32(t) for k, t in tensors.items()})}
     try:
-        write_atomically(path, lambda p: save_file(tensors, p, metadata={"about": json.dumps(about)}))
+        write_atomically(path, lambda p: save_file(tensors, p, metadata=told))
     except SafetensorError as e:                # its name for a full disk
         raise OSError(f"{path} could not be written ({e}): make room, then "
                       "go on with  python train.py --resume") from None
@@ -105,14 +107,23 @@ def load_tensors(path, names=None) -> tuple[dict, dict]:
     """What `save_tensors` wrote: (tensors on the CPU, about). names: of those alone; None: all."""
     try:
         with safe_open(path, framework="pt") as f:
-            tensors = {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}
-            return tensors, json.loads((f.metadata() or {}).get("about", "{}"))
+            tensors, told = {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}, f.metadata()
+        about, sums = (json.loads((told or {}).get(name, "{}")) for name in ("about", "crc32"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the run did not get so far, "
                               "continue it with train.py --resume") from None
     except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"{path} is not a whole safetensors file ({e}): delete it and go on with "
                               "an older copy, or train the run again") from None
+    for k, t in tensors.items():
+        if k in sums and crc32(t) != sums[k]:
+            raise CheckpointError(f"{path}: {k} is not what was written, its checksum is another: delete the "
+                                  "file and go on with an older copy, or train the run again")
+    return tensors, about
+
+
+def crc32(t: torch.Tensor) -> int:
+    return zlib.crc32(t.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def load_strict(module: torch.nn.Module, tensors: dict, path) -> torch.nn.Module:

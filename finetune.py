@@ -275,7 +275,7 @@ def demo() -> None:
     from mmdit import MMDiT, MMDiTConfig
 
     torch.manual_seed(0)
-    base = MMDiT(MMDiTConfig.preset("tiny", depth=2))
+    base = MMDiT(MMDiTConfig.preset("tiny", depth=2, heads=2))
     c = base.config
     x0, noise = torch.randn(2, c.in_channels, 8, 8), torch.randn(1, c.in_channels, 8, 8).repeat(2, 1, 1, 1)
     given = {"t": torch.ones(2), "noise": noise, "pooled": torch.zeros(2, c.pooled_dim),

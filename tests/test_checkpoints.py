@@ -85,6 +85,20 @@ json_values = st.recursive(
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3), max_leaves=8)
 
 
+def test_one_wrong_bit_in_any_tensor_is_noticed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = {"w": torch.randn(4, 6), "half": torch.randn(5).bfloat16(), "n": torch.tensor(7),
+               "none": torch.empty(0, 3), "turned": torch.randn(3, 2).T}
+    save_tensors(path, tensors, {"part": "x"})
+    whole = path.read_bytes()
+    found, about = load_tensors(path)
+    assert about == {"part": "x"} and all(torch.equal(t, tensors[name]) for name, t in found.items())
+    for i in range(1, sum(t.nbytes for t in tensors.values()), 7):
+        path.write_bytes(whole[:-i] + bytes([whole[-i] ^ 4]) + whole[len(whole) - i + 1:])
+        refuses(lambda: load_tensors(path), "a.safetensors", "its checksum is another")
+    assert load_tensors(path, ())[1] == about
+
+
 @given(st.dictionaries(st.text(), json_values, max_size=3))
 def test_json_comes_back(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("x") / "config.json"

@@ -14,6 +14,9 @@ from studies import captions, timesteps, training_length  # noqa: E402
 
 @pytest.fixture
 def run(finished, miniature, tmp_path, monkeypatch):
+    parse = training_length.report.parse                        # what is drawn matters little here
+    monkeypatch.setattr(training_length.report, "parse",
+                        lambda argv: parse([*argv, "--pictures", "1", "--steps", "2"]))
     monkeypatch.setattr(training_length.report, "HELDOUT", 8)
     return shutil.copytree(finished, tmp_path / "run")
 
