@@ -69,16 +69,16 @@ class Stage:
     finish: object = None                   # () -> None: when all is learned, before it is saved
 
 
-def make_tokenizers(folder: Path, c, captions: list[str], short: list[str]) -> dict:
+def make_tokenizers(folder: Path, c, captions: list[str], short: list[str], kept=True) -> dict:
     """CLIP's two (one vocabulary, other padding) and T5's, trained on the captions
-    unless the folder has them.
+    unless the folder has them and they are to be kept.
 
     Also settles clip_length and t5_length: attention to padding is not free, so CLIP gets as many tokens as
     the short captions need and T5 as many as all do, up to SD3's 77. Whatever is longer gets cut, as it is
     there.
     """
     words = folder / "tokenizers"
-    if not (words / "t5" / "tokenizer.json").is_file():
+    if not (kept and (words / "t5" / "tokenizer.json").is_file()):
         train_clip_tokenizer(captions, words / "clip", 2048)
         train_t5_tokenizer(captions, words / "t5", 2048)
 

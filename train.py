@@ -50,7 +50,6 @@ share it, in parallel.py.
 import dataclasses
 import itertools
 import math
-import shutil
 import signal
 import sys
 import time
@@ -376,10 +375,9 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
     todo = ranks.together(lambda: unfinished(folder, own))
     if "vae" in todo or "clip" in todo:                             # the others need no pixels
         pictures = load_pictures(config.data, config.size, count=config.pictures, listing=listing)
-    if not (resume or config.origin or ranks.rank):                 # a start that was cut off left others
-        shutil.rmtree(folder / "tokenizers", ignore_errors=True)
     tokenizers = {} if config.encoders else ranks.once(lambda: make_tokenizers(
-        folder, config, [text for texts in captions for text in texts], [texts[0] for texts in captions]))
+        folder, config, [text for texts in captions for text in texts], [texts[0] for texts in captions],
+        kept=resume or config.origin or ranks.rank))            # else a start that was cut off left others
     if ranks.rank == 0:
         if listing and len(listing.entries) > config.pictures:
             print(f"{len(listing.entries):,} pictures are there, of which {config.pictures:,} are taken: "
