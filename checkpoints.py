@@ -95,9 +95,9 @@ def read_json(path) -> dict:
 def save_tensors(path, tensors: dict, about: dict) -> None:
     """Tensors by name, with their checksums, and a JSON-able dict into one safetensors file."""
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
-    told = {"about": json.dumps(about), "crc32": json.dumps({k: crc32(t) for k, t in tensors.items()})}
-    try:
-        write_atomically(path, lambda p: save_file(tensors, p, metadata=told))
+    told = json.dumps(about | {"crc32": {k: crc32(t) for k, t in tensors.items()}})
+    try:                                        # one entry: safetensors writes several in any order
+        write_atomically(path, lambda p: save_file(tensors, p, metadata={"about": told}))
     except SafetensorError as e:                # its name for a full disk
         raise OSError(f"{path} could not be written ({e}): make room, then "
                       "go on with  python train.py --resume") from None
@@ -107,14 +107,15 @@ def load_tensors(path, names=None) -> tuple[dict, dict]:
     """What `save_tensors` wrote: (tensors on the CPU, about). names: of those alone; None: all."""
     try:
         with safe_open(path, framework="pt") as f:
-            tensors, told = {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}, f.metadata()
-        about, sums = (json.loads((told or {}).get(name, "{}")) for name in ("about", "crc32"))
+            tensors = {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}
+            about = json.loads((f.metadata() or {}).get("about", "{}"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the run did not get so far, "
                               "continue it with train.py --resume") from None
     except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"{path} is not a whole safetensors file ({e}): delete it and go on with "
                               "an older copy, or train the run again") from None
+    sums = about.pop("crc32", {})
     for k, t in tensors.items():
         if k in sums and crc32(t) != sums[k]:
             raise CheckpointError(f"{path}: {k} is not what was written, its checksum is another: delete the "
