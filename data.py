@@ -427,6 +427,15 @@ def opened(picture, whole=False):
             image.close()
 
 
+def whole_picture(path):
+    """All of a picture, as `upright` gives it. ValueError, with the reason, for what is none."""
+    try:
+        with opened(Path(path), whole=True) as image:
+            return upright(image, max(image.size))
+    except Exception as error:      # decoders fail in many ways: OSError, SyntaxError, zlib.error ...
+        raise ValueError((str(error) or type(error).__name__).replace(f" '{path}'", "")[:160]) from None
+
+
 def read_bytes(member):
     with open(member.shard, "rb") as shard:
         shard.seek(member.offset)

@@ -50,7 +50,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 import data
-from metrics import Job, seed_of
+from metrics import Job, by_prompt, error_of, seed_of
 
 SIDE = 64                           # pictures are measured at the size at which the world is drawn
 SMALLEST = 24                       # pixels: a third of the smallest legal object, a star of r 0.12
@@ -322,16 +322,13 @@ def tally(jobs, found):
 
 def shares(records):
     """Of one task: shares right, strictly, and of prompts with any right picture; the first's error."""
-    by_prompt = {}
-    for r in records:
-        by_prompt.setdefault(r["number"], []).append(r["correct"])
-    means = [sum(hits) / len(hits) for hits in by_prompt.values()]
+    hits, numbers = [r["correct"] for r in records], [r["number"] for r in records]
+    means = by_prompt(hits, numbers)
     n, p = len(records), sum(r["correct"] for r in records) / len(records)
     q = (n * p + 1) / (n + 2)       # one more right, one wrong: 64 of 64 may be luck
-    spread = np.std(means) / math.sqrt(len(means))      # the pictures of a prompt are right or wrong together
     return {"score": p, "strict": sum(r["strict"] for r in records) / n,
             "any": sum(m > 0 for m in means) / len(means),
-            "error": float(max(math.sqrt(q * (1 - q) / n), spread))}
+            "error": float(max(math.sqrt(q * (1 - q) / n), error_of(hits, numbers)))}
 
 
 def shuffled(jobs, found, pairs=2000):
@@ -414,13 +411,14 @@ def illustrate(metadata, rng, size=SIDE):
     return data.draw([data.Thing(s, c, x, y, r) for (s, c, r), (x, y) in zip(looks, spots)], size)
 
 
+def known(word, words):
+    return isinstance(word, str) and word in words
+
+
 def foreign(metadata, classes=data.SHAPES):
     """Why a picture with this metadata cannot be judged in the drawn world; None if it can."""
     if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
         return "the metadata has no prompt"
-    def known(word, words):
-        return isinstance(word, str) and word in words
-
     include, exclude, seen = metadata.get("include"), metadata.get("exclude", []), 0
     if not known(metadata.get("tag"), data.TASKS):
         return f"unknown task {metadata.get('tag')!r}"

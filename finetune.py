@@ -31,17 +31,15 @@ import json
 import math
 import re
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 import flow
 from layouts import describe, mmdit_folder, same_names
-from tensor_files import CheckpointError, Source, open_safetensors, write_atomically
+from tensor_files import CheckpointError, open_safetensors, write_safetensors
 
 # Of keys: layer.lora_A.weight and its other spellings; what may stand before a layer's name; text encoders'.
 FACTOR = re.compile(r"(.+?)\.(?:lora_([AB])|lora[_.](down|up))(?:\.default)?\.weight")
@@ -99,9 +97,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None, seed: int 
     dead = f"joint_blocks.{len(model.joint_blocks) - 1}.context_block.attn.qkv"
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name.startswith("joint_blocks.") and name != dead:
-            parent, _, leaf = name.rpartition(".")
-            adapted = LoRALinear(layer, rank, alpha or rank, generator)
-            setattr(model.get_submodule(parent), leaf, adapted)
+            model.set_submodule(name, LoRALinear(layer, rank, alpha or rank, generator))
     return model
 
 
@@ -126,8 +122,7 @@ def without_lora(model):
 def merge_lora(model: nn.Module) -> nn.Module:
     """The adapters become part of the weights they belong to. Returns the model."""
     for name, layer in adapters(model).items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.merged())
+        model.set_submodule(name, layer.merged())
     return model
 
 
@@ -138,8 +133,7 @@ def save_lora(model: nn.Module, path) -> None:
         key = f"diffusion_model.{name}"
         tensors |= {f"{key}.lora_A.weight": layer.lora_A, f"{key}.lora_B.weight": layer.lora_B,
                     f"{key}.alpha": torch.tensor(layer.alpha)}
-    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-    write_atomically(path, partial(save_file, tensors, metadata={"format": "pt"}))
+    write_safetensors(path, {key: ("F32", t.shape) for key, t in tensors.items()}, tensors.values())
 
 
 # ------------------------------------------------------------------------------------------------ preferences
@@ -168,9 +162,9 @@ class Lora:
 
     def __init__(self, path, strength: float = 1.0):
         self.path, self.strength = Path(path), strength
-        keys = Source([self.path]).index
         with open_safetensors(self.path) as f:
-            tensors, about = {key: f.get_tensor(key) for key in keys}, f.metadata() or {}
+            keys, about = list(f.keys()), f.metadata() or {}
+            tensors = {key: f.get_tensor(key) for key in keys}
         found = {key: m for key in keys if (m := FACTOR.fullmatch(key))}
         for key in keys:
             if other := next((what for pattern, what in OTHERS if re.search(pattern, key)), None):
@@ -179,7 +173,7 @@ class Lora:
             raise CheckpointError(f"{path} has no factors of a LoRA, it is {describe(keys)}: give a model "
                                   "with --model, and an adapter in one of the namings of finetune.py")
         self.left_out = sum(bool(OF_TEXT.match(key)) for key in keys)
-        self.factors, self.places, pairs = {}, {}, {}
+        self.factors, pairs = {}, {}
         for key, (stem, which, old) in ((key, m.groups()) for key, m in found.items()):
             if not OF_TEXT.match(key):
                 pairs.setdefault(stem, {})[which or {"down": "A", "up": "B"}[old]] = tensors[key]
@@ -232,7 +226,7 @@ class Lora:
                 raise CheckpointError(f"{self.path} is for another model: it changes {stem}, which is not in "
                                       f"this one of {depth} blocks")
             name, i, recipe = place
-            if (i, recipe) in ((i, recipe) for _, i, recipe in self.places.get(name, ())):
+            if any(taken[1:] == (i, recipe) for taken in self.places.get(name, ())):
                 raise CheckpointError(f"{self.path} changes {stem} twice, under two names: it is damaged")
             rows, *columns = shapes[name]
             needed = rows // len(recipe.keys), torch.Size(columns).numel()

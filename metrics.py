@@ -414,11 +414,21 @@ def picture_path(folder, job):
 
 def open_picture(path):
     """-> (H, W, 3) uint8, as a viewer shows it on white. ValueError, with the reason, for no picture."""
-    try:
-        with data.opened(Path(path), whole=True) as image:
-            return np.array(data.upright(image, max(image.size)))
-    except Exception as error:      # decoders fail in many ways: OSError, SyntaxError, zlib.error ...
-        raise ValueError((str(error) or type(error).__name__).replace(f" '{path}'", "")[:160]) from None
+    return np.array(data.whole_picture(path))
+
+
+def by_prompt(values, numbers):
+    """The mean of each prompt's pictures, by its number: they are right or wrong together."""
+    groups = {}
+    for value, number in zip(values, numbers):
+        groups.setdefault(number, []).append(value)
+    return [float(np.mean(group)) for group in groups.values()]
+
+
+def error_of(values, numbers):
+    """The standard error of a mean over pictures, were other prompts drawn."""
+    means = by_prompt(values, numbers)
+    return float(np.std(means) / math.sqrt(len(means)))
 
 
 def name_of(path):
@@ -446,14 +456,16 @@ def read_folder(folder):
     """Everything in GenEval's layout. -> [Job, ...], [path, ...], [(name, reason it is skipped), ...]
 
     Raises ValueError where nothing can be used."""
-    jobs, paths, skipped, folder, seen = [], [], [], Path(folder), {}
+    jobs, paths, skipped, prompts, folder, seen = [], [], [], [], Path(folder), {}
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give one with 00000/metadata.jsonl and 00000/samples/*.png")
-    prompts = sorted((p for p in folder.iterdir() if p.is_dir() and is_number(p.name)),
-                     key=lambda p: (int(p.name), p.name))
-    skipped += [(p.name, "no folder with a number for a name: not of GenEval's layout")
-                for p in sorted(folder.iterdir()) if p.suffix.lower() in data.SUFFIXES and p.is_file()
-                and p.name != "scores.png" or p.is_dir() and p not in prompts and (p / "samples").is_dir()]
+    for p in sorted(folder.iterdir()):
+        picture = p.is_file() and p.suffix.lower() in data.SUFFIXES and p.name != "scores.png"
+        if p.is_dir() and is_number(p.name):
+            prompts.append(p)
+        elif picture or (p / "samples").is_dir():
+            skipped.append((p.name, "no folder with a number for a name: not of GenEval's layout"))
+    prompts.sort(key=lambda p: (int(p.name), p.name))
     with bar(len(prompts), "reading") as progress:
         for sub in prompts:
             progress.update()

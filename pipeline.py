@@ -255,7 +255,8 @@ def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, 
                  text_dtype=text_dtype, pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
     if device.type == "cuda" or not is_run(home_of_encoders(path)):         # what train.py makes is small
         mode = place(mode, path, {k: c for k, c in configs.items() if k not in drop}, device, int8, about)
-    mode = "none" if mode == "auto" else mode
+    elif mode == "auto":
+        mode = "none"
     mmdit = change_all(load_part(path, "mmdit"), loras)
     vae, encoders = load_encoders(path, drop=drop, dtype=text_dtype, t5_width=mmdit.config.context_dim)
     if int8:

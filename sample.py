@@ -38,6 +38,7 @@ from finetune import Lora
 from pipeline import (DEFAULTS, Pipeline, at_once, check_request, pick_device, published_configs, recognise,
                       save_picture, seeds_of, settings_of, side_of, text_dtype_of)
 from pipeline import to_pil                     # noqa: F401  (can be called from here, as Pipeline can)
+from tensor_files import check_writable
 from text_encoders import ENCODERS
 from weights import free_memory
 
@@ -192,9 +193,7 @@ def free_path(out, prompt: str, seed: int, n: int) -> Path:
         path, i = folder / f"{words}-{seed}.png", 1
         while path.exists():
             path, i = folder / f"{words}-{seed}-{i}.png", i + 1
-    there = next(p for p in path.absolute().parents if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{there} is no folder that can be written to: choose another --out")
+    check_writable(path.parent)
     return path
 
 
@@ -223,10 +222,9 @@ def flags_of(path, args) -> tuple[list[str], str]:
 def open_picture(path):
     """RGB, upright, transparent parts white."""
     try:
-        with data.opened(Path(path), whole=True) as image:
-            return data.upright(image, max(image.size))
-    except Exception as e:              # decoders fail in many ways: OSError, SyntaxError, zlib.error ...
-        raise ValueError(f"--image {path} cannot be used: {e or type(e).__name__}") from None
+        return data.whole_picture(path)
+    except ValueError as e:
+        raise ValueError(f"--image {path} cannot be used: {e}") from None
 
 
 def fitted(image, size) -> tuple[int, int]:
@@ -246,8 +244,7 @@ def draw(args) -> None:
     loras = [Lora(*file_and_strength(lora)) for lora in args.lora]
     pipe = Pipeline.from_pretrained(
         folder, device=args.device, dtype=args.dtype, drop=args.drop, offload=args.offload, int8=args.int8,
-        tokenizers=args.tokenizers, size=(args.height, args.width), pictures=args.n,
-        loras=loras)
+        tokenizers=args.tokenizers, size=(args.height, args.width), pictures=args.n, loras=loras)
     pipe.kind, pipe.shift = args.schedule or pipe.kind, pipe.shift if args.shift is None else args.shift
     if args.skip_layer_guidance is not None:
         _, *where = pipe.skip_layers or DEFAULTS["sd3.5-medium"]["skip_layers"]

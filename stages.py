@@ -295,17 +295,16 @@ def start_of(run, vae, later=nullcontext()) -> MMDiT:
         old = load_part(run.folder / "start", "mmdit", later)
         with later:
             model = grown(old, c.size // (2 * vae.config.factor), white=not c.lora)
-        return add_lora(model, c.lora, seed=c.seed) if c.lora else model
-    device = "meta" if isinstance(later, Later) else run.device
-    if c.lora:
-        return add_lora(load_mmdit(c.origin, device=device, dtype=run.dtype), c.lora, seed=c.seed)
-    model = load_mmdit(c.origin, device=device, dtype=torch.float32).requires_grad_(True)
-    if device == "meta":
-        source, recipe = locate(c.origin, "mmdit")
-        for name, t in model.state_dict().items():
-            later.note(t, partial(read_tensor, source, recipe(name), t.shape, "cpu", t.dtype))
-        model.pos_embed = later.maker(model.pos_embed)()                    # learns nothing, is not cut up
-    return model
+    else:
+        cut_up, dtype = isinstance(later, Later), run.dtype if c.lora else torch.float32
+        model = load_mmdit(c.origin, device="meta" if cut_up else run.device, dtype=dtype)
+        model.requires_grad_(True)
+        if cut_up:
+            source, recipe = locate(c.origin, "mmdit")
+            for name, t in model.state_dict().items():
+                later.note(t, partial(read_tensor, source, recipe(name), t.shape, "cpu", t.dtype))
+            model.pos_embed = later.maker(model.pos_embed)()                # learns nothing, is not cut up
+    return add_lora(model, c.lora, seed=c.seed) if c.lora else model
 
 
 def grown(old: MMDiT, tokens: int, white: bool = True) -> MMDiT:

@@ -70,6 +70,14 @@ def sync_folder(path) -> None:
             os.close(folder)
 
 
+def check_writable(folder) -> None:
+    """ValueError unless files can be written into this folder, which may have to be made."""
+    folder = Path(folder).absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{there} is no folder that can be written to: choose another --out")
+
+
 def write_json(path, value) -> None:
     write_atomically(
         path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8"))

@@ -58,8 +58,7 @@ def quantise_linears(module: nn.Module, keep=()) -> nn.Module:
     """
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear) and name not in keep:
-            parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, Int8Linear(layer))
+            module.set_submodule(name, Int8Linear(layer))
     return module
 
 

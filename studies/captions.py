@@ -11,12 +11,10 @@ RUN's encoders, latents and seed serve all; only what the flow model is shown di
 RUN/captions/ and is kept: a stopped command goes on where it was. Beside it, captions.csv and captions.png.
 """
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoints import write_atomically  # noqa: E402
 from data import TASKS  # noqa: E402
 from studies.training_length import (  # noqa: E402
     figure, flags, save_figure, scores, told_in_one_line, trained, write_table)
@@ -52,7 +50,7 @@ def main(argv=None) -> None:
             folder = args.run / "captions" / f"synthetic{share}-steps{args.steps}"
             trained(args.run, folder, synthetic=share, flow_steps=args.steps)
             rows.append(row(share, args.steps, scores(folder, args.n, "drawn")))
-        write_atomically(args.run / "captions.csv", partial(write_table, rows))
+        write_table(rows, args.run / "captions.csv")
         plot(rows, args.run / "captions.png")
     for r in rows:
         print(f"{100 * r['synthetic']:5.0f} % synthetic  score {100 * r['overall']:.1f} +- "

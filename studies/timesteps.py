@@ -13,7 +13,6 @@ timesteps.csv and timesteps.png, or those named by their shift, hold the validat
 of many pictures in 20 steps, and that of fewer, all from the same noise, in 5, 10, 20 and 50.
 """
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flow  # noqa: E402
 import report  # noqa: E402
-from checkpoints import read_json, write_atomically  # noqa: E402
+from checkpoints import read_json  # noqa: E402
 from flow import DENSITIES  # noqa: E402
 from studies.training_length import (  # noqa: E402
     figure, flags, save_figure, scores, told_in_one_line, trained, write_table)
@@ -71,7 +70,7 @@ def main(argv=None) -> None:
             folder = args.run / "timesteps" / f"{density}-steps{args.steps}{other}"
             trained(args.run, folder, density=density, flow_steps=args.steps, shift=shift)
             rows.append(row(density, args.steps, scores(folder, args.n, "drawn,loss,steps")))
-        write_atomically(args.run / f"timesteps{other}.csv", partial(write_table, rows))
+        write_table(rows, args.run / f"timesteps{other}.csv")
         plot(rows, shift, args.run / f"timesteps{other}.png")
     for r in rows:
         print(f"{r['density']:13s} loss {r['loss']:.4f} +- {r['loss_error']:.4f}  "

@@ -117,11 +117,13 @@ def save_figure(fig, path: Path) -> None:
 
 
 def write_table(rows: list[dict], path: Path) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        table = csv.DictWriter(f, rows[0].keys())
-        table.writeheader()
-        for row in rows:
-            table.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
+    def write(path):
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            table = csv.DictWriter(f, rows[0].keys())
+            table.writeheader()
+            for row in rows:
+                table.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
+    write_atomically(path, write)
 
 
 def flags(what: str) -> argparse.ArgumentParser:
@@ -156,7 +158,7 @@ def main(argv=None) -> None:
         rows = [point(folder, args.n) for folder in folders]
         own = rows[0]["seed"]
         rows.sort(key=lambda r: (r["seed"] != own, r["seed"], r["steps"]))
-        write_atomically(args.run / "length.csv", partial(write_table, rows))
+        write_table(rows, args.run / "length.csv")
         plot(rows, args.run / "length.png")
     for r in rows:
         print(f"seed {r['seed']}  {r['steps']:6d} steps  loss {r['loss']:.4f} +- {r['loss_error']:.4f}  "
