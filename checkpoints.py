@@ -630,7 +630,7 @@ def cut_as(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def sole_writer(run):
-    """Inside, no other process can be inside for the same run. CheckpointError if one is.
+    """Inside, no other process can be inside for the same run or cache. CheckpointError if one is.
 
     The system holds the lock for the open file, so it ends with the process, however that ends: a lock file
     that a killed process left behind stops nobody. What the file says is only for the message. Who finishes
@@ -647,10 +647,10 @@ def sole_writer(run):
         except (BlockingIOError, PermissionError):
             f.seek(0)
             who = f.read() or "another process"
-            raise CheckpointError(f"{run} is being trained by {who}: wait for its end, "
+            raise CheckpointError(f"{run} is being written by {who}: wait for its end, "
                                   "or choose another --out") from None
         except OSError as e:                    # network file systems without locks
-            print(f"{path} cannot be locked ({e}): see to it that no other process trains in {run}")
+            print(f"{path} cannot be locked ({e}): see to it that no other process writes to {run}")
         if fcntl and not is_at(f, path):
             with sole_writer(run):
                 yield

@@ -256,7 +256,8 @@ def prompts(task, n, seed=0):
 # --- Loading ----------------------------------------------------------------------------------------------
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+            ".avif", ".heic"}       # what Pillow may lack a decoder for, so that it is skipped and told
 MAX_PIXELS = 64_000_000             # by the header, before decoding: 256 MB as RGBA
 MAX_CAPTION = 2_000                 # characters; the text encoders cut far earlier
 MAX_CAPTION_FILE = 1_000_000        # bytes of a name.txt or name.json

@@ -216,6 +216,12 @@ class Survey:
 
 # ------------------------------------------------------------------------------------------------- the cache
 
+def source_of(c) -> dict:
+    """Where the pictures of a cache come from, in the words of TrainConfig; a folder by its whole path."""
+    where = c.data if c.data in ("drawn", "emoji") else str(Path(c.data).resolve())
+    return {"data": where, "pictures": c.pictures, "buckets": c.buckets}
+
+
 SHARD = 1024                # pictures or captions in a file, at about most: what an interruption may cost
 FORMAT = 1
 
@@ -264,11 +270,12 @@ def _about(path) -> dict | None:
 
 @torch.no_grad()
 def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_print: str, t5_length: int,
-                origin: str = "", rank: int = 0, world: int = 1, batch: int = 32, autocast=nullcontext,
-                device=None, say=print) -> list:
+                source: dict = {}, origin: str = "", rank: int = 0, world: int = 1, batch: int = 32,
+                autocast=nullcontext, device=None, say=print) -> list:
     """Encode what `folder` does not hold yet: latents of `survey`'s pictures, features of its captions.
 
-    vae_print, text_print: fingerprints of the encoders. origin: the published weights that they came from.
+    vae_print, text_print: fingerprints of the encoders. source: `source_of` the pictures. origin: the
+    published weights that the encoders came from.
     device: where to encode; the autoencoder and the text encoders visit it in turn, and only if they are
     needed (None: they stay where they are). batch: pictures of up to 256 x 256 at a time, fewer of larger
     ones. Each of `world` ranks calls this and makes every world-th file; no rank waits for another.
@@ -278,7 +285,7 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
     """
     folder = Path(folder)
     latents, text = _plan(survey, vae_print, text_print, t5_length, encoders.clip_length)
-    index = {"format": FORMAT, "size": survey.shapes[0][0], "encoders": origin,
+    index = {"format": FORMAT, "size": survey.shapes[0][0], "source": source, "encoders": origin,
              "data": survey.fingerprint, "vae": vae_print, "text": text_print,
              "t5_length": t5_length, "clip_length": encoders.clip_length, "widths": encoders.widths,
              "latents": [job[:2] for job in latents], "texts": [job[:2] for job in text]}

@@ -211,11 +211,11 @@ def second_phase(given: dict) -> dict:
         if given.get(name, saved[name]) != saved[name]:
             raise ValueError(f"{flag_of(name)} {given[name]} contradicts {run}/config.json ({saved[name]}): "
                              "what is taken over keeps its shape; leave the flag out")
-    size = given.get("size", saved["size"])
     if given.get("cache"):
-        cache = checked_cache(given)
+        cache, told = checked_cache(given)
         cache.compare(*encoder_prints(given.get("encoders", run)))
-        size = cache.index["size"]
+        given = given | told
+    size = given.get("size", saved["size"])
     known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "origin", "cache", "minutes", "lora"}
     kept = {k: v for k, v in saved.items() if k in known}
     kept |= of_adapters(given, config_of_part(run, "mmdit"), 5e-3)
@@ -224,10 +224,9 @@ def second_phase(given: dict) -> dict:
 
 def by_published(given: dict) -> dict:
     """Settings of a new transformer that learns from a cache which published encoders made."""
-    about = checked_cache(given).index
-    where = given.get("encoders") or about.get("encoders")
-    return {**given, "encoders": str(Path(where).resolve()) if where else "",
-            **{name: about[name] for name in ("size", "clip_length", "t5_length")}}
+    cache, told = checked_cache(given)
+    where = given.get("encoders") or cache.index.get("encoders")
+    return {**given, "encoders": str(Path(where).resolve()) if where else "", **told}
 
 
 def fine_tuning(given: dict) -> dict:
@@ -257,14 +256,19 @@ def of_adapters(given: dict, c: MMDiTConfig, rate: float) -> dict:
     return {"flow_rate": rate, "muon_rate": 0.0} if given.get("lora") else {}
 
 
-def checked_cache(given: dict) -> Cache:
-    """The given cache. ValueError where a flag says otherwise than it."""
+def checked_cache(given: dict) -> tuple[Cache, dict]:
+    """The given cache, and the settings that follow from it. ValueError where a flag says otherwise."""
     cache = Cache(given["cache"])
-    for name in ("size", "clip_length", "t5_length"):
-        if given.get(name, made := cache.index[name]) != made:
-            raise ValueError(f"{flag_of(name)} {given[name]} contradicts {cache.folder} ({made}): leave the "
-                             "flag out or make another cache")
-    return cache
+    told = cache.index.get("source", {}) | {k: cache.index[k] for k in ("size", "clip_length", "t5_length")}
+    where = told.get("data", "drawn")
+    if "data" in given and where not in ("drawn", "emoji") and not Path(where).exists():    # it has moved
+        told["data"] = str(Path(given["data"]).resolve())
+    for name, made in told.items():
+        asked = given.get(name, made)
+        if asked != made and not (name == "data" and str(Path(asked).resolve()) == made):
+            raise ValueError(f"{flag_of(name)} {asked} contradicts {cache.folder} ({made}): leave the flag "
+                             "out or make another cache")
+    return cache, told
 
 
 def parse_cache(argv) -> argparse.Namespace:

@@ -37,13 +37,14 @@ from torch import nn
 
 import flow
 from checkpoints import (bare_encoders, home_of_encoders, is_run, load_encoders, load_part, load_tokenizers,
-                         write_atomically)
+                         sole_writer, write_atomically)
 from data import contact_sheet, list_pictures, pick_captions, refuse_if_mostly_bad
 from finetune import add_lora, merge_lora, save_lora
 from mmdit import MMDiT, MMDiTConfig
 from parallel import Later, local, whole
 from pipeline import Pipeline
-from prepare import Batches, Cache, Survey, digest, files_fingerprint, tensors_fingerprint, write_cache
+from prepare import (Batches, Cache, Survey, digest, files_fingerprint, source_of, tensors_fingerprint,
+                     write_cache)
 from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
                            Conditioning, T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders,
                            load_clip_tokenizer, load_t5_tokenizer, masked_span_loss, sample_drops,
@@ -241,8 +242,8 @@ def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
         encoders = TextEncoders(*(parts[name] for name in ENCODERS), list(tokenizers.values()))
         run.ranks.together(partial(
             write_cache, folder / "cache", survey, parts["vae"], encoders, vae_print=prints[0],
-            text_print=prints[1], t5_length=c.t5_length, autocast=run.autocast, device=run.device,
-            rank=run.ranks.rank, world=run.ranks.world))
+            text_print=prints[1], t5_length=c.t5_length, source=source_of(c), autocast=run.autocast,
+            device=run.device, rank=run.ranks.rank, world=run.ranks.world))
     cache = Cache(c.cache or folder / "cache")
     cache.compare(*prints)
     return Batches(cache, c.flow_batch, c.seed, synthetic=c.synthetic)
@@ -252,9 +253,8 @@ def encode_all(run, out, rank=0, world=1) -> None:
     """A cache in `out` of run.config's data, by the encoders of run.folder, which may be published weights.
     Of `world` ranks each does its share; an interrupted one goes on where it was."""
     c, prints = run.config, encoder_prints(run.folder)
-    count = None if c.data == "drawn" and c.pictures == 10**9 else c.pictures
-    listing = list_pictures(c.data, c.size, count=count, seed=c.seed)
-    survey = Survey(listing.entries[:count], c.size, bucketed=c.buckets)
+    listing = list_pictures(c.data, c.size, count=c.pictures, seed=c.seed)
+    survey = Survey(listing.entries[:c.pictures], c.size, bucketed=c.buckets)
     home = home_of_encoders(run.folder)
     published = not is_run(home)            # these compute in the dtype of their weights
     vae, encoders = load_encoders(home, dtype=run.dtype)
@@ -264,10 +264,12 @@ def encode_all(run, out, rank=0, world=1) -> None:
     if rank == 0:
         print(f"cache: {len(survey.entries):,} pictures in {len(set(survey.buckets))} shapes with "
               f"{len(survey.captions):,} captions, {len(skipped)} skipped, into {out}", flush=True)
-    lost = write_cache(out, survey, vae, encoders, vae_print=prints[0], text_print=prints[1],
-                       origin=str(home.resolve()) if published else "", t5_length=c.t5_length, rank=rank,
-                       world=world, autocast=nullcontext if published else run.autocast,
-                       device=run.device, say=print if rank == 0 else lambda line: None)
+    with nullcontext() if rank else sole_writer(out):
+        lost = write_cache(out, survey, vae, encoders, vae_print=prints[0], text_print=prints[1],
+                           source=source_of(c), origin=str(home.resolve()) if published else "",
+                           t5_length=c.t5_length, autocast=nullcontext if published else run.autocast,
+                           device=run.device, rank=rank, world=world,
+                           say=print if rank == 0 else lambda line: None)
     for name, reason in skipped[:5 * (rank == 0)] + lost[:5]:
         print(f"skipped {name}: {reason}")
 

@@ -62,17 +62,17 @@ from torch import nn
 
 import flow
 import parallel
-from checkpoints import (Saver, State, checkpoints_of, clean_checkpoints, has_run, is_published, load_part,
-                         load_state, read_json, save_part, sole_writer, write_json)
+from checkpoints import (CheckpointError, Saver, State, checkpoints_of, clean_checkpoints, has_run,
+                         is_published, load_part, load_state, read_json, save_part, sole_writer, write_json)
 from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiT
 from muon import Muon, split
 from parallel import local, whole
 from pipeline import pick_device
-from prepare import Cache, Survey
+from prepare import Cache, Survey, source_of
 from settings import SHAPING, TrainConfig, parse, parse_cache
-from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, flow_stage, make_tokenizers,
-                    preview_prompts, start_of, t5_stage, take_over, vae_stage)
+from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, encoder_prints, flow_stage,
+                    make_tokenizers, preview_prompts, start_of, t5_stage, take_over, vae_stage)
 from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, add_up, clock, film, judge, largest_logit,
                    lasting_output, plot_run, read_metrics, roll_back, update)
 
@@ -520,14 +520,33 @@ def new_folder(c: TrainConfig) -> Path:
                          "choose another --out")
     if not c.out:
         name = named(c.data) + (f"-{c.size}" if c.origin else "")
-        numbered = (Path("runs", name + (f"-{i}" if i > 1 else "")) for i in itertools.count(1))
-        c.out = str(next(folder for folder in numbered if not folder.exists()))
+        c.out = str(next(folder for folder in numbered(name) if not folder.exists()))
     return Path(c.out)
 
 
 def named(source: str) -> str:
     """What a source is called in the name of a folder."""
     return source if source in ("drawn", "emoji") else Path(source).resolve().name
+
+
+def numbered(name: str):
+    return (Path("runs", name + (f"-{i}" if i > 1 else "")) for i in itertools.count(1))
+
+
+def cache_folder(c: TrainConfig, prints: tuple[str, str]) -> Path:
+    """Where a cache goes for which no folder was named: never to that of other pictures or encoders, which
+    may have taken days."""
+    source = source_of(c)
+    for folder in numbered(f"cache-{named(c.data)}-{c.size}"):
+        try:
+            index = read_json(folder / "index.json")
+        except CheckpointError:                     # none yet, or it will be written anew
+            return folder
+        theirs = index.get("source", source)
+        if ((theirs["data"], theirs["buckets"], index.get("vae"), index.get("text"))
+                == (source["data"], source["buckets"], *prints)):
+            return folder
+        print(f"{folder} is of other pictures or by other encoders: it stays as it is")
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -538,15 +557,16 @@ def cache_command(argv) -> None:
     rank, world, _ = parallel.launched()                # each makes its files: nothing has to be exchanged
     saved = {"t5_length": 77} if args.model else read_json(Path(args.run, "config.json"))
     size, whose = args.size or saved["size"], Path(args.model or args.run)
-    out = args.out or f"runs/cache-{named(args.data)}-{size}"
+    every = TrainConfig.pictures if args.data == "drawn" else 10**9
     run = Run(TrainConfig(t5_length=saved["t5_length"], data=args.data, size=size, seed=args.seed,
-                          pictures=args.pictures or 10**9, buckets=args.buckets, device=args.device,
+                          pictures=args.pictures or every, buckets=args.buckets, device=args.device,
                           dtype=args.dtype), whose)
-    encode_all(run, Path(out), rank, world)
+    out = Path(args.out or cache_folder(run.config, encoder_prints(whose)))
+    encode_all(run, out, rank, world)
     ways = [f"--from {whose} --cache {out}"] + [f"--cache {out} --model d15"] * bool(args.model)
     if rank == 0:
         print(f"done{f' with the share of rank 0 of {world}' if world > 1 else ''}: {out}. Now type\n"
-              + "\n or ".join(f"    python train.py {how} --data {args.data}" for how in ways))
+              + "\n or ".join(f"    python train.py {how}" for how in ways))
 
 
 def main(argv=None) -> None:

@@ -444,6 +444,16 @@ def test_unreadable_pictures_are_skipped_and_counted(tmp_path):
     assert all(reasons.values()) and "64,000,000" in reasons["big.png"]
 
 
+def test_a_kind_of_picture_without_a_decoder_is_skipped_and_told_not_passed_over(tmp_path):
+    fill(tmp_path, a=flat(), b=flat())
+    (tmp_path / "c.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
+    (tmp_path / "c.txt").write_text("from a telephone")
+    flat().save(tmp_path / "d.jfif", format="JPEG")
+    (tmp_path / "d.txt").write_text("a JPEG by its older name")
+    pictures = load_pictures(tmp_path, 16)
+    assert len(pictures.captions) == 3 and [name for name, _ in pictures.skipped] == ["c.heic"]
+
+
 def test_large_pictures_are_refused_by_their_header_before_decoding(tmp_path, monkeypatch):
     (tmp_path / "x.png").write_bytes(png_claiming(8_001, 8_000))
     monkeypatch.setattr(Image.Image, "convert", None)       # decoding would fail otherwise

@@ -260,7 +260,7 @@ def test_two_processes_never_train_in_one_folder(straight, tmp_path):
     folder = tmp_path / "run"
     first, _ = start(folder, preview=pauses, preview_every=36)
     until((folder / "busy").exists, first)
-    with pytest.raises(CheckpointError, match=f"is being trained by process {first.pid}"):
+    with pytest.raises(CheckpointError, match=f"is being written by process {first.pid}"):
         run_miniature(folder)
     (folder / "go").touch()
     assert wait(first) == 0

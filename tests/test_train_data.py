@@ -12,6 +12,7 @@ import json
 import math
 import random
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,7 +30,7 @@ import sample
 import stages
 import train as training
 from checkpoints import (bare_encoders, load_part, load_tensors, load_tokenizers, read_json, run_configs,
-                         save_part, save_tensors)
+                         save_part, save_tensors, sole_writer)
 from conftest import MICRO
 from data import Pictures
 from mmdit import MMDiT
@@ -145,6 +146,43 @@ def test_a_cache_that_was_made_ahead_is_what_the_run_would_have_made(finished, t
     for name, _ in own.index["latents"] + own.index["texts"]:
         a, b = load_tensors(own.folder / name)[0], load_tensors(out / name)[0]
         assert all(torch.allclose(a[k].float(), b[k].float(), rtol=0.01, atol=1e-3) for k in a)
+
+
+def test_a_cache_that_nobody_named_never_takes_the_place_of_another(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for there in ("a", "b"):
+        Path(there).mkdir()
+        fill(Path(there, "mine"), 4)
+        training.main(["cache", *flags_of(run=finished, data=Path(there, "mine"), size=32, device="cpu")])
+    assert "runs/cache-mine-32 is of other pictures" in capsys.readouterr().out
+    first, second = Path("runs/cache-mine-32"), Path("runs/cache-mine-32-2")
+    before = {p: p.stat().st_mtime_ns for p in first.iterdir()}
+    training.main(["cache", *flags_of(run=finished, data=Path("b/mine"), size=32, device="cpu")])
+    assert {p.name for p in Path("runs").iterdir()} == {first.name, second.name}
+    assert before == {p: p.stat().st_mtime_ns for p in first.iterdir()} and len(Cache(second)) == 4
+    training.main(["cache", *flags_of(run=finished, data=Path("a/mine"), size=32, device="cpu"), "--buckets"])
+    assert Cache(first).index["source"]["buckets"] is False and Path("runs/cache-mine-32-3").is_dir()
+
+
+def test_a_run_knows_from_its_cache_what_it_learns(finished, tmp_path, monkeypatch, capsys):
+    """so that it is judged by the prompts and pictures of that data"""
+    monkeypatch.chdir(tmp_path)
+    fill(Path("mine"), 4), fill(Path("other"), 4)
+    training.main(["cache", *flags_of(run=finished, data="mine", size=32, out="made", device="cpu")])
+    phase = ["--from", str(finished), "--cache", "made"]
+    assert parse(phase)[0].data == parse([*phase, "--data", "mine"])[0].data == str(Path("mine").resolve())
+    capsys.readouterr()
+    assert "--data other contradicts made" in refused([*phase, "--data", "other"], capsys)
+    assert "--buckets True contradicts made" in refused([*phase, "--buckets"], capsys)
+    Path("mine").rename("moved")
+    assert parse([*phase, "--data", "moved"])[0].data == str(Path("moved").resolve())
+
+
+def test_two_processes_cannot_write_one_cache(finished, tmp_path, capsys):
+    out, pictures = tmp_path / "cache", fill(tmp_path / "mine", 4)
+    with sole_writer(out):
+        said = refused(["cache", *flags_of(run=finished, data=pictures, out=out, device="cpu")], capsys)
+    assert "is being written by process" in said and not list(out.glob("*.safetensors"))
 
 
 def test_ranks_share_the_work_and_a_second_command_finds_nothing_to_do(finished, tmp_path, monkeypatch):
