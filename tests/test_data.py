@@ -450,7 +450,7 @@ def test_a_kind_of_picture_without_a_decoder_is_skipped_and_told_not_passed_over
     (tmp_path / "c.txt").write_text("from a telephone")
     flat().save(tmp_path / "d.jfif", format="JPEG")
     (tmp_path / "d.txt").write_text("a JPEG by its older name")
-    pictures = load_pictures(tmp_path, 16)
+    pictures = data.load_pictures(tmp_path, 16)
     assert len(pictures.captions) == 3 and [name for name, _ in pictures.skipped] == ["c.heic"]
 
 
