@@ -36,7 +36,7 @@ Pitfalls
 - Dropping alpha shows the colours hidden under transparent pixels, often black: pictures are laid on white.
   Cameras keep rotation in EXIF, 16-bit files need scaling, and a small file may decode to gigabytes.
 - A bad file is skipped and listed in `Pictures.skipped`, never silently; when most are bad, or a hundred in a
-  row, loading stops. `python data.py check DIR` (prepare.py) reports on a folder before training.
+  row, loading stops. `python data.py check DIR` (curate.py) reports on a folder before training.
 - A JPEG with a damaged byte decodes without complaint into another picture; only a checksum would tell.
 
 DIFFERS: GenEval's prompts begin with "a photo of"; these do not, the words say nothing about a drawing.
@@ -696,7 +696,7 @@ def demo(out="runs/data.png"):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["check"]:
-        from prepare import main        # only here: it needs this module
+        from curate import main         # only here: it needs this module
 
         main(sys.argv[1:])
     else:

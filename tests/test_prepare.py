@@ -2,13 +2,10 @@
 
 Order: every batch is of one bucket, every picture comes once an epoch, any step can be computed alone, N
 ranks see what one sees. Cache: it holds what the encoders say, goes on after an interruption, is made by any
-number of ranks, notices other data and other encoders, and is fast. Check: what should not be trained on is
-found, shown, counted, and left out on request only.
+number of ranks, notices other data and other encoders, and is fast.
 """
 
-import io
 import json
-import runpy
 import time
 from collections import Counter
 
@@ -17,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 import data
 import prepare
@@ -490,181 +487,6 @@ def test_the_reader_gives_5000_samples_of_64_pixels_a_second(tmp_path):
             batches.at(step)
         best = max(best, 20 * 256 / (time.process_time() - start))
     assert best > 5000, f"{best:,.0f} samples a second"
-
-
-# --- The check ---
-
-def emoji(n):
-    return [entry.picture.resize((96, 96), Image.Resampling.BICUBIC)
-            for entry in data.list_pictures("emoji").entries[:n]]
-
-
-def blur(seed, size=96):
-    """A picture unlike any other: a few soft colours."""
-    colours = np.random.default_rng(seed).integers(0, 255, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize((size, size), Image.Resampling.BICUBIC)
-
-
-def jpeg(picture, quality):
-    stream = io.BytesIO()
-    picture.save(stream, "jpeg", quality=quality)
-    return Image.open(stream).convert("RGB")
-
-
-def distance(a, b):
-    return float(np.linalg.norm(prepare.look(a)[1] - prepare.look(b)[1]))
-
-
-@pytest.mark.parametrize("change", [
-    lambda p: p.resize((50, 50)), lambda p: p.resize((192, 192), Image.Resampling.LANCZOS),
-    lambda p: p.resize((61, 67)), lambda p: jpeg(p, 60), lambda p: ImageEnhance.Contrast(p).enhance(1.1),
-    lambda p: ImageEnhance.Brightness(p).enhance(0.95)])
-def test_resized_recompressed_and_relit_copies_look_the_same(change):
-    distances = [distance(p, change(p)) for p in emoji(60)]
-    assert max(distances) < prepare.SAME_LOOK
-
-
-def test_different_pictures_look_different():
-    vectors = torch.stack([torch.from_numpy(prepare.look(blur(seed))[1]) for seed in range(400)])
-    apart = torch.cdist(vectors, vectors) + torch.eye(400)
-    assert apart.min() > prepare.SAME_CONTENT[1] > prepare.SAME_LOOK
-    everyday = torch.stack([torch.from_numpy(prepare.look(p)[1]) for p in emoji(1026)])
-    apart = torch.cdist(everyday, everyday) + torch.eye(1026)
-    assert (apart.min(1).values < prepare.SAME_LOOK).sum() <= 6         # faces that differ by an eyebrow
-    red, blue = Image.new("RGB", (50, 50), "red"), Image.new("RGB", (50, 50), "blue")
-    assert distance(red, blue) > prepare.SAME_LOOK > distance(red, Image.new("RGB", (80, 80), (250, 0, 0)))
-
-
-@given(st.integers(0, 10 ** 6), st.integers(1, 80), st.floats(0.05, 1.0))
-def test_each_copy_is_near_the_one_that_is_kept_and_the_kept_are_far_apart(seed, n, limit):
-    g = torch.Generator().manual_seed(seed)
-    vectors, rank = torch.rand(n, 3, generator=g), torch.randperm(n, generator=g).numpy()
-    found = prepare.copies(rank, (vectors, limit))
-    apart = torch.cdist(vectors, vectors)
-    assert all(apart[a, b] < limit + 1e-6 and rank[b] < rank[a] and b not in found for a, b in found.items())
-    kept = [i for i in range(n) if i not in found]
-    assert all(apart[a, b] >= limit - 1e-6 for a in kept for b in kept if a < b)
-
-
-def test_clusters_part_hardly_any_copies(monkeypatch):
-    monkeypatch.setattr(prepare, "CLUSTER", 100)
-    g = torch.Generator().manual_seed(0)
-    vectors = torch.randn(1000, 32, generator=g) / 32 ** 0.5
-    vectors = torch.cat([vectors, vectors + 0.004 * torch.randn(1000, 32, generator=g)])
-    assert sorted(np.concatenate(prepare.clusters(vectors)).tolist()) == list(range(2000))
-    assert len(prepare.clusters(vectors)) > 10
-    found = prepare.copies(np.arange(2000), (vectors, 0.1))
-    assert sum(found.get(1000 + i) == i for i in range(1000)) > 970 and min(found) >= 1000
-
-
-def faulty(folder):
-    """20 good pictures with a score and one of each fault; -> names by the step that should find them."""
-    folder.mkdir()
-    pictures = emoji(20)
-    rows = []
-
-    def add(name, picture, **about):
-        picture.save(folder / name)
-        rows.append({"file": name, "captions": [f"the caption of {name}"], **about})
-
-    for i, picture in enumerate(pictures):
-        add(f"{i:02}.png", picture, aesthetic=5 + i / 10)
-    add("copy.jpg", jpeg(pictures[3].resize((70, 70)), 70), aesthetic=9)
-    add("larger.png", pictures[7].resize((200, 200), Image.Resampling.BICUBIC), aesthetic=9)
-    add("small.png", pictures[1].resize((20, 40)), aesthetic=9)
-    add("long.png", pictures[2].resize((400, 64)), aesthetic=9)
-    add("ugly.png", ImageEnhance.Color(pictures[4]).enhance(0).rotate(90), aesthetic=1.5)
-    add("unscored.png", pictures[5].rotate(180))
-    (folder / "bad.png").write_bytes(b"text")
-    rows.append({"file": "bad.png", "captions": ["x"], "aesthetic": 9})
-    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{nonsense\n")
-    return {"unusable": ["captions.jsonl:28", "bad.png"], "small": ["small.png"], "long": ["long.png"],
-            "aesthetic>=4.5": ["ugly.png", "unscored.png"], "copy": ["07.png", "copy.jpg"]}
-
-
-def test_each_step_removes_its_fault_counts_it_and_shows_it(tmp_path):
-    expected, said = faulty(tmp_path / "a"), []
-    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    found = prepare.check(tmp_path / "a", min_side=32, scores=["aesthetic>=4.5"], out=tmp_path / "report",
-                          say=said.append)
-    assert {step: sorted(n for n, _ in items) for step, items in found.items()} == {
-        step: sorted(names) for step, names in expected.items()}
-    assert dict(found["copy"])["07.png"] == "like larger.png"           # the one with more pixels stays
-    assert dict(found["aesthetic>=4.5"])["unscored.png"] == "None"
-    sheets = sorted(p.name for p in (tmp_path / "report").glob("*.png"))
-    assert sheets == ["1-unusable.png", "2-small.png", "3-long.png", "4-aesthetic-4-5.png", "5-copy.png"]
-    with Image.open(tmp_path / "report" / "5-copy.png") as sheet:
-        assert sheet.width > 4 * 128 and len(sheet.getcolors(1 << 20)) > 100
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert report["kept"] == 20 and "kept                      20" in "\n".join(said)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before       # nothing was touched
-
-
-def test_apply_leaves_out_of_training_what_was_found_and_a_second_check_finds_nothing(tmp_path):
-    faulty(tmp_path / "a")
-    prepare.check(tmp_path / "a", min_side=32, scores=["aesthetic>=4.5"], out=tmp_path / "r", apply=True,
-                  say=lambda line: None)
-    loaded = data.load_pictures(tmp_path / "a", 16)
-    assert len(loaded.images) == 20 and loaded.excluded == 7
-    assert [name for name, _ in loaded.skipped] == ["captions.jsonl:28"]                # still told: no name
-    assert "the caption of larger.png" in {c for captions in loaded.captions for c in captions}
-    again, said = tmp_path / "again", []
-    found = prepare.check(tmp_path / "a", min_side=32, scores=["aesthetic>=4.5"], out=again, say=said.append)
-    assert [n for items in found.values() for n, _ in items] == ["captions.jsonl:28"]
-    assert "7 excluded" in said[0]
-
-
-def test_a_runs_clip_finds_crops_that_thumbnails_miss(tmp_path):
-    torch.manual_seed(0)
-    save_part(tmp_path / "run", "clip_l_image", te.CLIPImageEncoder(te.CLIPImageConfig.preset("tiny")))
-    (tmp_path / "a").mkdir()
-    pictures = [blur(seed) for seed in range(12)]
-    for i, picture in enumerate(pictures):
-        picture.save(tmp_path / "a" / f"{i:02}.png")
-        (tmp_path / "a" / f"{i:02}.txt").write_text("whole")
-    crop = pictures[2].crop((2, 2, 94, 94))
-    assert prepare.SAME_LOOK < distance(pictures[2], crop) < prepare.SAME_CONTENT[1]
-    crop.save(tmp_path / "a" / "crop.png")
-    (tmp_path / "a" / "crop.txt").write_text("a crop")
-    quiet = dict(out=tmp_path / "r", say=lambda line: None)
-    assert prepare.check(tmp_path / "a", **quiet)["copy"] == []
-    found = prepare.check(tmp_path / "a", run=tmp_path / "run", **quiet)
-    assert found["copy"] == [] and found["near copy (CLIP)"] == [("crop.png", "like 02.png")]
-
-
-@pytest.mark.parametrize("rule, about, verdict", [
-    ("aesthetic>=5", {"aesthetic": 5}, True), ("aesthetic >= 5.5", {"aesthetic": 5}, False),
-    ("nsfw<=0.1", {"nsfw": 0.05}, True), ("nsfw<=1e-3", {"nsfw": 0.05}, False), ("nsfw<=1", {}, None),
-    ("nsfw<=1", {"nsfw": "0.05"}, None), ("nsfw<=1", {"nsfw": float("nan")}, None),
-    ("a<=1", {"a": True}, None)])
-def test_scores_are_compared_as_numbers_and_missing_ones_pass_nothing(rule, about, verdict):
-    assert prepare.passes(about, rule) is verdict
-
-
-def test_the_command_reports_and_errors_are_one_line_with_exit_code_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    fill(tmp_path / "pics", 12)
-    prepare.main(["check", "pics", "--min-side", "16", "--size", "32"])
-    out = capsys.readouterr().out
-    assert "kept                      12 100.0 %" in out and "buckets for --size 32: " in out
-    assert (tmp_path / "runs" / "check-pics" / "report.json").is_file()
-    for wrong, message in ((["gone"], "no such folder"), (["pics", "--score", "x>>2"], "is no rule"),
-                           (["pics", "--score", "x>=2"], "no scores at all"),
-                           (["emoji"], "comes with the project"),
-                           (["pics", "--size", "50"], "not a multiple of 16"),
-                           (["pics", "--run", "gone"], "clip_l_image.safetensors is missing")):
-        with pytest.raises(SystemExit) as stop:
-            prepare.main(["check", *wrong])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and message in error and error.count("\n") == 1
-
-
-def test_data_py_check_is_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["data.py", "check", "pics"])
-    fill(tmp_path / "pics", 4)
-    runpy.run_path(data.__file__, run_name="__main__")
-    assert "small                      4 100.0 %" in capsys.readouterr().out
 
 
 def test_the_demo_passes(capsys):
