@@ -1,4 +1,4 @@
-"""Which pictures should not be trained on? Its own file: it runs once, before training, which needs none of it.
+"""Which pictures should not be trained on? Its own file: it runs once, before training.
 
 The paper's preparation of its data (section 5.3.1), in this order, each step with a count and a sheet of what
 it removed:
@@ -194,6 +194,15 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
     return result
 
 
+def pictures_beside(source: Path, listing) -> int:
+    """How many pictures of a folder its captions.jsonl, if it has one, passes over."""
+    if not (source / "captions.jsonl").is_file():
+        return 0
+    named = {entry.picture for entry in listing.entries} | {source.resolve() / n for n, _ in listing.skipped}
+    there = {path.resolve() for path in source.rglob("*") if path.suffix.lower() in data.SUFFIXES}
+    return len(there - named) - listing.excluded
+
+
 def exclude(source: Path, names) -> None:
     """Add to the source's excluded.txt, except bad lines of captions.jsonl: they are skipped anyway."""
     path = (source if source.is_dir() else source.parent) / "excluded.txt"
@@ -207,6 +216,8 @@ def report(source, listing, entries, sizes, left, removed, size, out, say) -> No
     """Print the counts, and save a contact sheet of each step that removed something."""
     total = len(listing.entries) + len(listing.skipped)
     say(f"{source}: {total:,} entries" + f" and {listing.excluded:,} excluded" * bool(listing.excluded))
+    if unnamed := pictures_beside(Path(source), listing):
+        say(f"  besides, {unnamed:,} pictures that captions.jsonl does not name: where it is, only it counts")
     for number, (name, items) in enumerate(removed.items(), 1):
         sheet = out / f"{number}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png"
         sheet.unlink(missing_ok=True)

@@ -188,6 +188,16 @@ def test_the_command_reports_and_errors_are_one_line_with_exit_code_2(tmp_path, 
         assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
+def test_pictures_that_captions_jsonl_passes_over_are_counted(tmp_path):
+    fill(tmp_path / "pics", [blur(i) for i in range(5)])
+    lines = [json.dumps({"file": f"{i:02}.png", "captions": ["x"]}) for i in range(3)]
+    (tmp_path / "pics" / "captions.jsonl").write_text("\n".join(lines))
+    said = []
+    (tmp_path / "pics" / "excluded.txt").write_text("01.png\n")
+    curate.check(tmp_path / "pics", out=tmp_path / "r", say=said.append)
+    assert "2 entries and 1 excluded" in said[0] and "2 pictures that captions.jsonl does not name" in said[1]
+
+
 def test_data_py_check_is_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["data.py", "check", "pics"])
