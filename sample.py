@@ -308,6 +308,9 @@ def dry_run(args) -> None:
         configs, name, how = offload.preset_configs(model), model, DEFAULTS[model]
     elif run:
         configs, name, how = run_configs(model, args.drop), model, {"guidance": 3.0}
+    elif not Path(model).exists():
+        raise ValueError(f"{model} does not exist: give weights, or one of {', '.join(offload.PRESETS)}; a "
+                         "turbo model takes what the one that it came from takes with --guidance 1")
     else:
         configs = published_configs(model, args.drop)
         name, how = recognise(configs["mmdit"], model)

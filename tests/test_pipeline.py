@@ -662,6 +662,7 @@ def test_a_dry_run_needs_no_weights_and_knows_folders_too(folder, capsys):
     (["--dtype", "int8"], "bfloat16"),
     (["--tokenizers", "nowhere"], "nowhere"), (["--t5-length", "1000"], None), (["--out", "new/"], None),
     (["--dry-run", "--height", "30"], "multiple of 16"), (["--dry-run", "--model", "nothing"], "nothing"),
+    (["--dry-run", "--model", "sd3.5-large-turbo"], "sd3.5-large; a turbo"),
 ])
 def test_bad_requests_end_with_one_line_and_exit_code_2(flags, cause, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
