@@ -1,4 +1,4 @@
-"""A file of its own because nothing here trains: what will a training cost, before it is begun?
+"""What will a training run cost, before it begins? A file of its own, because nothing here trains.
 
     parameters   counted on PyTorch's meta device, where tensors have shapes but no numbers
     FLOPs        of a picture, by formula: a product of (n, k) by (k, m) is 2 n k m; the backward pass has two
@@ -24,7 +24,7 @@ What to know
 - FLOPs and parameters are exact, and tested so against PyTorch's own counter. What a block keeps was compared
   with what PyTorch keeps on a CPU in float32. Times are predictions from a stated MFU, nothing else.
 - "FLOPs" are the model's own; recomputing counts in the time, not in the MFU.
-- Not in it: the encoders (train.py cache does their work before), the network between cards, reading.
+- Not included: the encoders (train.py cache runs them beforehand), the network between cards, reading.
 
 Run: python budget.py, or python train.py --dry-run --model d38 --flow-batch 4096 --gpus 64
 """

@@ -1,4 +1,4 @@
-"""How does a trained model come to rest on disk, and come back exactly?
+"""How is a trained model saved to disk, and how does it come back exactly?
 
 A run is a folder that `train.py` fills and `sample.py` reads:
 
@@ -23,7 +23,7 @@ folder is written under a temporary name, flushed to disk and renamed, so a cras
 is strict: every parameter is filled exactly once, with the right shape and finite numbers, or a
 CheckpointError says in one line what is wrong and what to do. The newest two checkpoints are kept, since the
 newest may turn out damaged: no library notices a flipped byte, the checksum here does; training then goes on
-from the older, and says so. What is no damage (another architecture, a newer format) is refused instead.
+from the older, and says so. What is not damage (another architecture, a newer format) is refused.
 
 Many processes save through torch.distributed.checkpoint: each writes its share while training goes on, and
 the folder can be read by another number of processes, also by one. Its own format, .distcp, keeps an index

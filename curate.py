@@ -15,8 +15,8 @@ What to know
 - Thumbnails find copies that were resized, recompressed or blurred, not those that were cropped. The CLIP of
   a run finds crops of 3 % along each side, most of the time; it does not find crops of 6 %.
 
-DIFFERS: the paper searches duplicates with SSCD, a network made to detect copies, in clusters of its
-  embeddings; here it is thumbnails, and the CLIP image tower that training leaves behind.
+DIFFERS: the paper finds duplicates with SSCD, a network made to detect copies, in clusters of its
+  embeddings; here it is done by thumbnails, and the CLIP image tower that training leaves behind.
 
 Run: python curate.py               a folder with faults is checked and cleaned, in seconds
      python data.py check DIR       a report on your own pictures; --help shows its bounds

@@ -23,12 +23,12 @@ one aspect; the synthetic one gives size, colour and place of every object and l
 inferred: "a small red star at the top left and a big blue ring at the right".
 
 Eight of the 80 (shape, colour) pairs are never drawn in training. `prompts` asks for them all the same,
-marked "unseen": can the model paint a whole of which it has seen only the parts?
+marked "unseen": can the model draw a whole when it has seen only the parts?
 
 Where objects stand follows from how many there are and from their relation (`layout`): one in the middle, two
 side by side in the order of the prompt, unless it says "above". Sizes, and colours that the prompt leaves
-open, are free. Places at random are the harder world, for which minutes on a CPU do not suffice (README): the
-model would have to agree with itself, from noise, on who stands where.
+open, are free. Random places make a harder world, for which minutes on a CPU are not enough (README): the
+model would have to agree with itself, from noise, on which object stands where.
 
 Lengths are fractions of the picture's side, and y grows downwards: "above" means a smaller y.
 

@@ -18,7 +18,7 @@ In the drawn world of data.py the pixels answer this exactly, without a learned 
 `judge` applies GenEval's rules (Ghosh et al. 2023, arXiv 2310.11513): the most confident objects of a shape
 must meet its "include" clause, and no "exclude" clause may be met. `strict` also forbids objects not asked
 for, which GenEval does not see and small models like to add. `score` has a model draw the six tasks' prompts;
-the overall score is the plain mean of the tasks. What knows no drawn world, such as FID, is in metrics.py,
+the overall score is the plain mean of the tasks. What needs no drawn world, such as FID, is in metrics.py,
 the command line in report.py.
 
 Lengths are fractions of the picture's side, y downwards. H W: pixels, 64 x 64 whatever the picture's size.
@@ -37,7 +37,7 @@ Run: python evaluate.py                     the scorer's own test: true and fals
      python evaluate.py --run RUN           draws and scores 600 pictures, in a minute or two
      python evaluate.py --run RUN --measures all        and loss, CLIP score, FID and KID, steps, copies
      python evaluate.py --images DIR        scores a folder of pictures in GenEval's layout
-     python evaluate.py --model PATH        draws GenEval's 553 prompts so, for its own detector to score
+     python evaluate.py --model PATH        draws GenEval's 553 prompts, for its own detector to score
 """
 
 import math

@@ -7,16 +7,16 @@ people prefer (its appendix C).
            loss = -log sigmoid(beta [(L_ref(better) - L(better)) - (L_ref(worse) - L(worse))])
 
 L is the loss of flow.py, a mean over the latent's numbers; L_ref that of the model as it was, whose adapters
-are switched off. What counts is the difference of the two pictures: it is not enough to draw both better.
+are switched off. What counts is the difference between the two: it is not enough to draw both better.
 
-An adapter's file is a hundredth of a model. Many are about, in three namings, all of which `Lora` reads:
+An adapter's file is a hundredth of a model's. Three naming schemes are in use, and `Lora` reads them all:
 
     diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight, .lora_B.weight, .alpha   ours, ComfyUI's
     transformer.transformer_blocks.0.attn.to_q.lora_A.weight, .lora_B.weight                diffusers', peft's
     lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight, .lora_up.weight, .alpha     kohya's scripts'
 
-It is added to the weights while these are read (`sample.py --lora FILE`), after which drawing costs as much
-as ever.
+It is added to the weights as these are read (`sample.py --lora FILE`), after which drawing costs no more
+than before.
 
 What surprises
 - peft's alpha is in the file's metadata, or in adapter_config.json beside it, or nowhere: then it is rank.

@@ -25,7 +25,7 @@ pixels in place of n the same t destroys less, so t moves towards noise, by alph
     x, v        (B, ...)  the current state and its velocity
     t           (B,)      float32 in [0, 1]
 
-No network is known here: `model` is anything called as model(x, t, **cond) -> v. It receives float32 and may
+This file knows no network; `model` is anything called as model(x, t, **cond) -> v. It gets float32 and may
 compute in any dtype; its answer is cast to float32, as are the path, the loss and every step of the samplers.
 
 Pitfalls

@@ -15,8 +15,8 @@ Exactly two modulations are exchanged, the final layer's and that of the last bl
 has scale before shift, everywhere else shift before scale. Swapping twice changes nothing, so one table
 serves for reading and writing.
 
-Also here: keys that may be in a file without being read (IGNORED), and by which keys one knows files that are
-often taken for SD3's (FOREIGN).
+Also here: keys that may be in a file without being read (IGNORED), and keys that give away files that are
+often mistaken for SD3's (FOREIGN).
 Run `python layouts.py`: prints examples and asserts that no two parameters claim the same key.
 """
 import re

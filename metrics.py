@@ -1,5 +1,5 @@
-"""How good are pictures of anything? FID, KID, CLIP score, validation loss and copies know no drawn world.
-They stand here, with the folders of pictures that they read; what does know it stands in evaluate.py.
+"""How good are pictures of anything? FID, KID, CLIP score, validation loss and copies need no drawn world.
+They are here, with the folders of pictures that they read; what does need it is in evaluate.py.
 
     pictures --image tower--+                          the same two towers for the first three:
                             +--> cosine                CLIP score: of a picture and its caption

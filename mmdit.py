@@ -28,7 +28,7 @@ Unusual things
 - Text tokens carry no positions here: their order is what the text encoders put into them.
 - Positions are a fixed table of sines and cosines larger than any picture; a picture takes the centre of it
   (`crop_positions`).
-  Half of the channels tell the column, the other half the row: column first, whatever one would expect.
+  Half of the channels encode the column, the other half the row: column first, contrary to expectation.
 - SD3.5-medium's first 13 blocks have a second attention among image tokens alone, with its own three
   modulation vectors.
 

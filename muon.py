@@ -1,6 +1,6 @@
 """Muon: how does a transformer learn in minutes what takes AdamW several times as many steps?
 
-Its own top-level file, since no other question of this project is about an optimizer; train.py uses it for
+A file of its own, since no other question here is about an optimizer; train.py uses it for
 the matrices of the transformer's blocks, and AdamW for everything else.
 
 A gradient of a weight matrix is dominated by a few directions, and AdamW, which scales number by number,
@@ -17,16 +17,16 @@ and maps each singular value s to a s + b s^3 + c s^5, which a few applications 
 above about 0.003. They are matrix products only, and exact enough in bfloat16.
 
 What to know
-- A packed qkv of an attention is three matrices, and each is made orthogonal by itself.
+- An attention's packed qkv is three matrices, each of which is made orthogonal by itself.
 - Matrices of one shape go through the products as one batch.
-- Where matrices are cut up among processes (parallel.py), each of these makes its share of them orthogonal.
+- Where matrices are sharded among processes (parallel.py), each makes its share of the matrices orthogonal.
 - Only matrices between hidden activations belong here. Embedders, modulations, the final layer, biases and
   norms are AdamW's.
 - torch.optim.Muon (torch 2.9 and later) is the same rule for unpacked matrices, one at a time.
 
 DIFFERS: the paper trains with AdamW throughout; --muon-rate 0 does so here.
 
-Run `python muon.py`: a matrix learnt by both from inputs that are 100 times weaker in some directions.
+Run `python muon.py`: both learn a matrix from inputs that are 100 times weaker in some directions.
 """
 import torch
 import torch.distributed as dist

@@ -1,11 +1,11 @@
-"""A file of its own because it is about bytes, not about pictures: where do the weights live while SD3 draws,
-and will it fit the card?
+"""Where do the weights live while SD3 draws, and will they fit the card? Its own file: it is about bytes,
+not about pictures.
 
 SD3 is five models that work one after the other, and only one of them needs the card at a time:
 
     prompt -> [ CLIP-L ] -> [ bigG ] -> [ T5 ] -> [ MMDiT, many steps ] -> [ VAE decoder ] -> picture
     none      all on the card, all the time
-    model     each comes when its turn is and leaves before the next
+    model     each comes when it is its turn and leaves before the next
     block     likewise; and the transformer's joint blocks come one by one, in each step of sampling, while
               the one before them computes: two of them are on the card instead of all
 
@@ -19,9 +19,9 @@ How much a choice needs is not guessed but counted (`count_work`): the models ar
 meta device, where tensors have shapes but no numbers, and every tensor's birth and death is noted.
 
 What surprises
-- The same code runs with the CPU as "card", pointlessly: tests use this, pictures must be equal bit by bit.
+- The same code runs with the CPU as the "card". Only tests need that: pictures must be equal bit by bit.
 - Attention is counted as the fused kernel it is on a card; there is no table of L x L scores.
-- OVERHEAD, what CUDA and its libraries take for themselves, is an allowance: no shape tells it.
+- OVERHEAD, what CUDA and its libraries take for themselves, is an allowance: shapes do not tell it.
 
 Run `python offload.py`: the bytes of sd3.5-large, and a small transformer streamed block by block.
 """

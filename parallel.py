@@ -1,6 +1,6 @@
 """How does one loop run on many processes, and learn what one process would have learned?
 
-Its own top-level file, since no other one's question is about processes: training asks it for a rank's rows
+A file of its own, since no other file is about processes: training asks it for a rank's rows
 of a batch, for sums over all ranks and for agreement among them. The work is PyTorch's (DDP, FSDP2, NCCL).
 
     torchrun --nproc-per-node N train.py ...         starts N processes; each runs train.py from top to end
@@ -22,7 +22,7 @@ Nor is the whole transformer ever in one rank's main memory at its start: it is 
 (Later), cut up, and then each tensor is made in turn, of which a rank keeps its rows (shard).
 
 What to know
-- One process without torchrun takes none of this: Ranks() answers for itself, and nothing communicates.
+- One process without torchrun needs none of this: Ranks() answers for itself, and nothing communicates.
 - DDP and FSDP2 average gradients over ranks, and here they must be added: so each loss is multiplied by N.
 - What a row draws must not depend on N. So most draws are made for the whole batch on every rank; the noise
   of latents, which would cost seconds in a batch of thousands, has a generator a row (stages.flow_stage).
@@ -30,8 +30,8 @@ What to know
   Under FSDP2 each does: kept back, a rank's gradients would be as large as the whole model again.
 - Only rank 0 prints and writes, but each rank writes shards of checkpoints (checkpoints.py) and files of
   caches (prepare.py): all ranks need the same folders, on one machine or a file system that they share.
-- A rank that ends takes the others along: gloo's and NCCL's calls fail, or torchrun ends them. --resume goes
-  on, with as many ranks as there are then; torchrun --max-restarts K does so itself where the line has it.
+- A rank that ends takes the others with it: gloo's and NCCL's calls fail, or torchrun ends them. --resume
+  goes on, with any number of ranks; torchrun --max-restarts K does so by itself if its line has --resume.
 
 Run `python parallel.py`: two processes and one compute the same gradient.
 """

@@ -1,4 +1,4 @@
-"""What happens between a prompt and a picture? Apart from sample.py, which is about flags and files.
+"""What happens between a prompt and a picture? Kept apart from sample.py, which is about flags and files.
 
     prompt --TextEncoders--> context, pooled ---------\\
     seed   --normal noise--> x at t = 1 ---> [ v = MMDiT(x, t, context, pooled); x <- x + (t' - t) v ] x steps

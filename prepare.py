@@ -23,8 +23,8 @@ What to know
 - Means and deviations are float16 (11 bits; they are small), text is bfloat16: T5's values overflow float16.
 - A cache knows what it was made from. The fingerprint changes with any caption, setting or byte of a run's
   encoders, and with the length and both ends (32 kB each) of any picture's file. Only a change in the middle
-  of a larger file that keeps its length goes unnoticed. Of published encoders the first 1,024 numbers of each
-  tensor count.
+  of a larger file that keeps its length goes unnoticed. Of published encoders only the first 1,024 numbers of
+  each tensor count.
 
 Run: python prepare.py              from pictures of three shapes to batches, in seconds
      python train.py cache --run RUN --data DIR     the cache by itself, ahead of training

@@ -12,7 +12,7 @@
 pipeline.py does the work. Here are the flags, the files and what may go wrong:
 - What can be checked without weights is checked before 20 GB of them are read.
 - Nothing is overwritten, and a picture appears whole or not at all.
-- What does not work is told in one line, with the remedy, and ends with exit code 2.
+- What does not work ends with one line that tells the remedy, and with exit code 2.
 - Standard output has the pictures' paths and nothing else; notices and progress go to standard error.
 - The settings of a picture are JSON in its PNG's text chunk "parameters"; --like reads them.
 

@@ -1,7 +1,7 @@
-"""What can be set, and whose word counts: a flag, another run's settings, or the defaults?
+"""What can be set, and which wins: a flag, another run's settings, or the defaults?
 
-Its own top-level file, since none of this is training: train.py reads as the loop, and what may be asked of
-it stands here, each setting once. The flags are the fields of TrainConfig, with their help.
+A file of its own, since none of this is training: train.py reads as the loop, and what can be set is here,
+each setting once. The flags are the fields of TrainConfig, with their help.
 
     python train.py ...             flags, then defaults                       parse
     python train.py --resume        the run's config.json; flags only in FREE  parse

@@ -18,9 +18,9 @@ rows says which part of the batch to compute: a process among many, or a machine
 less than all (parallel.py). What a row draws does not depend on that, and what loss returns, numbers for the
 log too, is that part's share of a sum: all rows' shares together are the loss of the batch.
 
-The flow reads it from a cache on disk (prepare.py). Once that is written the autoencoder and the text
-encoders leave memory; the autoencoder comes back to draw a sample grid. With --encoders they are published
-ones: they made the cache, and the flow is all there is to learn.
+The flow reads its batches from a cache on disk (prepare.py). Once that is written the autoencoder and the
+text encoders leave memory; the autoencoder comes back to draw a sample grid. With --encoders the encoders
+are published ones: they made the cache, and only the flow is left to learn.
 """
 import copy
 import dataclasses

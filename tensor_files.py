@@ -1,4 +1,4 @@
-"""How do tensors lie in files, and come back in one piece? Apart from weights.py, which knows what they mean.
+"""How are tensors stored in files, and read back intact? Apart from weights.py, which knows what they mean.
 
     8 bytes: n | n bytes JSON: {"name": {"dtype": "BF16", "shape": [2432, 64], "data_offsets": [a, b]}, ..
     and then nothing but numbers                                          (safetensors: nothing here can run)
@@ -13,10 +13,10 @@ same way, under a temporary name, flushed to disk and renamed.
 
 What surprises
 - Nothing is ever unpickled: .ckpt, .pt and .bin files are refused. A file that cannot be opened is looked at
-  once more for what it may be instead: a pickle, a web page, a pointer of git-lfs, a stump.
-- A mapped page that was read counts as this process' memory until the file is closed: it is opened anew every
-  REOPEN bytes, or a model would seem to be there twice.
-- float8 with scales is multiplied by them when it is read. Two spellings are about.
+  once more for what it may be instead: a pickle, a web page, a git-lfs pointer, a truncated file.
+- A mapped page, once read, counts as this process's memory until the file is closed: it is reopened every
+  REOPEN bytes, or a model would seem to be in memory twice.
+- float8 with scales is multiplied by them as it is read. Two spellings of their keys are in use.
 
 Run `python tensor_files.py`: writes three shards, reads them back, and shows what damaged ones say.
 """

@@ -14,7 +14,7 @@ Three frozen models read the same prompt; SD3 joins what they say into two tenso
                    |                     T5                     |     context: the transformer's text stream,
                154 +--------------------------------------------+     pooled: its modulation
 
-In float16 the weights take 0.25, 1.4 and 9.5 GB, and T5 costs more than the others together. Nothing of this
+In float16 the weights take 0.25, 1.4 and 9.5 GB, and T5 costs more than the others together. None of this
 changes while SD3 trains: encode each caption once, store the features; `drop_encoders` works on those.
 
 Worth knowing before reading on
@@ -27,9 +27,9 @@ Worth knowing before reading on
   The empty prompt of guidance is not dropped but encoded like any other.
 
 DIFFERS: CLIP text is cleaned as Hugging Face's fast tokenizer does; OpenAI's also mends Unicode and HTML.
-DIFFERS: "!" in a prompt is id 0 for bigG, as in diffusers, where padding is special; in Stability's 256.
+DIFFERS: "!" in a prompt is id 0 for bigG, as in diffusers, where padding is special; 256 in Stability's.
 DIFFERS: Stability's SD3.5 script cuts T5's text at 226 characters; here only the number of tokens limits it.
-Further ones, about pre-training, stand at init_weights, the losses and train_t5_tokenizer.
+Others, about pre-training, are beside init_weights, the losses and train_t5_tokenizer.
 
 Dims: B batch, L tokens, D width, nh heads, hd head dim. Parameter names are those of the Hugging Face files.
 Run `python text_encoders.py`: trains tiny tokenizers, measures the picture above and asserts it, in seconds.

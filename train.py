@@ -10,8 +10,8 @@
     python train.py --from RUN --size 128      go on from a finished run, with larger pictures
     python train.py cache --run RUN --data DIR encode pictures and captions ahead, for --from RUN --cache
     python train.py cache --model PATH --data DIR --size 256           the same by SD3's own encoders, for
-    python train.py --cache CACHE --model d15 --data DIR               a new transformer that learns from
-    python train.py --cache CACHE --from PATH --data DIR               them, or SD3's own, which learns on
+    python train.py --cache CACHE --model d15                          a new transformer that learns from
+    python train.py --cache CACHE --from PATH                          them, or SD3's own, which learns on
     python train.py --dry-run --model d38 --gpus 64      what it would take (budget.py)
     torchrun --nproc-per-node 8 train.py --flow-batch 512      the same on eight GPUs (parallel.py)
     python sample.py "a red star left of a blue ring"    then draw something
@@ -33,7 +33,7 @@ What to know
 - All randomness of a step comes from (seed, stage, step). Nothing else needs saving, and a run that was
   interrupted and resumed equals one that was not, bit by bit on the same machine with one thread.
 - Each text encoder is dropped with probability 46.4 %, by its own coin; with all three gone the model learns
-  to draw anything, which is what guidance pushes away from.
+  to draw without a prompt, which is what guidance pushes away from.
 - The EMA of the weights is what gets sampled and saved. It starts fast, (1 + step) / (10 + step),
   and ends at `ema`.
 
@@ -42,9 +42,9 @@ here they are made on the spot.
 DIFFERS: dropped text is zeros, and zeros stand for "no prompt" in sampling too;
 released SD3 weights expect an encoded "".
 
-The whole step stands in `fit`.
+The whole step is in `fit`.
 Order: rate -> loss -> backward -> clip -> judge -> step -> EMA -> log -> preview -> save.
-What may go wrong there, and what happens then, is told in watch.py and checkpoints.py; how several processes
+What may go wrong there, and what happens then, is in watch.py and checkpoints.py; how several processes
 share it, in parallel.py.
 """
 import dataclasses

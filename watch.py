@@ -1,4 +1,4 @@
-"""Is training still healthy, and does somebody want it to stop? What `train.fit` asks after every step.
+"""Is training still healthy, and has anyone asked it to stop? What `train.fit` asks after every step.
 
     question                         answered by      what follows
     was this a bad step?             judge, update    none: weights and moments stay as they are
@@ -7,8 +7,8 @@
     how does it go?                  Log, plot_run    metrics.csv, a row a step; loss.png; a progress bar
     how did it go?                   film             film.gif, all sample grids one after the other
     do attention logits grow?        largest_logit    a column of metrics.csv, every hundredth step
-    does somebody want it to stop?   Stop             SIGTERM, Ctrl-C: the step is finished and saved
-    does anybody still read it?      lasting_output   `| head` ends the output, not the training
+    has anyone asked it to stop?     Stop             SIGTERM, Ctrl-C: the step is finished and saved
+    is anyone still reading it?      lasting_output   `| head` ends the output, not the training
 
 It stands apart from train.py so that the loop there stays on one page. Nothing here changes what a healthy
 step computes.
@@ -19,7 +19,7 @@ What to know
 - Nothing here makes a GPU wait at each step. `judge` is arithmetic on tensors that stay there, the fused
   AdamW and Muon read its verdict there (`found_inf`, meant for gradient scaling), and the log reads 20 steps
   at once.
-  So the news that all steps are bad comes up to 20 steps late, which costs time but no weights.
+  So the news that every step is bad comes up to 20 steps late, which costs time but no weights.
 - Going back alone would repeat the same steps, since all randomness comes from (seed, stage, step); therefore
   the rate is halved. Bad data will fail again, and then the advice is what is left.
 

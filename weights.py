@@ -1,4 +1,4 @@
-"""Our own runs live in checkpoints.py; this file answers: how is a published model read into these modules?
+"""How is a published model read into these modules? (Our own runs are the business of checkpoints.py.)
 
     Stability's single file                     a diffusers folder             stand-alone files
     sd3.5_large.safetensors                     transformer/*.safetensors      clip_l.safetensors
@@ -11,13 +11,13 @@
 
 `load_mmdit` and its sisters take a file or a folder and find out the rest from shapes: which layout, how
 deep, how wide, with or without QK-norm and second attentions. The module is built without memory (on the meta
-device), all names and shapes are compared, and only then each tensor is read, once, straight to its device
+device), all names and shapes are compared, and only then is each tensor read, once, straight to its device
 and dtype. Every parameter is filled exactly once; what else is in a file must be listed in layouts.IGNORED.
 
 What surprises
-- SD3 uses CLIP-L's pooled vector before its projection. A text_encoder/ folder says with a projection of its
-  own what it wants (the identity, in SD3's); in single and stand-alone files a projection is left unread.
-- T5 in float16 overflows, so does the autoencoder: unless asked otherwise they become bfloat16 and float32.
+- SD3 uses CLIP-L's pooled vector before its projection. If a text_encoder/ folder has a projection of
+  its own, it applies (the identity, in SD3's); in single and stand-alone files a projection is left unread.
+- T5 overflows in float16, as does the autoencoder: unless asked otherwise they become bfloat16 and float32.
 - float8 is storage, not arithmetic: it is cast on load, and multiplied by its scale where the file has one.
 - int8 (kernels/int8.py) is made of each tensor as it arrives: the model is never there in its full size.
 - FLUX's autoencoder has exactly the shapes of SD3's. Only a config.json can tell them apart.

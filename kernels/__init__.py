@@ -10,7 +10,7 @@ and why is that faster?
 Around its matrix products a block reads and writes whole activations while computing little, so the cost
 there is memory traffic: written as a chain of PyTorch calls, `modulate` moves an activation about five times,
 of which a fused kernel needs two. The files hold the formulas in plain PyTorch, which run on any device and
-are what every kernel is tested against, and the Triton kernels. Here stands only who gets which:
+are what every kernel is tested against, and the Triton kernels. This file only decides who gets which:
 
     backend="torch"     the formulas (and scaled_dot_product_attention)
     backend="triton"    the kernels; ValueError where they cannot run
@@ -18,8 +18,8 @@ are what every kernel is tested against, and the Triton kernels. Here stands onl
 
 The environment variable SD3_KERNELS takes the place of "auto". Measured means: kernels/results/*.csv, which
 `python kernels/bench.py` writes, has rows of this very GPU, operation, dtype and head dim in which the kernel
-won at the nearest size. So a GPU on which nobody ran the bench gets the formulas, and is told so, in a line
-for each operation and dtype.
+won at the nearest size. So a GPU on which nobody ran the bench gets the formulas, and one line for each
+operation and dtype says so.
 There are two kernels for attention, one that attends ("triton") and one that normalises and joins in front
 of PyTorch's attention ("triton+sdpa"): "auto" chooses among three, and backend="triton" between the two, or
 the one that attends where nobody measured.

@@ -16,7 +16,7 @@ One pass in bfloat16 at 4096 tokens of width 1536 is 12.6 MB, 4 microseconds at 
 
 Read on: the formulas in PyTorch (`modulate_reference`), the simple kernel with one program for a token
 (`modulate_row`), the one that is used (`modulate_tile`), its backward (`modulate_tile_backward`), and how
-PyTorch gets to know them.
+they are registered with PyTorch.
 
 With u = dout * (1 + scale) and the average < > over channels, the backward of a token is
 
@@ -29,7 +29,7 @@ Pitfalls
 - h is rounded to its stored dtype before its statistics are taken, as in the chain of calls. The backward
   takes them again from h: the row is read anyway, so nothing needs to be saved.
 - The sums over tokens are written as one partial sum per chunk and added in a fixed order. Atomic additions
-  would be shorter, and give other bits in every run.
+  would be shorter, but give different bits in every run.
 - shift, scale and gate are slices of one Linear's output: they are read in place, by their row stride.
 - A kernel is an ordinary function until `load_triton`: this file must import where there is no Triton.
 

@@ -9,7 +9,7 @@ then the models, whose "triton" is by then the faster of the two attentions:
 
     python kernels/bench.py --pixels 1024 --batch 1 --minutes 9
 
-It begins one case at least, and then nothing that will take longer than what is left; and goes on from the
+It runs at least one case, starts none that would take longer than the time left, and goes on from the
 rows in --out and in kernels/results/. A case that fails becomes a row "failed" with its reason, and is not
 tried again until that row is deleted; where a failure leaves the GPU unusable, the program starts itself anew
 behind it.
@@ -28,7 +28,7 @@ and for a whole model (one forward pass): torch and triton, each also compiled, 
 Compiled are its blocks, one by one, as by train.py --compile: they are alike, so it takes seconds, not
 minutes.
 
-The CSV goes to kernels/results/, where `kernels` looks: one line a case says whom backend="auto" takes from
+The CSV goes to kernels/results/, where `kernels` looks: one line a case says what backend="auto" takes from
 now on. Beside it a roofline as PNG. Each row has the time (median of many, L2 cache flushed before each, with
 the 20th and 80th percentile) and, from the formulas of `work`, with M + N = L tokens:
 
@@ -43,8 +43,8 @@ Pitfalls
 - GPUs slow down when warm: the rivals of a case run one after the other, then again in the opposite order.
 - Launching a short kernel takes the host longer than the kernel runs. An operation is launched while the GPU
   sleeps, so its time is the GPU's alone, as where many launches are waiting; a model's includes the host.
-- PyTorch keeps what it compiled by the code of the function and by what it noticed while tracing it: which of
-  its attentions is allowed must be said inside, or all of them are the one that was compiled first.
+- PyTorch caches what it compiled under the function's code and what it noticed while tracing it: which of its
+  attentions is allowed must be said inside, or all rivals are the one that was compiled first.
 - Under autocast the stream of activations stays float32 beside branches of half precision: the modulations
   are measured in that mixture too, with dtype float32, forward + backward.
 - A rival that cannot run a case (flash needs half precision, say) is left out with its reason, once.

@@ -1,6 +1,6 @@
 """Norm and layout in one pass: what is left to save around an attention that is fast already?
 
-PyTorch's attention on Hopper is cuDNN's, written for that card by its maker, and a kernel in Triton need not
+PyTorch's attention on Hopper is cuDNN's, written for that card by its maker, and a kernel in Triton may not
 beat it. But it wants one q, one k and one v, so the chain of calls around it moves more than it does. Here
 everything in front of it is one kernel, and behind it there is nothing:
 
@@ -30,8 +30,8 @@ Gradients of v, and all of them where there is no norm, are slices of what the a
 runs.
 
 Pitfalls
-- (B, L, nh, hd), not (B, nh, L, hd): the attentions of PyTorch take either in place, but only so do text and
-  image lie apart in the output, and does the projection behind it read them without a copy.
+- (B, L, nh, hd), not (B, nh, L, hd): the attentions of PyTorch take either in place, but only this way do
+  text and image lie apart in the output, where the projection reads them without a copy.
 - Rows are counted over tokens and heads together: what a program reads then lies in one piece, and the weight
   is read once.
 - Parts of dw are added in a fixed order, not atomically: this kernel gives the same bits twice. (cuDNN's
