@@ -32,7 +32,7 @@ Pitfalls
 - The network's sinusoid sees 1000 t. That factor lives in the network; t is in [0, 1] everywhere else.
 - Weights trained with a shift are sampled with it: 3.0 for SD3 at 1024 x 1024, chosen with human raters;
   sqrt(m / n) from 256 x 256 would be 4.
-- A logit-normal m > 0 and a shift alpha > 1 mean more noise. Where t runs the other way, so do they.
+- A logit-normal m > 0 and a shift alpha > 1 mean more noise. In code whose t = 1 is data they mean less.
 - Guidance needs a model that has seen dropped captions; they are dropped where training feeds it, not here.
 - DIFFERS: the default schedule is that of the public implementation, whose low end is shifted twice.
 - DIFFERS: the paper samples with Euler steps; heun, dpmpp_2m and sde are additions.
@@ -62,14 +62,16 @@ def sample_t(density, n, *, m=0.0, s=1.0, mode_scale=1.29, generator=None, devic
     """
     _check_density(density, s, mode_scale)
     draw = torch.randn if density == "logit_normal" else torch.rand
-    u = draw(n, generator=generator, device=generator.device if generator else device)  # (n,)
-    if density == "logit_normal":
-        u = torch.sigmoid(m + s * u)
+    r = draw(n, generator=generator, device=generator.device if generator else device)  # (n,)
+    if density == "uniform":
+        t = r
+    elif density == "logit_normal":
+        t = torch.sigmoid(m + s * r)
     elif density == "mode":
-        u = _mode(u, mode_scale)
-    elif density == "cosmap":
-        u = 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
-    return u.clamp(2**-24, 1 - 2**-24).to(device)  # rand can give 0, and sigmoid can round to 1
+        t = _mode(r, mode_scale)
+    else:
+        t = 1 - 1 / (torch.tan(math.pi / 2 * r) + 1)
+    return t.clamp(2**-24, 1 - 2**-24).to(device)  # rand can give 0, and sigmoid can round to 1
 
 
 def t_density(density, t, *, m=0.0, s=1.0, mode_scale=1.29):
@@ -163,12 +165,16 @@ def schedule(steps, shift=3.0, kind="reference"):
     if steps < 1:
         raise ValueError(f"steps is {steps}: sampling needs at least 1")
     if kind == "clean":
-        return shift_t(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
-    if kind == "reference":
+        ts = shift_t(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+    elif kind == "reference":
         low = torch.tensor(shift_t(0.001, shift), dtype=torch.float32).item()  # as rounded there
         ts = torch.linspace(1, low, steps, dtype=torch.float64)  # DIFFERS: shifted once more below
-        return torch.cat([shift_t(ts, shift), ts.new_zeros(1)]).float()
-    raise ValueError(f"unknown schedule {kind!r}: choose from reference, clean")
+        ts = torch.cat([shift_t(ts, shift), ts.new_zeros(1)]).float()
+    else:
+        raise ValueError(f"unknown schedule {kind!r}: choose from reference, clean")
+    if not (ts[1:] < ts[:-1]).all():
+        raise ValueError(f"the shift is {shift}: so far from 1 that of {steps} steps some round to one time")
+    return ts
 
 
 @torch.no_grad()
@@ -191,35 +197,39 @@ def sample(model, noise, ts, *, method="euler", callback=None, generator=None, *
     if len(ts) < 2 or ts[0] > 1 or ts[-1] != 0 or not all(t > s for t, s in zip(ts, ts[1:])):
         raise ValueError("ts must fall, without repeats, from at most 1 to exactly 0: use schedule(steps)")
 
-    def predict(x, t):
-        v = _predict(model, x, x.new_full((len(x),), t), cond)
-        if not v.isfinite().all():  # it would end as a black picture
-            raise FloatingPointError(f"the model's answer is not finite at step {i}, t = {t:.4f}: check the "
-                                     "weights and the autocast dtype (float16 overflows; try bfloat16)")
-        return v
-
-    x = before = noise.float()
-    for i, (t, s) in enumerate(zip(ts, ts[1:])):  # from t down to s
-        v = predict(x, t)
+    x, x0_before = noise.float(), None
+    for i, (t, t_next) in enumerate(zip(ts, ts[1:])):
+        v = _finite(model, x, t, cond)
         x0 = x - t * v  # where the line through x ends
+        dt = t_next - t  # below 0
         if callback is not None:
             callback(i, t, x, x0)
-        if s == 0:  # every method ends with this Euler step: training never meets t = 0
+        if t_next == 0:  # every method ends with this Euler step: training never meets t = 0
             x = x0
-        elif method == "euler":
-            x = x + (s - t) * v
+        elif method == "euler" or method == "dpmpp_2m" and i == 0:  # whose first step has none before it
+            x = x + dt * v
         elif method == "heun":
-            x = x + (s - t) * (v + predict(x + (s - t) * v, s)) / 2
+            x = x + dt * (v + _finite(model, x + dt * v, t_next, cond)) / 2
         elif method == "dpmpp_2m":  # Euler's step again, but with the x0 expected half-way in log(t)
-            ahead = math.log(t / s) / math.log(ts[i - 1] / t) / 2 if i > 0 else 0  # the first has no before
-            x = s / t * x + (1 - s / t) * (x0 + ahead * (x0 - before))
+            half_way = math.log(t / t_next) / math.log(ts[i - 1] / t) / 2
+            x = t_next / t * x + (1 - t_next / t) * (x0 + half_way * (x0 - x0_before))
         elif method == "sde":
             # dx = (v - g^2 / 2 score) dt + g dw has the flow's marginals for any g. Here score = -eps / t,
             # and g^2 = t, so that fresh noise fades out towards data (the choice of SiT, arXiv 2401.08740).
             eps, fresh = x0 + v, draw_noise(x.shape, generator, x.device)
-            x = x + (s - t) * (v + eps / 2) + math.sqrt(t * (t - s)) * fresh
-        before = x0
+            x = x + dt * (v + eps / 2) + math.sqrt(-t * dt) * fresh
+        x0_before = x0
     return x
+
+
+def _finite(model, x, t, cond):
+    """The velocity at a time t (float) that all samples share. FloatingPointError unless it is finite: it
+    would end as a black picture."""
+    v = _predict(model, x, x.new_full((len(x),), t), cond)
+    if not v.isfinite().all():
+        raise FloatingPointError(f"the model's answer is not finite at t = {t:.4f}: check the weights, the "
+                                 "guidance and the autocast dtype (float16 overflows; try bfloat16)")
+    return v
 
 
 def draw_noise(shape, generator=None, device=None):
@@ -242,13 +252,16 @@ def guided(model, scale, cond, uncond, weaker=None):
     pass over 2B samples, [cond, uncond], answers both; scale 1 is cond alone, in one pass over B. Guiding x0
     in place of v would give the same, as x0 is linear in v.
     weaker: (scale, (low, high), kwargs) adds, where low < t < high, scale (v_c - v_w), v_w being cond with
-    these kwargs too: away from what a handicapped model says. SD3.5-medium leaves out layers, skip_layers.
+    these kwargs too: away from what a handicapped model says. SD3.5-medium's leaves out layers, by
+    skip_layers (skip-layer guidance).
     """
     if scale != 1:
         shapes = [{k: tuple(v.shape) for k, v in side.items()} for side in (cond, uncond)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"cond {shapes[0]} and uncond {shapes[1]} differ: encode both alike")
         both = {k: torch.cat([cond[k], uncond[k]]) for k in cond}  # (2B, ...)
+    if weaker:
+        weak_scale, (low, high), weak_kwargs = weaker
 
     def guided_model(x, t):
         if scale == 1:
@@ -256,8 +269,8 @@ def guided(model, scale, cond, uncond, weaker=None):
         else:
             v_c, v_u = model(torch.cat([x, x]), torch.cat([t, t]), **both).float().chunk(2)  # (B, ...) each
             v = v_u + scale * (v_c - v_u)
-        if weaker and weaker[1][0] < t[0] < weaker[1][1]:
-            v = v + weaker[0] * (v_c - model(x, t, **cond, **weaker[2]).float())
+        if weaker and low < t[0] < high:
+            v = v + weak_scale * (v_c - model(x, t, **cond, **weak_kwargs).float())
         return v
 
     return guided_model
@@ -328,9 +341,9 @@ def demo(out="runs/flow.png"):
     print(f"velocity  {100 * off:.1f} % from the exact one (root mean square)")
     print(f"loss      {learned:.3f}, and the exact velocity itself gets {floor:.3f}: no model can do better")
     print(f"samples   {100 * inside:.1f} % inside a blob, {share.min():.3f} to {share.max():.3f} in each")
+    _draw(out, torch.stack([*path, x]), data(4000))
     assert off < 0.12 and floor < learned < 1.01 * floor
     assert inside > 0.98 and share.min() > 0.1 and share.max() < 0.15
-    _draw(out, torch.stack([*path, x]), data(4000))
 
 
 def _draw(out, path, data):

@@ -141,7 +141,7 @@ class Pipeline:
         check_request(prompts, negatives, height, width, steps, guidance, output)
         f, device = self.vae.config.factor, self.places.device
         shape = (len(prompts), self.mmdit.config.in_channels, height // f, width // f)
-        generators, noise = start(shape, seed, noise)
+        generators, noise = initial_noise(shape, seed, noise)
         ts = flow.schedule(steps, self.shift, self.kind)
         weaker = skipping(ts, *self.skip_layers) if self.skip_layers else None
 
@@ -361,7 +361,7 @@ def recognise(c, path) -> tuple[str, dict]:
 
 # ------------------------------------------------------------------------------------------------ a request
 
-def start(shape, seed, noise):
+def initial_noise(shape, seed, noise):
     """(B generators, noise (B, C, H, W)) for a seed or B seeds."""
     generators = [torch.Generator().manual_seed(s) for s in seeds_of(seed, shape[0])]
     if noise is not None and noise.shape != shape:

@@ -19,6 +19,7 @@ Run `python settings.py`: it lists every flag with its default, and checks that 
 import argparse
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,10 @@ from weights import config_of
 # settings that say what is trained, and by what
 SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate", "lora")
 FREE = ("minutes", "accumulate", "fsdp", "compile", "encoders")    # what a resumed run may change
+
+
+LONGEST = 512               # tokens of an encoder; SD3's had 77 and 77 to 256
+LARGEST = 4096              # pixels a side
 
 
 def flag(default, help, group=""):
@@ -96,12 +101,28 @@ class TrainConfig:
     save_every: int = flag(500, "steps between saves of the unfinished stage")
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, kinds = getattr(self, f.name), (int, float) if f.type is float else f.type
+            if f.type is str and isinstance(value, Path):
+                setattr(self, f.name, value := str(value))
+            if not isinstance(value, kinds) or isinstance(value, bool) != (f.type is bool):
+                raise ValueError(f"{f.name} is {value!r}: it must be of type {f.type.__name__}")
+            if f.type is float and not math.isfinite(value):
+                raise ValueError(f"{f.name} is {value}: it must be finite")
         positive = ["size", "pictures", "accumulate", "warmup", "clip_norm", "save_every"]
         positive += [f"{s}_{k}" for s in STAGES for k in ("steps", "batch", "rate")]
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("minutes", "muon_rate", "vae_critic", "preview_every", "lora"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        for name in ("clip_length", "t5_length"):
+            if (length := getattr(self, name)) and not 2 <= length <= LONGEST:
+                raise ValueError(f"{name} is {length}: it must be from 2 to {LONGEST}, or 0, by the captions")
         check_side("size", self.size)
+        if self.size > LARGEST:
+            raise ValueError(f"size is {self.size}: it can be {LARGEST} at most")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"no dtype {self.dtype!r}: choose auto, bfloat16 or float32")
         if not (0 <= self.text_drop < 1 and 0 <= self.ema < 1 and 0 <= self.decay <= 1
@@ -112,8 +133,8 @@ class TrainConfig:
         if self.encoders and not self.cache:
             raise ValueError("published encoders only make caches: add --cache DIR, made by  python train.py "
                              f"cache --model {self.encoders} --data DIR --size SIDE")
-        if self.lora < 0 or self.lora and not self.origin:
-            raise ValueError(f"--lora {self.lora}: adapters have a rank above 0 and change what --from names")
+        if self.lora and not self.origin:
+            raise ValueError(f"--lora {self.lora}: adapters change what --from names: add --from")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed is {self.seed}: it must be from 0 to {2**31 - 1:,}")
         if self.lora and self.muon_rate:
@@ -171,18 +192,10 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
         return TrainConfig(**begin(given)), False
     folder = Path(given.pop("out", "") or last_run())
     saved = read_json(folder / "config.json")
-    learns_on = saved.get("origin") and saved.get("encoders") and not (folder / "start").is_dir()
-    moved = ("origin",) if learns_on and "origin" in given else ()      # published weights, elsewhere now
-    gone = tuple(name for name in ("data", "cache") if saved.get(name) not in (None, "", "drawn", "emoji")
-                 and not Path(saved[name]).exists())                    # fingerprints say whether it is they
-    for name, value in given.items():
-        if name not in FREE + moved + gone and saved.get(name) != value:
-            raise ValueError(f"{flag_of(name)} {value} contradicts {folder}/config.json "
-                             f"({saved.get(name)}): a run keeps its settings; "
-                             "leave the flag out or start a new run")
-    for name in moved:
-        config_of(given[name], "mmdit")             # CheckpointError unless it is there and one of SD3
-        given[name] = str(Path(given[name]).resolve())
+    check_kept(given, saved, folder)
+    if "origin" in given and given["origin"] != saved.get("origin"):
+        config_of(given["origin"], "mmdit")         # CheckpointError unless it is there and one of SD3
+        given["origin"] = str(Path(given["origin"]).resolve())
     if given.get("encoders"):                       # before they take the place of those in config.json
         given["encoders"] = str(Path(given["encoders"]).resolve())
         prints = encoder_prints(given["encoders"])
@@ -193,6 +206,30 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     except TypeError as e:
         raise ValueError(f"{folder}/config.json is from another version of train.py ({e}): "
                          "start a new run") from None
+
+
+def check_kept(given: dict, saved: dict, folder: Path) -> None:
+    """ValueError where a setting contradicts those that a run was made with and may not change: it may in
+    FREE, and where the paths of its pictures, its cache or the published weights that it began with do."""
+    learns_on = saved.get("origin") and saved.get("encoders") and not (folder / "start").is_dir()
+    moved = [name for name in ("data", "cache") if saved.get(name) not in (None, "", "drawn", "emoji")
+             and not Path(saved[name]).exists()]                        # fingerprints say whether it is they
+    free = (*FREE, *moved, *["origin"] * bool(learns_on))
+    for name, value in given.items():
+        if name not in free and name in saved and saved[name] != value:
+            raise ValueError(f"{flag_of(name)} {value} contradicts {folder}/config.json "
+                             f"({saved[name]}): a run keeps its settings; leave the flag out or start a new "
+                             "run")
+
+
+def go_on_as(c: TrainConfig) -> None:
+    """Compare settings with those of the run in c.out, with which it goes on, and take over the lengths of
+    text that it has settled. ValueError where they differ, CheckpointError where there is no run."""
+    if not c.out:
+        raise ValueError("a run that goes on needs `out`, its folder")
+    saved = read_json(Path(c.out, "config.json"))
+    c.clip_length, c.t5_length = (getattr(c, k) or saved.get(k, 0) for k in ("clip_length", "t5_length"))
+    check_kept({k: v for k, v in dataclasses.asdict(c).items() if k != "out"}, saved, Path(c.out))
 
 
 def second_phase(given: dict) -> dict:

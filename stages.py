@@ -26,6 +26,7 @@ import copy
 import dataclasses
 import math
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -64,10 +65,10 @@ class Stage:
     """What `fit` needs to know of a stage."""
     name: str
     model: nn.Module                        # all that is trained
-    loss: object                            # (step, generator, rows) -> (scalar, {name: scalar for the log})
-    preview: object = None                  # (step) -> None: a sample grid, drawn with the averaged weights
+    loss: Callable                          # (step, generator, rows) -> (scalar, {name: scalar for the log})
+    preview: Callable | None = None         # (step) -> None: a sample grid, drawn with the averaged weights
     ema: bool = False                       # keep an average of the weights and return it
-    finish: object = None                   # () -> None: when all is learned, before it is saved
+    finish: Callable | None = None          # () -> None: when all is learned, before it is saved
 
 
 def make_tokenizers(folder: Path, c, captions: list[str], short: list[str], kept=True) -> dict:
@@ -84,7 +85,7 @@ def make_tokenizers(folder: Path, c, captions: list[str], short: list[str], kept
         train_t5_tokenizer(captions, words / "t5", 2048)
 
     def needed(tokenizer, texts):
-        return int(tokenizer(list(set(texts)), 77).eq(tokenizer.eos).int().argmax(1).max()) + 1
+        return max(2, int(tokenizer(list(set(texts)), 77).eq(tokenizer.eos).int().argmax(1).max()) + 1)
 
     c.clip_length = c.clip_length or needed(load_clip_tokenizer(words / "clip"), short)
     c.t5_length = c.t5_length or needed(load_t5_tokenizer(words / "t5"), captions)
@@ -94,7 +95,7 @@ def make_tokenizers(folder: Path, c, captions: list[str], short: list[str], kept
 def build(c, tokenizers: dict, later=nullcontext()) -> dict[str, nn.Module]:
     """Every part, untrained, under the name of its file; of published encoders names and shapes alone; the
     transformer, whose config follows from the others', inside `later` (parallel.Later), and none where
-    `start_of` gives it."""
+    `pretrained_mmdit` gives it."""
     torch.manual_seed(c.seed)
     if c.encoders:
         bare = bare_encoders(c.encoders)
@@ -127,7 +128,7 @@ def build_mmdit(c, vae, clip_l, clip_g, t5, later=nullcontext()) -> MMDiT:
     return mmdit
 
 
-def to_unit(images: torch.Tensor, device) -> torch.Tensor:
+def to_signed(images: torch.Tensor, device) -> torch.Tensor:
     """uint8 (B, 3, S, S) -> float32 in [-1, 1], what the VAE takes."""
     return images.to(device).float() / 127.5 - 1
 
@@ -140,7 +141,7 @@ def vae_stage(run, parts, pictures) -> Stage:
 
     def loss(step, g, rows=slice(None)):
         i = torch.randint(len(pictures.images), (c.vae_batch,), generator=g)[rows]
-        x, share = to_unit(pictures.images[i], run.device), len(i) / c.vae_batch
+        x, share = to_signed(pictures.images[i], run.device), len(i) / c.vae_batch
         noise = flow.draw_noise((c.vae_batch, vae.config.z_channels, side, side), g)[rows].to(run.device)
         if critic is None:
             total, logged, _ = vae_loss(vae, x, noise=noise)
@@ -159,7 +160,7 @@ def vae_stage(run, parts, pictures) -> Stage:
 @torch.no_grad()
 def measure_vae(run, vae, pictures) -> None:
     """Give the trained VAE the shift and scale of its latents; print how well it reconstructs."""
-    some = to_unit(pictures.images[:512], run.device)
+    some = to_signed(pictures.images[:512], run.device)
     with run.autocast():
         shift, scale = measure_latents(vae, some)
         again = torch.cat([vae.decode(vae.encode(x).mean) for x in some.split(64)])
@@ -287,7 +288,7 @@ def take_over(origin, folder) -> None:
         write_atomically(folder / target, partial(shutil.copyfile, origin / source))
 
 
-def start_of(run, vae, later=nullcontext()) -> MMDiT:
+def pretrained_mmdit(run, vae, later=nullcontext()) -> MMDiT:
     """The transformer that --from names: a run's for this run's pictures, or a published one as it is. With
     --lora only adapters of it learn; a published one then stays in the dtype of products.
 
@@ -296,7 +297,7 @@ def start_of(run, vae, later=nullcontext()) -> MMDiT:
     if (run.folder / "start").is_dir():
         old = load_part(run.folder / "start", "mmdit", later)
         with later:
-            model = grown(old, c.size // (2 * vae.config.factor), white=not c.lora)
+            model = resized(old, c.size // (2 * vae.config.factor), white=not c.lora)
     else:
         cut_up, dtype = isinstance(later, Later), run.dtype if c.lora else torch.float32
         model = load_mmdit(c.origin, device="meta" if cut_up else run.device, dtype=dtype)
@@ -309,7 +310,7 @@ def start_of(run, vae, later=nullcontext()) -> MMDiT:
     return add_lora(model, c.lora, seed=c.seed) if c.lora else model
 
 
-def grown(old: MMDiT, tokens: int, white: bool = True) -> MMDiT:
+def resized(old: MMDiT, tokens: int, white: bool = True) -> MMDiT:
     """The same weights for pictures of tokens x tokens. The coordinates of its first pictures are stretched
     over these (interpolated), and go on beyond them (extended), paper section 5.3.2. Smaller ones have the
     middle of them. white: the layer that reads text is about to learn (WhiteLinear)."""
@@ -366,6 +367,8 @@ class WhiteLinear(nn.Linear):
 
 
 def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
+    """The transformer learns from the cache, which is made here if it is not there. Then nothing else needs
+    the encoders and the pixels: they are taken out of `parts` and of `pictures`, and leave memory."""
     c, model = run.config, parts["mmdit"]
     for name, p in model.joint_blocks[-1].context_block.attn.named_parameters():
         if name.startswith("ln_q"):
@@ -379,7 +382,7 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
     pictures.images = pictures.images.new_empty(0)
 
     def loss(step, g, rows=slice(None)):
-        mean, std, context, pooled = batches.at(step, run.device, rows)             # (b, C, H, W)
+        mean, std, context, pooled = batches.at(step, run.device, rows)     # two (b, C, H, W), and text
         # times and dropped text of the whole batch, since they are few; noise, in batches of thousands
         # seconds of work, for these rows alone: each has a generator of its own
         t = flow.shift_t(flow.sample_t(c.density, c.flow_batch, generator=g), c.shift)[rows].to(run.device)
@@ -420,7 +423,7 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
     return Stage("flow", model, loss, preview, ema=True, finish=finish)
 
 
-class Known:
+class PrecomputedText:
     """Stands in for text encoders: what they said of a few texts, and nothing else."""
     clip_l = clip_g = t5 = True                     # none of them is left out
 
@@ -433,7 +436,7 @@ class Known:
 
 
 @torch.no_grad()
-def preview_text(run, parts, tokenizers, cache, prompts) -> Known:
+def preview_text(run, parts, tokenizers, cache, prompts) -> PrecomputedText:
     """What the encoders say of the prompts, and zeros for "". Of captions in a given cache it is known."""
     c, texts = run.config, list(dict.fromkeys(prompts))
     if c.cache:
@@ -443,11 +446,12 @@ def preview_text(run, parts, tokenizers, cache, prompts) -> Known:
         encoders = TextEncoders(*(parts[name] for name in ENCODERS), list(tokenizers.values()))
         with run.autocast():
             said = vars(encoders(texts, c.t5_length)).values()
-    return Known([*texts, ""], *(torch.cat([x, torch.zeros_like(x[:1])]).float() for x in said))
+    return PrecomputedText([*texts, ""], *(torch.cat([x, torch.zeros_like(x[:1])]).float() for x in said))
 
 
 def preview_prompts(c, captions) -> list[str]:
-    """captions: a tuple for each picture."""
+    """Eight prompts for the sample grids: of the drawn world, or captions of the data's own (a tuple for each
+    picture)."""
     if c.data != "drawn" or c.cache:
         return [captions[k * len(captions) // 8][0] for k in range(8)]
     return ["a star", "a red circle", "three hearts", "a ring and a cross", "a square left of a ring",

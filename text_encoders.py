@@ -3,9 +3,9 @@
 Three frozen models read the same prompt; SD3 joins what they say into two tensors:
 
     encoder        parameters  tokens           width  features from                  pooled vector
-    CLIP ViT-L/14     123.1 M  77, BOS .. EOS     768  last layer but one, not normed  at EOS, 768
-    OpenCLIP bigG     694.7 M  77, BOS .. EOS    1280  last layer but one, not normed  at EOS, projected, 1280
-    T5-v1.1-XXL     4,762.3 M  T = 77, .. EOS    4096  last layer, normed              none
+    CLIP ViT-L/14     123.1 M  77, BOS .. EOS     768  penultimate layer, no norm      at EOS, 768
+    OpenCLIP bigG     694.7 M  77, BOS .. EOS    1280  penultimate layer, no norm      at EOS, projected, 1280
+    T5-v1.1-XXL     4,762.3 M  T = 77, .. EOS    4096  last layer, after final norm    none
 
                    0        768           2048                4096
                  0 +---------+--------------+-------------------+
@@ -81,10 +81,11 @@ def init_weights(model):
             nn.init.zeros_(module.bias)
 
 
-def attention(x, nh, q, k, v, out, **how):
+def attention(x, nh, to_q, to_k, to_v, to_out, **how):
     """Self-attention of x (B, L, D) with four linear layers and nh heads."""
-    q, k, v = (f(x).unflatten(-1, (nh, -1)).transpose(1, 2) for f in (q, k, v))             # (B, nh, L, hd)
-    return out(F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2).flatten(2))   # (B, L, D)
+    q, k, v = (to(x).unflatten(-1, (nh, -1)).transpose(1, 2) for to in (to_q, to_k, to_v))  # (B, nh, L, hd)
+    out = F.scaled_dot_product_attention(q, k, v, **how)                                    # (B, nh, L, hd)
+    return to_out(out.transpose(1, 2).flatten(2))                                           # (B, L, D)
 
 
 class LayerNorm(nn.LayerNorm):          # CLIP's norm, in float32 whatever the dtype of weights and input
@@ -328,16 +329,17 @@ def masked_span_loss(encoder, ids, *, generator, rate=0.15, span=2, sentinel=Non
     DIFFERS: T5 puts one sentinel for a span, of mean length 3, and a decoder spells it out. Here lengths stay
     and the encoder itself answers, as in BERT: no decoder is needed. Our captions are short, hence 2.
     """
-    L, text = ids.shape[1], ids > 2                                     # 0 1 2 are <pad> </s> <unk>
-    if not text.any():
+    L, is_text = ids.shape[1], ids > 2                                  # 0 1 2 are <pad> </s> <unk>
+    if not is_text.any():
         raise ValueError("masked_span_loss: no text in this batch; leave out empty captions")
-    rand = torch.rand(ids.shape, generator=generator, device=generator.device).to(ids.device) + ~text
-    starts = text & ((rand < rate / span) | (rand == rand.min(1, keepdim=True).values))
-    hidden = text & torch.stack([F.pad(starts, (k, 0))[:, :L] for k in range(span)]).any(0)
-    begins = hidden & ~F.pad(hidden, (1, 0))[:, :L]
+    rand = torch.rand(ids.shape, generator=generator, device=generator.device).to(ids.device) + ~is_text
+    drawn = is_text & ((rand < rate / span) | (rand == rand.min(1, keepdim=True).values))   # 1 or more a row
+    hidden = is_text & torch.stack([F.pad(drawn, (k, 0))[:, :L] for k in range(span)]).any(0)
+    starts = hidden & ~F.pad(hidden, (1, 0))[:, :L]                     # spans that touch have become one
     sentinel = encoder.config.vocab_size - 1 if sentinel is None else sentinel
-    shown, count = torch.where(hidden, sentinel + 1 - begins.cumsum(1), ids)[rows], hidden.sum()
-    ids, hidden = ids[rows], hidden[rows]
+    shown = torch.where(hidden, sentinel + 1 - starts.cumsum(1), ids)
+    count = hidden.sum()                                                # of all rows, also where few are read
+    ids, hidden, shown = ids[rows], hidden[rows], shown[rows]
     output = encoder(shown)[hidden]                                                         # (hidden, D)
     logits = F.linear(output, encoder.shared.weight) * encoder.config.width ** -0.5
     return F.cross_entropy(logits.float(), ids[hidden], reduction="sum") / count
@@ -482,9 +484,10 @@ class TextEncoders(nn.Module):
     def __init__(self, clip_l, clip_g, t5, tokenizers, widths=(768, 1280, 4096)):
         super().__init__()
         self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
-        configs = [e and e.config for e in (clip_l, clip_g, t5)]
+        configs = [e.config if e else None for e in (clip_l, clip_g, t5)]
         self.widths = [c.width if c else w for c, w in zip(configs, widths)]
-        self.pooled_dims = [c and c.projection_dim or w for c, w in zip(configs[:2], self.widths)] + [0]
+        self.pooled_dims = [c.projection_dim or c.width if c else w for c, w in zip(configs[:2], widths)]
+        self.pooled_dims += [0]                                                 # T5 gives no vector
         self.clip_length = next((c.context_length for c in configs[:2] if c), 77)
         for e, tok in zip((clip_l, clip_g, t5), tokenizers):
             if e and (tok.vocab_size > e.config.vocab_size or tok.eos != getattr(e, "eos", 1)):
@@ -499,18 +502,19 @@ class TextEncoders(nn.Module):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if unknown := set(drop) - set(ENCODERS):
             raise ValueError(f"cannot drop {sorted(unknown)}: choose from {', '.join(ENCODERS)}")
-        B, like, said = len(prompts), next(self.parameters(), torch.zeros(())), []
-        for i, name in enumerate(ENCODERS):
+        B, reference, features, pooled = len(prompts), next(self.parameters(), torch.zeros(())), [], []
+        for name, tokenizer, D, P in zip(ENCODERS, self.tokenizers, self.widths, self.pooled_dims):
             encoder, length = getattr(self, name), t5_length if name == "t5" else self.clip_length
             if encoder is None or name in drop or length == 0:
-                said += like.new_zeros(B, length, self.widths[i]), like.new_zeros(B, self.pooled_dims[i])
+                said, vector = reference.new_zeros(B, length, D), reference.new_zeros(B, P)
             else:
-                ids = self.tokenizers[i](prompts, length).to(next(encoder.parameters()).device)
-                said += encoder(ids) if name != "t5" else (encoder(ids), like.new_zeros(B, 0))
-        l, pooled_l, g, pooled_g, t5, none = (x.to(like.device) for x in said)  # the encoders may live apart
-        lg = torch.cat([l, g], dim=-1)                                          # (B, 77, 768 + 1280)
-        lg = F.pad(lg, (0, self.widths[2] - lg.shape[-1]))                      # (B, 77, 4096)
-        return Conditioning(torch.cat([lg, t5], dim=1), torch.cat([pooled_l, pooled_g, none], dim=-1))
+                ids = tokenizer(prompts, length).to(next(encoder.parameters()).device)
+                said, vector = encoder(ids) if name != "t5" else (encoder(ids), reference.new_zeros(B, P))
+            features.append(said.to(reference.device))                          # the encoders may live apart
+            pooled.append(vector.to(reference.device))
+        clips = torch.cat(features[:2], dim=-1)                                 # (B, 77, 768 + 1280)
+        clips = F.pad(clips, (0, self.widths[2] - clips.shape[-1]))             # (B, 77, 4096)
+        return Conditioning(torch.cat([clips, features[2]], dim=1), torch.cat(pooled, dim=-1))
 
 
 def sample_drops(n, generator, p=TEXT_DROP):

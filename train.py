@@ -43,7 +43,7 @@ DIFFERS: dropped text is zeros, and zeros stand for "no prompt" in sampling too;
 released SD3 weights expect an encoded "".
 
 The whole step is in `fit`.
-Order: rate -> loss -> backward -> clip -> judge -> step -> EMA -> log -> preview -> save.
+Order: rate -> loss -> backward -> clip -> judge -> step -> EMA -> log -> plan -> preview -> save.
 What may go wrong there, and what happens then, is in watch.py and checkpoints.py; how several processes
 share it, in parallel.py.
 """
@@ -70,9 +70,9 @@ from muon import Muon, split
 from parallel import local, whole
 from pipeline import pick_device
 from prepare import Cache, Survey, source_of
-from settings import SHAPING, TrainConfig, parse, parse_cache
+from settings import SHAPING, TrainConfig, go_on_as, parse, parse_cache
 from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, encoder_prints, flow_stage,
-                    make_tokenizers, preview_prompts, start_of, t5_stage, take_over, vae_stage)
+                    make_tokenizers, preview_prompts, pretrained_mmdit, t5_stage, take_over, vae_stage)
 from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, add_up, clock, film, judge, largest_logit,
                    lasting_output, plot_run, read_metrics, roll_back, update)
 
@@ -185,10 +185,9 @@ def begin(run: Run, stage: Stage) -> State:
 def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     """Train stage.model in place, from its start or from where the run was interrupted.
 
-    share: how much of the time left until --minutes this stage may take. Its first 30 steps here are timed,
-    then all up to each 300th until the rate falls; if not all of them fit, there will be fewer. Stopped if
-    somebody wants the end, after saving. FloatingPointError if nearly all steps are bad, also after going
-    back once.
+    share: how much of the time left until --minutes this stage may take; if not all of its steps fit, there
+    will be fewer (`Plan`). Stopped if somebody wants the end, after saving. FloatingPointError if nearly all
+    steps are bad, also after going back once.
     """
     c, model, state, ranks = run.config, stage.model.train(), begin(run, stage), run.ranks
     params, average, batch = state.params, state.average, getattr(c, f"{stage.name}_batch")
@@ -202,16 +201,16 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         start = None
     elif any(row["stage"] == stage.name for row in read_metrics(run.folder / "metrics.csv")):
         print(f"{stage.name}: it was interrupted before its first checkpoint, so it starts again")
-    log, begun = Log(run.folder, state, batch, silent=ranks.rank > 0), state.step
+    log = Log(run.folder, state, batch, silent=ranks.rank > 0)
     forward = parallel.add_gradients(model, stage.loss, ranks)
-    end = time.monotonic() + share * run.left()
+    plan = Plan(asked, state.step, c.decay, share * run.left())
 
     while state.step < state.total:
         step = state.step
         share_of_peak = rate_at(step, state.total, c) * 0.5**state.rollbacks
         for group, peak in groups:
             group["lr"] = peak * share_of_peak
-        loss, parts = gradients(run, stage, step, *forward)
+        loss, logged = gradients(run, stage, step, *forward)
         norm = whole(nn.utils.clip_grad_norm_(params.values(), c.clip_norm))
         bad = judge(state, loss, norm)
         update(state.optimizers, bad)
@@ -220,20 +219,12 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
             torch._foreach_lerp_([local(v) for v in average.values()],
                                  [local(p.detach()) for p in params.values()], 1 - decay)
         if step % LOOK_EVERY == 0 and isinstance(model, MMDiT):
-            parts["max_logit"] = look(run, stage, step)
+            logged["max_logit"] = look(run, stage, step)
         state.step = step = step + 1
-        log.add(state, bad, loss, norm, groups[0][0]["lr"], parts)
-
-        here = step - begun
-        if c.minutes and here == 10:
-            timed = time.monotonic()
-        elif (c.minutes and (here == 30 or here > 30 and step % 300 == 0)
-              and (step == 30 or step < (1 - c.decay) * state.total)):
-            now = time.monotonic()                  # plan the rest by the speed after the first ten
-            fitting = int((end - now) / (now - timed) * (here - 10))
-            state.total = min(asked, step + max(30, fitting))
-        run.stop.wanted, hopeless, total = ranks.most(run.stop.wanted, log.hopeless, -state.total)
-        state.total = -total
+        log.add(state, bad, loss, norm, groups[0][0]["lr"], logged)
+        total = plan.total(step, state.total)
+        run.stop.wanted, hopeless, total = ranks.most(run.stop.wanted, log.hopeless, -total)
+        state.total = -total                        # the fewest that any rank has time for
         if hopeless:
             roll_back(run, state, start, log)
             continue
@@ -254,6 +245,29 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         raise FloatingPointError(f"weights of stage {stage.name} are not finite at its end: start again with "
                                  f"a lower --{stage.name}-rate, or with --dtype float32")
     model.eval().requires_grad_(False)
+
+
+class Plan:
+    """How many steps a stage will have in the seconds that it is given.
+
+    Its speed is taken after the first ten steps here, which also compile and fill caches: at the 30th, then
+    at each 300th until the rate falls, from when on the end is fixed."""
+
+    def __init__(self, asked: int, begun: int, decay: float, seconds: float):
+        """asked: the most steps. begun: those done before. decay: the part of all in which the rate falls."""
+        self.asked, self.begun, self.decay = asked, begun, decay
+        self.end, self.timed = time.monotonic() + seconds, 0.0
+
+    def total(self, step: int, total: int) -> int:
+        """After a step: the number of all steps, `total` until now. At least 30 follow the first timing."""
+        here, now = step - self.begun, time.monotonic()
+        if here == 10:
+            self.timed = now
+        due = here == 30 or here > 30 and step % 300 == 0
+        if self.end == math.inf or not due or not (step == 30 or step < (1 - self.decay) * total):
+            return total
+        fitting = int((self.end - now) / (now - self.timed) * (here - 10))
+        return min(self.asked, step + max(30, fitting))
 
 
 def gradients(run: Run, stage: Stage, step: int, forward, pause) -> tuple[torch.Tensor, dict]:
@@ -341,7 +355,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
 
 def plan_folder(c: TrainConfig, resume: bool, ranks: parallel.Ranks) -> Path:
-    """The run's folder. ValueError where batches that are still to come do not divide among the ranks."""
+    """The run's folder. ValueError where it was made by other settings, and where batches that are still to
+    come do not divide among the ranks."""
+    if resume:
+        go_on_as(c)
     own = ("flow",) if c.encoders or c.origin and not resume else STAGES    # what is learned here
     for stage in unfinished(Path(c.out), own) if resume else own:
         try:
@@ -363,7 +380,7 @@ def list_data(c: TrainConfig):
     survey = Survey(listing.entries[:c.pictures], c.size, bucketed=c.buckets)
     captions = [entry.captions for entry in survey.entries]
     skipped = listing.skipped + survey.skipped
-    refuse_if_mostly_bad(c.data, captions and len(listing.entries) - len(survey.skipped), skipped)
+    refuse_if_mostly_bad(c.data, len(listing.entries) - len(survey.skipped) if captions else 0, skipped)
     return survey, Pictures(torch.empty(0), captions, skipped, listing.excluded), survey.fingerprint, listing
 
 
@@ -391,7 +408,7 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
     done = [name for stage in own if stage not in todo for name in PARTS_OF[stage]]
     parts |= {name: load_part(folder, name) for name in done}
     if config.origin and "flow" in todo:
-        parts["mmdit"] = start_of(run, parts["vae"], later)
+        parts["mmdit"] = pretrained_mmdit(run, parts["vae"], later)
     parts["mmdit"].gradient_checkpointing = config.checkpointing
     if config.compile:
         compile_blocks(parts["mmdit"], run.device)
@@ -416,7 +433,7 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
                 stage.finish()
             for part in PARTS_OF[name]:
                 run.save_part(part, parts[part])
-            if ranks.rank == 0:                     # a later stage's learned from others
+            if ranks.rank == 0:                     # those of later stages learned from other parts
                 clean_checkpoints(folder, ())
         del stage                                   # and what it held leaves the memory
     with run.tolerating("loss.png or film.gif"):
@@ -456,8 +473,7 @@ def unfinished(folder: Path, stages=STAGES) -> list[str]:
 
 
 def introduce(run: Run, parts, pictures, todo, stages) -> None:
-    """The log's first lines: device, dtype and why, data, sizes, and how long it should take,
-    by timing each kind of step."""
+    """The log's first lines: device, dtype and why, data, sizes, and how long it should take."""
     c = run.config
     print(f"run: {run.folder}\ndevice: {run.device}, {torch.get_num_threads()} CPU threads; matrix products "
           f"in {str(run.dtype).removeprefix('torch.')} ({run.why}), all else in float32")
@@ -466,6 +482,8 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
               + ("cut up among them" if parallel.sharded(parts["mmdit"]) else "whole on each"))
     for name, reason in pictures.skipped[:5]:
         print(f"skipped {name}: {reason}")
+    if len(pictures.skipped) > 5:
+        print(f"and {len(pictures.skipped) - 5:,} more")
     count = len(pictures.names or pictures.captions)
     print(f"data: {c.cache or c.data}, {count} pictures of {c.size} x {c.size}, "
           f"{len(pictures.skipped)} skipped, {pictures.excluded} left out by excluded.txt; "
@@ -478,6 +496,15 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
     if c.lora:
         learning = sum(p.numel() for p in parts["mmdit"].parameters() if p.requires_grad)
         print(f"adapters of rank {c.lora} learn, {learning:,} numbers; all else stays")
+    seconds = time_stages(run, parts, todo, stages)
+    total = sum(seconds.values())
+    print("expected: " + ", ".join(f"{k} {clock(v)}" for k, v in seconds.items()) + f"; {clock(total)} in all"
+          + (f", bounded by --minutes {c.minutes:g}" if c.minutes else ""), flush=True)
+
+
+def time_stages(run: Run, parts, todo, stages) -> dict[str, float]:
+    """Seconds that each stage would take, by the fastest of three steps. Nothing is learned."""
+    c = run.config
 
     def flow_loss(step, g, rows):
         m, side = parts["mmdit"].config, c.size // parts["vae"].config.factor
@@ -502,9 +529,7 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
         seconds[stage] = min(times[1:]) * pieces * getattr(c, f"{stage}_steps")
     for module in [*parts.values(), *(stage.model for stage in stages.values())]:
         module.zero_grad(set_to_none=True)
-    total = sum(seconds.values())
-    print("expected: " + ", ".join(f"{k} {clock(v)}" for k, v in seconds.items()) + f"; {clock(total)} in all"
-          + (f", bounded by --minutes {c.minutes:g}" if c.minutes else ""), flush=True)
+    return seconds
 
 
 def new_folder(c: TrainConfig) -> Path:

@@ -130,6 +130,7 @@ class Upsample(nn.Module):
 
 
 def middle(ch: int, groups: int) -> nn.Module:
+    """A bare Module, which only gives its parts the checkpoint's names: mid.block_1 ..."""
     mid = nn.Module()
     mid.block_1 = ResnetBlock(ch, ch, groups)
     mid.attn_1 = AttnBlock(ch, groups)
@@ -254,7 +255,7 @@ class AutoencoderKL(nn.Module):
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"the VAE encodes (B, 3, height, width) with sides in multiples of {f}, "
                              f"got {tuple(x.shape)}")
-        moments = in_tiles(self.encoder, x, tile, f, 1, 2 * self.config.z_channels)
+        moments = in_tiles(self.encoder, x, tile, cell=f, out_cell=1, channels=2 * self.config.z_channels)
         mean, logvar = moments.float().chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
@@ -264,7 +265,7 @@ class AutoencoderKL(nn.Module):
         tile: decode pieces of so many latent cells a side where the picture is larger. None: the whole at
         once up to TILE^2 cells (1024 x 1024 pixels of SD3), in pieces of TILE beyond.
         """
-        return in_tiles(self.decoder, z, tile, 1, self.config.factor, 3)
+        return in_tiles(self.decoder, z, tile, cell=1, out_cell=self.config.factor, channels=3)
 
     def to_latent(self, z: torch.Tensor) -> torch.Tensor:
         """Codes -> what the flow model learns: centred, about unit variance."""
@@ -274,7 +275,8 @@ class AutoencoderKL(nn.Module):
         return x / self.config.scale + self.config.shift
 
 
-def in_tiles(net, x: torch.Tensor, tile: int | None, cell: int, out_cell: int, channels: int) -> torch.Tensor:
+def in_tiles(net, x: torch.Tensor, tile: int | None, *, cell: int, out_cell: int,
+             channels: int) -> torch.Tensor:
     """net(x), at once or in tiles, each by itself, added up under windows that sum to 1: memory for one tile
     and the result.
 
@@ -302,8 +304,8 @@ def tile_windows(size: int, tile: int, factor: int, device=None):
     """Cut `size` latent cells into pieces of `tile` that share a quarter or more.
 
     factor: numbers a cell; -> list of (first cell, weights of the piece's numbers); over all pieces the
-    weights of a number sum to 1. They rise along the overlap, by at most 1 / (overlap * factor) from one to
-    the next: two pieces that disagree by d leave a slope of d over the overlap instead of a step.
+    weights of a number sum to 1. They rise along the overlap, by at most 1 / (overlap * factor) from one
+    to the next: two pieces that disagree by d leave a slope of d over the overlap instead of a step.
     """
     overlap = max(1, tile // 4)
     n = 1 if size <= tile else 1 + math.ceil((size - tile) / (tile - overlap))
@@ -358,14 +360,14 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor, *, generator=None, noise=
     loss = pixel + edge_weight * edge + kl_weight * kl
     parts = {"mse": pixel.detach(), "edge": edge.detach(), "kl": kl.detach()}
     if critic is not None:
-        fooled = -critic(recon).mean()
-        loss = loss + critic_weight * fooled
-        parts["fooled"] = fooled.detach()
+        adversarial = -critic(recon).mean()                     # lower where the critic takes it for real
+        loss = loss + critic_weight * adversarial
+        parts["adversarial"] = adversarial.detach()
     return loss, parts, recon
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of each patch whether it is a photograph or a reconstruction: (B, 3, h, w) -> (B, 1, h/8, w/8).
+    """Says of each patch whether it is a real picture or a reconstruction: (B, 3, h, w) -> (B, 1, h/8, w/8).
 
     The PatchGAN of pix2pix (Isola et al. 2017), with GroupNorm: batch statistics would tie the pictures of a
     batch together.

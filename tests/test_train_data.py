@@ -282,7 +282,7 @@ def test_a_second_phase_takes_over_all_parts_moves_positions_and_times_and_start
     c = dataclasses.replace(config, cache=str(out / "cache"))           # the same first batch, untrained
     run = training.Run(c, out)
     parts = {name: load_part(out, name) for names in stages.PARTS_OF.values() for name in names}
-    parts["mmdit"] = stages.grown(MMDiT(large.config), 8)
+    parts["mmdit"] = stages.resized(MMDiT(large.config), 8)
     tokenizers = load_tokenizers(out, c.clip_length)
     stage = stages.flow_stage(run, parts, tokenizers, None, Pictures(torch.empty(0), [("a star",)] * 8, []))
     untrained = stage.loss(0, run.generator("flow", 0))[0].item()

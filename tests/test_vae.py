@@ -344,7 +344,7 @@ def test_the_loss_is_the_sum_of_the_parts_it_reports():
     assert not any(p.requires_grad for p in parts.values())
     loss, parts, _ = vae_loss(vae, images, generator=seeded(), kl_weight=0, edge_weight=0,
                               critic=critic, critic_weight=2)
-    assert torch.allclose(loss, parts["mse"] + 2 * parts["fooled"])
+    assert torch.allclose(loss, parts["mse"] + 2 * parts["adversarial"])
     loss.backward()
     assert vae.encoder.conv_in.weight.grad.any()        # the critic's opinion reaches the autoencoder
 
