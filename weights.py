@@ -303,7 +303,7 @@ def fill(source, recipe, build, config, part, device, dtype, smaller=None, loras
     """The module with its tensors from the source, on `device`, ready for use. Everything is compared before
     anything is read; memory never holds more than one tensor beside the model.
 
-    smaller: quantise_mmdit or quantise_t5. loras: finetune.Lora; they change the tensors as these are read."""
+    smaller: quantise_mmdit or quantise_t5. loras: finetune.Lora, which change tensors as they are read."""
     device = torch.device(device)
     try:
         with torch.device("meta"):
