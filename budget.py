@@ -41,7 +41,7 @@ CARDS = {                   # peak of dense bfloat16 products, bytes: NVIDIA's d
     "a100": (312e12, 80e9), "h100": (989.4e12, 80e9), "h200": (989.4e12, 141e9)}
 MFU = 0.45
 STATES = {"weights": 4, "gradients": 4, "AdamW": 8, "EMA": 4}               # bytes a parameter
-SPARE = 2e9                 # bytes: CUDA, NCCL, cuBLAS, fragments. An allowance: no shape tells it
+SPARE = 2e9                 # bytes: CUDA, NCCL, cuBLAS, fragments. An allowance: shapes do not tell it
 PAPER = dict(size=256, batch=4096, steps=500_000)                           # its scaling study, section 5.3
 STUDY = ("d15", "d18", "d21", "d30", "d38")
 GB = 1e9
@@ -53,7 +53,7 @@ def tokens_of(c: MMDiTConfig, height: int, width: int, factor: int = 8) -> int:
 
 @lru_cache
 def parameters(c: MMDiTConfig) -> dict[str, int]:
-    """{part: trainable numbers}, with one joint block that is neither first nor last as "block"."""
+    """{part: trainable numbers}, with the largest joint block as "block"."""
     with torch.device("meta"):
         model = MMDiT(c)
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
@@ -64,8 +64,8 @@ def parameters(c: MMDiTConfig) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------------ FLOPs
 
 def forward_flops(c: MMDiTConfig, N: int, M: int) -> dict[str, int]:
-    """Of one picture of N tokens with M of text. "inputs": products whose input nothing learns, "blocks" are
-    all joint blocks, "rest" whatever else."""
+    """FLOPs of one picture of N tokens with M of text. "inputs": products before whose input nothing learns,
+    "blocks": all joint blocks, "rest": everything else."""
     D, patch = c.width, c.patch_size ** 2 * c.in_channels
     inputs = 2 * N * D * patch + 2 * M * D * c.context_dim + 2 * D * (256 + c.pooled_dim)
     rest = 2 * 2 * D * D + 2 * D * 2 * D + 2 * N * D * patch        # second layers of two MLPs; final layer
@@ -111,7 +111,7 @@ def memory(c: MMDiTConfig, gpus: int, each: int, N: int, M: int, checkpointing=F
 
 def plan(c: MMDiTConfig, gpus: int, batch: int, N: int, M: int, card="h100", mfu=MFU, checkpointing=None):
     """The largest share of the batch that fits a card at once: {each, accumulate, checkpointing, bytes,
-    seconds}; None if not one picture does. checkpointing None: only if otherwise less than 8 pictures fit."""
+    seconds}; None if not even one picture fits. checkpointing None: only if fewer than 8 fit without it."""
     peak, room = CARDS[card]
     share = math.ceil(batch / gpus)
     best = None
@@ -132,7 +132,7 @@ def plan(c: MMDiTConfig, gpus: int, batch: int, N: int, M: int, card="h100", mfu
 # --------------------------------------------------------------------------------------------- what it prints
 
 def table(card="h100", mfu=MFU, counts=(8, 64, 1024)) -> list[str]:
-    """The paper's scaling study on so many cards."""
+    """The paper's scaling study, on each of these numbers of cards."""
     heads = "".join(f"{f'{n:,} cards':>28}" for n in counts)
     lines = [f"the paper's study: {PAPER['size']} x {PAPER['size']}, batch {PAPER['batch']:,}, "
              f"{PAPER['steps']:,} steps, on {card}. Predictions: {100 * mfu:.0f} % MFU is assumed",
@@ -153,7 +153,7 @@ def table(card="h100", mfu=MFU, counts=(8, 64, 1024)) -> list[str]:
 
 
 def describe(name, size, batch, steps, gpus, card, mfu, checkpointing) -> list[str]:
-    """One training in a dozen lines."""
+    """One training run in a dozen lines."""
     c = MMDiTConfig.preset(name)
     N, M = tokens_of(c, size, size), 28 if name == "tiny" else 154
     count, flops = parameters(c), training_flops(c, N, M)
@@ -182,11 +182,11 @@ def describe(name, size, batch, steps, gpus, card, mfu, checkpointing) -> list[s
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="train.py --dry-run", allow_abbrev=False,
-                                     description="what a training would take; nothing is trained")
+                                     description="what a training run would take; nothing is trained")
     def refuse(message):
         raise ValueError(f"{message}: see python train.py --dry-run --help")
     parser.error = refuse
-    parser.add_argument("--model", help="an MMDiT preset; without one, the paper's study is told")
+    parser.add_argument("--model", help="an MMDiT preset; without one, only the paper's study is shown")
     parser.add_argument("--size", type=int, default=256, help="side of the pictures (default: 256)")
     parser.add_argument("--flow-batch", type=int, default=4096, help="pictures a step, on all cards (4096)")
     parser.add_argument("--flow-steps", type=int, default=500_000, help="steps (default: 500000)")
@@ -194,7 +194,7 @@ def main(argv=None) -> None:
     parser.add_argument("--card", default="h100", help=f"{' | '.join(CARDS)} (default: h100)")
     parser.add_argument("--mfu", type=float, default=MFU, help=f"assumed share of the peak (default: {MFU})")
     parser.add_argument("--checkpointing", action="store_true", default=None,
-                        help="recompute blocks; by default only where little fits without")
+                        help="recompute blocks; by default only if fewer than 8 pictures fit without")
     a = parser.parse_args(argv)
     for flag in ("size", "flow_batch", "flow_steps", "gpus", "mfu"):
         if not getattr(a, flag) > 0:

@@ -96,21 +96,21 @@ def save_tensors(path, tensors: dict, about: dict) -> None:
     """Tensors by name, with their checksums, and a JSON-able dict into one safetensors file."""
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
     told = json.dumps(about | {"crc32": {k: crc32(t) for k, t in tensors.items()}})
-    try:                                        # one entry: safetensors writes several in any order
+    try:                                        # one entry, as safetensors writes several in random order
         write_atomically(path, lambda p: save_file(tensors, p, metadata={"about": told}))
-    except SafetensorError as e:                # its name for a full disk
+    except SafetensorError as e:                # what it raises when the disk is full
         raise OSError(f"{path} could not be written ({e}): make room, then "
                       "go on with  python train.py --resume") from None
 
 
 def load_tensors(path, names=None) -> tuple[dict, dict]:
-    """What `save_tensors` wrote: (tensors on the CPU, about). names: of those alone; None: all."""
+    """What `save_tensors` wrote: (tensors on the CPU, about). names: read only these; None: all."""
     try:
         with safe_open(path, framework="pt") as f:
             tensors = {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}
             about = json.loads((f.metadata() or {}).get("about", "{}"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the run did not get so far, "
+        raise CheckpointError(f"{path} is missing: the run did not get that far, "
                               "continue it with train.py --resume") from None
     except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"{path} is not a whole safetensors file ({e}): delete it and go on with "
@@ -118,7 +118,7 @@ def load_tensors(path, names=None) -> tuple[dict, dict]:
     sums = about.pop("crc32", {})
     for k, t in tensors.items():
         if k in sums and crc32(t) != sums[k]:
-            raise CheckpointError(f"{path}: {k} is not what was written, its checksum is another: delete the "
+            raise CheckpointError(f"{path}: {k} is not what was written, its checksum differs: delete the "
                                   "file and go on with an older copy, or train the run again")
     return tensors, about
 
@@ -148,15 +148,15 @@ def load_strict(module: torch.nn.Module, tensors: dict, path) -> torch.nn.Module
 
 
 def save_part(run, name: str, module: torch.nn.Module, tensors: dict | None = None) -> None:
-    """tensors: module's, where it does not hold all of them itself."""
+    """tensors: the module's, if the module itself does not hold all of them."""
     save_tensors(Path(run, f"{name}.safetensors"), tensors or module.state_dict(),
                  {"part": name, "config": asdict(module.config)})
 
 
 def load_part(run, name: str, later=nullcontext()) -> torch.nn.Module:
-    """One of PARTS from a run's folder, built as its own file says, on the CPU, without gradients.
+    """One of PARTS from a run's folder, with the config in its file, on the CPU, without gradients.
 
-    Inside `later` (parallel.Later) its tensors stay in the file until they are made."""
+    later: a parallel.Later, with which its tensors stay in the file until they are needed."""
     path = Path(run, f"{name}.safetensors")
     tensors, about = load_tensors(path)
     config = part_config(path, name, about)
@@ -185,7 +185,7 @@ def unknown(path, e) -> CheckpointError:
 
 
 def load_tokenizers(folder, clip_length: int) -> dict:
-    """A run's three, in the order of the encoders: CLIP's two share a vocabulary and pad differently."""
+    """A run's three, in the order of the encoders: CLIP's two share a vocabulary but pad differently."""
     words = Path(folder) / "tokenizers"
     return {"clip_l": load_clip_tokenizer(words / "clip", EOS, clip_length),
             "clip_g": load_clip_tokenizer(words / "clip", "!", clip_length),
@@ -193,27 +193,27 @@ def load_tokenizers(folder, clip_length: int) -> dict:
 
 
 def is_run(path) -> bool:
-    """A folder that train.py wrote, and no published weights."""
+    """Whether `path` is a folder that train.py wrote, not published weights."""
     return Path(path, "config.json").is_file() and "t5_length" in read_json(Path(path, "config.json"))
 
 
 def is_published(path) -> bool:
-    """A file of weights, or a folder of them that is no run's."""
+    """Whether `path` is a file of weights, or a folder of them that is not a run's."""
     return bool(path) and not is_run(path) and (
         Path(path).is_file() or Path(path, "transformer").is_dir() or any(Path(path).glob("*.safetensors")))
 
 
 def home_of_encoders(path) -> Path:
-    """Where the autoencoder and the text encoders are that a run's transformer learned from: in its folder,
-    or the published weights that its config.json names. Of published weights: these."""
+    """Where to find the autoencoder and the text encoders that a run's transformer learned from: in its own
+    folder, or in the published weights that its config.json names. For published weights: there."""
     return Path(is_run(path) and read_json(Path(path, "config.json")).get("encoders") or path)
 
 
 def load_encoders(path, *, drop=(), dtype=None, t5_width=4096) -> tuple[AutoencoderKL, TextEncoders]:
     """The autoencoder and the text encoders of a run, or of published weights, on the CPU.
 
-    dtype: of published text encoders; None: as they are stored. drop: names in whose place zeros stand; T5
-    then is not even loaded, and its zeros are t5_width wide."""
+    dtype: of published text encoders; None: as they are stored. drop: names of those that zeros replace; a
+    T5 among them is not even loaded, and its zeros are t5_width wide."""
     home = home_of_encoders(path)
     if is_run(home):
         vae, *towers = (load_part(home, name) for name in ("vae", "clip_l", "clip_g"))
@@ -227,7 +227,7 @@ def load_encoders(path, *, drop=(), dtype=None, t5_width=4096) -> tuple[Autoenco
         configs = [config_of(home, name) for name in ENCODERS[:2]]
         encoders = load_text_encoders(home, dtype=dtype, drop=drop,
                                       widths=(*(c.width for c in configs), t5_width))
-    encoders.clip_length = configs[0].context_length                        # also where both are dropped
+    encoders.clip_length = configs[0].context_length                        # even if both are dropped
     return vae, encoders
 
 
@@ -238,8 +238,8 @@ def config_of_part(run, name: str):
 
 
 def run_configs(path, drop=()) -> dict:
-    """The configs of a run's transformer, autoencoder and text encoders, but a T5 in `drop`: read from their
-    files, of which no tensor is touched. CheckpointError unless they fit each other."""
+    """The configs of a run's transformer, autoencoder and text encoders (without T5 if it is in `drop`), from
+    their files, without reading a tensor. CheckpointError unless they fit each other."""
     home, configs = home_of_encoders(path), {}
     for name in ("mmdit", "vae", *(e for e in ENCODERS if e != "t5" or e not in drop)):
         folder = path if name == "mmdit" else home
@@ -253,7 +253,7 @@ def run_configs(path, drop=()) -> dict:
 
 
 def bare_encoders(path) -> dict:
-    """The same of published weights by name, without their numbers: for their configs and sizes."""
+    """The autoencoder and text encoders of published weights, by name, without numbers: for their sizes."""
     return {"vae": load_vae(path, device="meta"), "t5": load_t5(path, device="meta"),
             **{name: load_clip(path, name, device="meta") for name in ("clip_l", "clip_g")}}
 
@@ -262,13 +262,13 @@ def bare_encoders(path) -> dict:
 
 @dataclass
 class State:
-    """All that the rest of a stage depends on, together with the seed: what a checkpoint holds."""
+    """Everything that, together with the seed, decides the rest of a stage: what a checkpoint holds."""
     stage: str
     total: int                              # steps
     params: dict                            # name -> parameter
     average: dict                           # name -> its average; empty where a stage keeps none
     optimizers: list                        # AdamW; for the transformer Muon too, each with its parameters
-    recent: torch.Tensor                    # losses of the last healthy steps: what a spike is measured by
+    recent: torch.Tensor                    # losses of the last healthy steps, to tell a spike by
     in_a_row: torch.Tensor                  # bad steps since the last healthy one
     step: int = 0                           # steps done
     rollbacks: int = 0                      # how often bad steps sent it back; each has halved the rate
@@ -279,13 +279,13 @@ class Damaged(CheckpointError):
 
 
 def checkpoints_of(run, stage) -> list[Path]:
-    """Folders of whole checkpoints, oldest first; whether their contents are, is seen when they are read."""
+    """Folders of complete checkpoints, oldest first; damage inside them shows only when they are read."""
     found = [(re.fullmatch(rf"{stage}-(\d{{6,}})", p.name), p) for p in Path(run, "checkpoints").glob("*")]
     return [p for _, p in sorted((int(m[1]), p) for m, p in found if m and p.is_dir())]
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Never leaves half a checkpoint under a good name."""
+    """Renames it before deleting, so that half a checkpoint never has a valid name."""
     doomed = folder.with_name(folder.name + ".old.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
@@ -294,7 +294,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 def clean_checkpoints(run, stages) -> None:
     """Remove what a killed process left half-written, and checkpoints of stages that are not in `stages`;
-    what others put there stays."""
+    anything else in the folder stays."""
     there = Path(run, "checkpoints")
     for folder in there.glob("*"):
         ours = re.fullmatch(r"([a-z0-9]+)-\d{6,}(\.old)?(\.tmp)?", folder.name)
@@ -313,7 +313,7 @@ def sha256(path) -> str:
 
 
 def surroundings(state: State, ranks: Ranks) -> dict:
-    """What decides how sums are rounded: equal bits are promised only where all of it is equal."""
+    """What decides how sums are rounded: equal bits are promised only if all of this is equal."""
     device = next(iter(state.params.values())).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads(),
@@ -321,7 +321,7 @@ def surroundings(state: State, ranks: Ranks) -> dict:
 
 
 def owned(state: State):
-    """(optimizer's class, optimizer, name, parameter) of all."""
+    """(name of the optimizer's class, optimizer, name, parameter) for each parameter of each optimizer."""
     names = {p: k for k, p in state.params.items()}
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
@@ -329,7 +329,7 @@ def owned(state: State):
 
 
 def tensors_of(state: State) -> dict:
-    """Every tensor of a checkpoint by its name in there."""
+    """Every tensor of a checkpoint, by its name in the file."""
     tensors = {f"model.{k}": p.detach() for k, p in state.params.items()}
     tensors |= {f"average.{k}": v for k, v in state.average.items()} | {"recent": state.recent}
     for kind, optimizer, k, p in owned(state):
@@ -338,17 +338,17 @@ def tensors_of(state: State) -> dict:
 
 
 def manifest_of(state: State, facts: dict, ranks: Ranks) -> dict:
-    """What a manifest tells, except for its files."""
+    """A manifest, except for its list of files."""
     return {"format": FORMAT, "stage": state.stage, "step": state.step, "total": state.total,
             "bad_in_a_row": int(state.in_a_row), "rollbacks": state.rollbacks, **facts,
             **surroundings(state, ranks)}
 
 
 def save_state(run, state: State, facts: dict) -> Path:
-    """A new checkpoint beside the older ones, of which the newest KEEP stay.
+    """Write a new checkpoint; of it and the older ones the newest KEEP stay.
 
-    facts: {"settings": flags that shape the model, "fingerprint": of the data}. The folder takes its name
-    when all of it has reached the disk, so any folder without .tmp is whole. OSError: it could not be
+    facts: {"settings": flags that shape the model, "fingerprint": of the data}. The folder gets its name
+    when all of it has reached the disk, so any folder without .tmp is complete. OSError: it could not be
     written, and nothing has changed."""
     return write_state(run, tensors_of(state), manifest_of(state, facts, Ranks()))
 
@@ -365,7 +365,7 @@ def folder_of(run, manifest: dict) -> Path:
 
 @contextmanager
 def unfinished_folder(run, manifest: dict):
-    """Where a checkpoint is written; gone if that fails."""
+    """The temporary folder in which a checkpoint is written; removed if that fails."""
     temporary = folder_of(run, manifest).with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -376,7 +376,7 @@ def unfinished_folder(run, manifest: dict):
 
 
 def seal(temporary: Path, manifest: dict) -> Path:
-    """All files are there: the manifest, then the name, then the oldest may go."""
+    """When all files are there: write the manifest, give the folder its name, remove old checkpoints."""
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)}
              for p in sorted(temporary.glob("*.safetensors"))}
     write_json(temporary / "manifest.json", manifest | {"files": files})
@@ -391,26 +391,27 @@ def seal(temporary: Path, manifest: dict) -> Path:
 
 
 class Saver:
-    """Saves a run's states, one save at a time; `saved` is (stage, step) of the last that is complete.
+    """Saves a run's states, one save at a time; `saved` is (stage, step) of the last complete one.
 
-    One process: at once, into one file. Many: `save` copies what this rank is to write to main memory (of a
-    tensor that is cut up its shard; of one that every rank holds, one rank writes all) and returns; a thread
-    writes it while training goes on, and rank 0 seals the folder when all ranks have written. torch 2.6 and
-    2.7 cannot write shards without pickling their index: there rank 0 collects all and writes one file."""
+    One process writes one file before `save` returns. With many, `save` copies what this rank is to write to
+    main memory (its shards of the tensors that are cut up; a tensor that every rank holds is written by one)
+    and returns; a thread writes it while training goes on, and rank 0 seals the folder when all ranks have
+    written. torch 2.6 and 2.7 cannot write shards without pickling their index: with these, rank 0 collects
+    everything and writes one file."""
 
     def __init__(self, run, ranks: Ranks):
         self.run, self.ranks, self.saved, self.pending = run, ranks, ("", 0), None
         self.thread = ThreadPoolExecutor(1) if ranks.world > 1 else None
 
     def save(self, state: State, facts: dict) -> None:
-        """OSError: the state could not be written, or the one before, which this one does not wait for."""
+        """OSError: this state could not be written, or the one before it; this one is saved all the same."""
         if self.ranks.world == 1:
             save_state(self.run, state, facts)
             self.saved = state.stage, state.step
             return
         try:
             self.settle()
-        finally:                                # there may be room again
+        finally:                                # even if that failed: there may be room again
             self.begin(state, facts)
 
     def begin(self, state: State, facts: dict) -> None:
@@ -439,7 +440,7 @@ class Saver:
         except BaseException as e:
             if self.ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            for rank, (cause, _) in getattr(e, "failures", {}).items():     # the others', of which it tells
+            for rank, (cause, _) in getattr(e, "failures", {}).items():     # what other ranks reported
                 e = f"rank {rank}: {cause}"
             raise OSError(f"{temporary} could not be written ({e})".replace("\n", " ")) from None
         return manifest["stage"], manifest["step"]
@@ -452,7 +453,7 @@ class Saver:
 
 
 def read_manifest(folder: Path, facts: dict) -> dict:
-    """Damaged if it is not this checkpoint's; CheckpointError if it is, and is meant for others."""
+    """Damaged if it is not this checkpoint's; CheckpointError if other code or settings are needed."""
     try:
         manifest = read_json(folder / "manifest.json")
     except CheckpointError as e:
@@ -474,8 +475,8 @@ def read_manifest(folder: Path, facts: dict) -> dict:
 
 
 def verify(folder: Path, facts: dict, rank: int = 0, world: int = 1) -> dict:
-    """The manifest of a checkpoint of which every byte is as it was written; of `world` ranks each looks at
-    its share of the files."""
+    """The manifest of a checkpoint, or Damaged unless every byte is as it was written. Each of `world` ranks
+    checks its share of the files."""
     try:
         manifest = read_manifest(folder, facts)
         for name, about in sorted(manifest["files"].items())[rank::world]:
@@ -485,20 +486,20 @@ def verify(folder: Path, facts: dict, rank: int = 0, world: int = 1) -> dict:
             if path.stat().st_size != about["bytes"]:
                 raise Damaged(f"{name} has {path.stat().st_size:,} bytes, not {about['bytes']:,}")
             if sha256(path) != about["sha256"]:
-                raise Damaged(f"{name} is not what was written: its sha256 is another")
+                raise Damaged(f"{name} is not what was written: its sha256 differs")
         for name in ("step", "total", "bad_in_a_row", "rollbacks"):
             int(manifest[name])
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, CheckpointError):
             raise
-        raise Damaged(f"its manifest.json lacks what it should tell ({e})") from None
+        raise Damaged(f"its manifest.json is incomplete ({e})") from None
     return manifest
 
 
 def read_checkpoint(folder: Path, facts: dict, state: State, ranks: Ranks) -> tuple[dict, dict]:
-    """(manifest, tensors) of a checkpoint, whoever saved it; from shards, what this rank holds of them.
+    """(manifest, tensors) of a checkpoint, whoever saved it; from shards, only what this rank holds.
 
-    Damaged, on all ranks, if on one."""
+    Raises Damaged on all ranks if one finds damage."""
     manifest, reason = {}, ""
     try:
         manifest = verify(folder, facts, ranks.rank, ranks.world)
@@ -511,7 +512,7 @@ def read_checkpoint(folder: Path, facts: dict, state: State, ranks: Ranks) -> tu
             tensors = read_shards(folder, state)
         else:
             tensors = load_whole(folder)
-        # `recent` is infinite until there were losses
+        # `recent` is infinite until there are losses
         bad = [k for k, t in tensors.items() if k != "recent" and not local(t).isfinite().all()]
         reason = f"{bad[0]} holds NaN or infinity" if bad else ""
     except Damaged as e:
@@ -529,13 +530,13 @@ def load_whole(folder: Path) -> dict:
 
 
 def read_shards(folder: Path, state: State) -> dict:
-    """What a Saver of many ranks wrote: whole tensors, or the shards of those that are cut up in `state`."""
+    """What a Saver of many ranks wrote: whole tensors, but this rank's shards where `state` is cut up."""
     from torch.distributed import checkpoint
     try:
         from torch.distributed.checkpoint import HuggingFaceStorageReader
     except ImportError:
-        raise CheckpointError(f"{folder} was written by several processes: torch 2.8 or newer reads "
-                              "it") from None
+        raise CheckpointError(f"{folder} was written by several processes: to read it, use torch 2.8 or "
+                              "newer") from None
     likes = {f"model.{k}": p for k, p in state.params.items()}
     likes |= {f"average.{k}": v for k, v in state.average.items()} | {"recent": state.recent}
     for kind, _, k, p in owned(state):
@@ -548,7 +549,7 @@ def read_shards(folder: Path, state: State) -> dict:
                 raise CheckpointError(f"{folder} does not fit this model at {k}: it belongs to another "
                                       "architecture")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                     # that one process reads alone is no mistake
+            warnings.simplefilter("ignore")                     # one process may read alone, on purpose
             checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
     except (SafetensorError, OSError, checkpoint.CheckpointException) as e:
         raise Damaged(f"its shards cannot be read ({e})".replace("\n", " ")) from None
@@ -559,10 +560,10 @@ def load_state(run, state: State, facts: dict, healthy=False, ranks: Ranks | Non
     """Fill `state` from the newest usable checkpoint of its stage; False if there is none.
 
     healthy: only one that was not saved amid bad steps. CheckpointError if there are checkpoints and all are
-    damaged: to start the stage again without a word would look like a run that was lost."""
+    damaged: to start the stage again without saying so would look as if the run had been lost."""
     if Path(run, "state.safetensors").exists():
-        raise CheckpointError(f"{run}/state.safetensors was written by an older version, which alone can go "
-                              "on with it: delete it, and its stage starts again")
+        raise CheckpointError(f"{run}/state.safetensors can only be continued by the older version that "
+                              "wrote it: delete it, and its stage starts again")
     ranks, damaged = ranks or Ranks(), []
     for folder in reversed(checkpoints_of(run, state.stage)):
         try:
@@ -581,11 +582,11 @@ def load_state(run, state: State, facts: dict, healthy=False, ranks: Ranks | Non
     for reason in damaged:
         print(f"went back to step {state.step}, since a newer checkpoint is damaged: {reason}")
     if manifest.get("fingerprint") != facts.get("fingerprint"):
-        print(f"the data is not what it was when {folder} was saved: the rest is learned from the new")
+        print(f"the data is not what it was when {folder} was saved: the rest is learned from the new data")
     before = {"ranks": 1} | manifest
     if changed := [f"{k} {before.get(k)}, now {v}" for k, v in surroundings(state, ranks).items()
                    if before.get(k) != v]:
-        print(f"saved with {'; '.join(changed)}: what follows is as good, but not equal in every bit")
+        print(f"saved with {'; '.join(changed)}: what follows is as good, but not equal bit for bit")
     return True
 
 
@@ -596,7 +597,7 @@ def fill_state(state: State, manifest: dict, tensors: dict, folder: Path) -> Non
             if prefix + k not in tensors or tensors[prefix + k].shape != p.shape:
                 raise CheckpointError(
                     f"{folder} does not fit this model at {k}: it belongs to another architecture")
-    moments = {}                            # none: the last block's ln_q, which never gets a gradient
+    moments = {}                            # {} for the last block's ln_q, which never gets a gradient
     for kind, optimizer, k, p in owned(state):
         found = {m: tensors[f"{kind.lower()}.{m}.{k}"] for m in MOMENTS[kind]
                  if f"{kind.lower()}.{m}.{k}" in tensors}
@@ -630,18 +631,19 @@ def cut_as(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def sole_writer(run):
-    """Inside, no other process can be inside for the same run or cache. CheckpointError if one is.
+    """Inside, no other process can write to the same run or cache. CheckpointError if one already does.
 
-    The system holds the lock for the open file, so it ends with the process, however that ends: a lock file
-    that a killed process left behind stops nobody. What the file says is only for the message. Who finishes
-    removes it, and who had it open already begins again with a new one: a lock counts under its name only."""
+    The operating system ties the lock to the open file, so it ends with the process, however that ends: a
+    lock file that a killed process left behind stops nobody. Its text is only for the message. The process
+    that finishes removes the file; one that had opened it by then locks a removed file, which keeps nobody
+    out, and so begins again with a new one."""
     path = Path(run, "lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as f:
         try:
             if fcntl:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:                               # a byte far behind the text, which others may then still read
+            else:                               # a byte far beyond the text, which stays readable for others
                 f.seek(1 << 20)
                 msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
         except (BlockingIOError, PermissionError):
@@ -650,7 +652,7 @@ def sole_writer(run):
             raise CheckpointError(f"{run} is being written by {who}: wait for its end, "
                                   "or choose another --out") from None
         except OSError as e:                    # network file systems without locks
-            print(f"{path} cannot be locked ({e}): see to it that no other process writes to {run}")
+            print(f"{path} cannot be locked ({e}): make sure that no other process writes to {run}")
         if fcntl and not is_at(f, path):
             with sole_writer(run):
                 yield
@@ -662,7 +664,7 @@ def sole_writer(run):
             yield
         finally:
             f.truncate(0)
-            if fcntl:                           # Windows removes no open file
+            if fcntl:                           # Windows cannot remove an open file
                 path.unlink(missing_ok=True)
 
 
@@ -679,7 +681,7 @@ def has_run(folder) -> bool:
 
 
 def last_run(root="runs", finished=False) -> Path:
-    """The run under `root` that was written to last; finished: only such that have a trained transformer."""
+    """The newest run under `root`; finished: the newest of those that have a trained transformer."""
     marker = "mmdit.safetensors" if finished else "config.json"
     found = sorted(Path(root).glob(f"*/{marker}"), key=lambda p: p.stat().st_mtime)
     if not found:

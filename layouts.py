@@ -36,7 +36,7 @@ QKV = "q", "k", "v"
 
 
 def assemble(op, parts) -> torch.Tensor:
-    """What a Recipe says, done to the tensors of its keys."""
+    """One of our tensors, made of the tensors of its Recipe's keys."""
     t = parts[0]
     if op == "swap":
         return t.roll(len(t) // 2, 0)
@@ -62,7 +62,7 @@ def assembled_shape(op, shapes) -> tuple:
 
 
 def take_apart(recipe, t) -> list[torch.Tensor]:
-    """The reverse of `assemble`, for the two that a transformer needs."""
+    """The reverse of `assemble`, for the two operations that a transformer needs."""
     return [t.roll(len(t) // 2, 0)] if recipe.op == "swap" else list(t.chunk(len(recipe.keys)))
 
 
@@ -88,7 +88,7 @@ MMDIT_BLOCK = {             # ours in joint_blocks.i: diffusers' in transformer_
 MMDIT_QKV = {               # the same for three keys each
     "x_block.attn.qkv": "attn.to_{}", "x_block.attn2.qkv": "attn2.to_{}",
     "context_block.attn.qkv": "attn.add_{}_proj"}
-VAE_NAMES = [               # patterns in ours, what diffusers has; one after the other
+VAE_NAMES = [               # pattern in our name, what diffusers has in its place; all applied in turn
     (r"^(en|de)coder\.norm_out", r"\1coder.conv_norm_out"), (r"nin_shortcut", "conv_shortcut"),
     (r"\.down\.(\d+)\.block", r".down_blocks.\1.resnets"),
     (r"\.down\.(\d+)\.downsample", r".down_blocks.\1.downsamplers.0"),
@@ -97,7 +97,7 @@ VAE_NAMES = [               # patterns in ours, what diffusers has; one after th
     (r"\.mid\.attn_1\.proj_out", ".mid_block.attentions.0.to_out.0"),
     (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1.")]
 VAE_OLD_NAMES = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
-OPENCLIP_NAMES = [          # patterns in ours, what OpenCLIP and OpenAI have
+OPENCLIP_NAMES = [          # pattern in our name, what OpenCLIP and OpenAI have in its place
     (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
     (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
     (r"^text_model\.final_layer_norm", "ln_final"),
@@ -134,7 +134,7 @@ def mmdit_folder(depth):
 
 
 def vae_folder(levels, old=False):
-    """The same for an autoencoder of `levels` levels. old: its attention has the names of before 2023."""
+    """The same for an autoencoder of `levels` levels. old: its attention has the names in use before 2023."""
     def recipe(name):
         key = re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", name)
         key = re.sub(r"(up_blocks\.\d+)\.block", r"\1.resnets", key)
@@ -152,7 +152,7 @@ def clip_bare(name) -> Recipe:
 
 
 def clip_openclip(name) -> Recipe:
-    """q, k and v are one matrix, the projection stands for x @ p and not for a Linear."""
+    """q, k and v are one matrix; the projection is stored for x @ p, not as a Linear's weight."""
     if name == "text_projection.weight":
         return Recipe(("text_projection",), "transpose")
     third = re.search(r"\.self_attn\.([qkv])_proj\.", name)
@@ -160,7 +160,7 @@ def clip_openclip(name) -> Recipe:
 
 
 def t5_other_name(name) -> Recipe:
-    """The table of words under its second name."""
+    """The table of token embeddings under its second name."""
     return Recipe(("encoder.embed_tokens.weight" if name == "shared.weight" else name,))
 
 
@@ -197,9 +197,9 @@ IGNORED = {                 # keys that may be there and are not read; all other
     "t5": ((r"^(decoder|lm_head)\.", "T5's decoder: only the encoder reads prompts"),
            (r"^encoder\.embed_tokens\.weight$", "the second name of shared.weight")),
     "all": ((r"^(loss|model_ema)\.", "left over from training"),
-            (r"\bscaled_fp8$", "says that float8 weights have scales"),
+            (r"\bscaled_fp8$", "a sign that float8 weights have scales"),
             (r"\.(comfy_quant|scale_input|input_scale)$", "for arithmetic in float8"))}
-FOREIGN = (                 # keys of files that are often taken for SD3's, and what these are
+FOREIGN = (                 # keys of files that are often mistaken for SD3's, and what those files are
     (r"lora_|\.lora\.|\.(hada_w|lokr_w)\d", "a LoRA, which only changes a model: give it with --lora"),
     (r"controlnet_blocks\.|^control_model\.|input_hint_block", "a ControlNet"),
     (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d", "a FLUX model"),
@@ -223,7 +223,7 @@ def describe(keys) -> str:
 
 
 def why_unknown(key, part) -> str:
-    """A guess at why a key is there that has no place."""
+    """A guess at why a file has a key for which there is no place here."""
     guesses = (
         (r"_orig_mod\.|^module\.", "it was saved from a compiled or distributed model: save the plain one"),
         (r"quant_conv", "SD3's autoencoder has no such convolution, those of SD 1, SD 2 and SDXL have"),
@@ -252,7 +252,7 @@ def demo():
 
 
 # Exercises. (1) Leave out "swap" in mmdit_folder: real folders still load without a word, and round trips
-# still are exact. Which test notices? (2) Could one see in the numbers which half is shift and which scale?
+# are still exact. Which test notices? (2) Could one see in the numbers which half is shift and which scale?
 
 if __name__ == "__main__":
     demo()

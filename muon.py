@@ -49,8 +49,8 @@ def orthogonalize(x: torch.Tensor, rounds: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """params: matrices (packed * rows, columns), in groups that may set `packed`, the number of matrices that
-    lie on top of each other in each (3 in a qkv).
+    """params: matrices (packed * rows, columns), in groups that may set `packed`, the number of matrices
+    stacked in each (3 in a qkv).
 
     lr: the size of a step in singular values. 0.02 moves the entries of a 192 x 192 matrix by
     0.02 / sqrt(192) = 1.4e-3, about as AdamW does at that rate.
@@ -66,8 +66,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """As for torch's fused optimizers, a tensor `found_inf` above 0 makes this a step that changes
-        nothing, without asking a GPU for its value."""
+        """As with torch's fused optimizers, a tensor `found_inf` above 0 makes this a step that changes
+        nothing, without waiting for its value from a GPU."""
         bad = getattr(self, "found_inf", torch.zeros(())) > 0
         found = []                              # (parameter, its group, this rank's rows of the look ahead)
         for group in self.param_groups:
@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 average = local(state["momentum"])
-                grad = torch.where(bad, average, local(p.grad))             # then the average stays
+                grad = torch.where(bad, average, local(p.grad))             # if bad, the average stays
                 average.lerp_(grad, 1 - m)
                 found.append((p, group, grad.lerp(average, m)))
         cut_up = any(hasattr(p, "to_local") for p, *_ in found)
@@ -90,7 +90,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def at_once(found):
-    """(parameter, group, whole matrix) of all -> the same with U V^T; matrices of one shape as one batch."""
+    """[(parameter, group, whole matrix)] -> the same with U V^T; matrices of one shape as one batch."""
     shapes = {}                                 # (rows, columns) -> what is orthogonalized together
     for p, group, x in found:
         x = x.view(group["packed"], -1, p.shape[1])
@@ -105,9 +105,9 @@ def at_once(found):
 
 
 def taken_apart(found):
-    """(parameter, group, this rank's rows) of all -> the same with these rows of U V^T.
+    """[(parameter, group, this rank's rows)] -> the same with these rows of U V^T.
 
-    Of N matrices of one shape each of the N ranks is sent one, whole, and sends back to each its rows:
+    Of N matrices of one shape each of the N ranks receives one whole, and sends every rank its rows back:
     nothing is computed twice, and a rank has one matrix in memory beside its shards."""
     shapes = {}
     for p, group, x in found:
@@ -115,17 +115,17 @@ def taken_apart(found):
     for (total, columns), entries in shapes.items():
         mesh = entries[0][0].device_mesh
         N, ranks = mesh.size(), mesh.get_group()
-        rows = -(-total // N)                   # a rank's; the last have fewer, and send zeros below them
+        rows = -(-total // N)                   # a rank's; the last have fewer, and pad them with zeros
         for lot in (entries[i:i + N] for i in range(0, len(entries), N)):
             out = lot[0][2].new_zeros(N, rows, columns)                     # one for each rank
             for k, (*_, x) in enumerate(lot):
                 out[k, :len(x)] = x
-            mine = torch.empty_like(out)                                    # the rows of mine, from each rank
+            mine = torch.empty_like(out)                                    # each rank's rows of my matrix
             dist.all_to_all_single(mine, out, group=ranks)
-            p, group, _ = lot[min(mesh.get_local_rank(), len(lot) - 1)]     # without one, zeros
+            p, group, _ = lot[min(mesh.get_local_rank(), len(lot) - 1)]     # a rank without one has zeros
             [(*_, piece)] = at_once([(p, group, mine.view(-1, columns)[:total])])
             out = F.pad(piece, (0, 0, 0, N * rows - total)).contiguous().view(torch.half)
-            mine = torch.empty_like(out)        # bits only move, and gloo has known float16 for longer
+            mine = torch.empty_like(out)        # bits only move; gloo knew float16 long before bfloat16
             dist.all_to_all_single(mine, out, group=ranks)
             for (p, group, x), piece in zip(lot, mine.view(piece.dtype).view(N, rows, columns)):
                 yield p, group, piece[:len(x)]

@@ -54,8 +54,8 @@ def tensors_of(module: nn.Module) -> list[torch.Tensor]:
 
 @contextmanager
 def visiting(module: nn.Module, device, but=()):
-    """The module's weights on `device` for a while; then the tensors that they were take their place again.
-    but: modules in it that stay."""
+    """Inside, the module's weights are on `device`; afterwards the original tensors take their place again.
+    but: modules in it that stay where they are."""
     staying = {id(t) for m in but for t in tensors_of(m)}
     home = [(t, t.data) for t in tensors_of(module) if id(t) not in staying]
     try:
@@ -68,7 +68,7 @@ def visiting(module: nn.Module, device, but=()):
 
 
 def visit_when_called(module: nn.Module, device) -> None:
-    """From now on the module is on `device` only while it computes; what it is given follows it there."""
+    """From now on the module is on `device` only while it computes; its inputs follow it there."""
     visits = []
 
     def enter(module, args):
@@ -84,10 +84,11 @@ def visit_when_called(module: nn.Module, device) -> None:
 
 
 class BlockStream:
-    """Blocks that compute in turn, in two places of the device: in one a block computes, to the other the
-    next is copied. A context manager: in it the blocks can be called; without, they are in main memory.
+    """Blocks that compute in turn, in two places on the device: while a block computes in one, the next is
+    copied to the other. A context manager: inside, the blocks can be called; outside, they are in main
+    memory.
 
-    Blocks may be left out (skip-layer guidance): the copy that came for nothing is then made again.
+    Blocks may be left out (skip-layer guidance): the copy of such a block was made in vain.
     """
 
     def __init__(self, blocks, device):
@@ -96,15 +97,15 @@ class BlockStream:
         self.home, self.views = zip(*(self.pack(block) for block in self.blocks))
 
     def pack(self, block):
-        """One flat piece of (page-locked) memory a block -> it, and [(tensor, offset, bytes)]; the tensors of
-        the block become views of it."""
+        """Move a block into one flat piece of (page-locked) memory, of which its tensors become views.
+        -> (that memory, [(tensor, offset, bytes)])"""
         tensors, offset, views = tensors_of(block), 0, []
         for t in tensors:
             views.append((t, offset, t.nbytes))
             offset += (t.nbytes + 255) // 256 * 256
         try:
             flat = torch.empty(offset, dtype=torch.uint8, pin_memory=self.cuda)
-        except RuntimeError:                # Windows and WSL lock only a part of memory: slower, not wrong
+        except RuntimeError:                # Windows and WSL can lock only a part: slower, but not wrong
             flat = torch.empty(offset, dtype=torch.uint8)
         for t, start, n in views:
             view = flat[start:start + n].view(t.dtype).view(t.shape)
@@ -138,19 +139,19 @@ class BlockStream:
         self.places = None
 
     def fetch(self, i) -> None:
-        """Begin to copy block i to the place where nobody computes now."""
+        """Begin to copy block i to the other place."""
         self.coming, self.place = i, 1 - self.place
         target, flat = self.places[self.place], self.home[i]
         if not self.cuda:
             target[:len(flat)].copy_(flat)
             return
         with torch.cuda.stream(self.copying):
-            self.copying.wait_event(self.free[self.place])      # the block that was here has computed
+            self.copying.wait_event(self.free[self.place])      # until the block there has computed
             target[:len(flat)].copy_(flat, non_blocking=True)
             self.copied[self.place].record(self.copying)
 
     def arrive(self, i) -> None:
-        if self.coming != i:                                    # the first, or after some that were left out
+        if self.coming != i:                                    # the first, or some were left out before it
             self.fetch(i)
         self.used = self.place
         if self.cuda:
@@ -170,8 +171,8 @@ def check_mode(mode: str, choices) -> None:
 
 
 class Places:
-    """Where the parts of a Pipeline are, by one of MODES. The encoders look after themselves, the others are
-    called `with places.at_work(part):`."""
+    """Where the parts of a Pipeline are, in one of MODES. The encoders come and go by themselves; the others
+    are called inside `with places.at_work(part):`."""
 
     def __init__(self, mode, device, mmdit, encoders):
         check_mode(mode, MODES)
@@ -193,7 +194,7 @@ class Places:
 # ------------------------------------------------------------------------------------------- counting bytes
 
 class Meter(TorchDispatchMode):
-    """How many bytes of tensors were alive at once, at most, beside those of `known`."""
+    """The most bytes of tensors that were alive at once, not counting those of `known`."""
 
     def __init__(self, known):
         super().__init__()
@@ -215,7 +216,7 @@ class Meter(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention's result without its inner steps, as a fused kernel makes it."""
+    """Makes attention's output without its inner steps, as a fused kernel does."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
@@ -224,7 +225,8 @@ class FusedAttention(TorchFunctionMode):
 
 
 def count_work(module, call, *shapes) -> int:
-    """Bytes that call(*tensors of these (shape, dtype)) needs beside the weights of `module`, on meta."""
+    """Bytes that call(*tensors) needs beside the weights of `module`, counted on meta. shapes: (shape, dtype)
+    of each tensor."""
     meter = Meter(tensors_of(module))
     with torch.no_grad(), torch.device("meta"):
         with FusedAttention(), meter:
@@ -234,12 +236,12 @@ def count_work(module, call, *shapes) -> int:
 
 def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfloat16, text_dtype=None,
          int8=False, pictures=1) -> dict:
-    """What drawing takes, `pictures` at once, in bytes, from shapes alone.
+    """Bytes that drawing `pictures` at once takes, from shapes alone.
 
     configs: of the parts, {"mmdit": MMDiTConfig, "vae": ..., "clip_l": ...}; encoders may be missing.
-    text_dtype: the encoders', if it is another than dtype asks for.
+    text_dtype: the encoders', if not the one that follows from dtype.
     -> "parameters", "weights" and "work" by part; "peak" by offload mode: what the card must have; "locked":
-    what "block" takes of main memory beyond the weights.
+    the main memory that "block" takes beyond the weights.
     """
     kinds = {"mmdit": MMDiT, "vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder,
              "t5": T5Encoder}
@@ -284,7 +286,7 @@ def of_encoders(dtype, text_dtype=None) -> torch.dtype:
 
 
 def report(name, configs, free=None, **how) -> str:
-    """What `sample.py --dry-run` prints. how: see need, without int8; free: bytes on this machine's card."""
+    """What `sample.py --dry-run` prints. how: as in need, but no int8; free: bytes on this machine's card."""
     plain, small = need(configs, **how), need(configs, **how, int8=True)
     several = f"{how['pictures']} at once, " if how.get("pictures", 1) > 1 else ""
     text = of_encoders(how["dtype"], how.get("text_dtype"))
@@ -311,7 +313,7 @@ def report(name, configs, free=None, **how) -> str:
 
 def choose(mode, name, configs, free, int8=False, **how) -> str:
     """One of MODES: `mode` itself, or for "auto" the fastest that fits into `free` bytes of the card.
-    ValueError if it does not fit, which says what would."""
+    ValueError if it does not fit; the message says what would."""
     check_mode(mode, ("auto", *MODES))
     peak = need(configs, **how, int8=int8)["peak"]
     fitting = [m for m in MODES if peak[m] <= free and mode in ("auto", m)]
@@ -328,8 +330,8 @@ def choose(mode, name, configs, free, int8=False, **how) -> str:
 
 
 def check_main_memory(name, configs, free, int8=False, works=False, locked=False, **how) -> None:
-    """ValueError if the parts need more than `free` bytes (None: nobody knows) of main memory; it says what
-    needs less. works: they work there too, as there is no card. locked: blocks are streamed from there."""
+    """ValueError if the parts need more than `free` bytes (None: unknown) of main memory; the message says
+    what needs less. works: they compute there too, without a card. locked: blocks are streamed from there."""
     def most(flags):
         n = with_flags(flags, configs, int8, how)
         return sum(n["weights"].values()) + works * max(n["work"].values()) + locked * n["locked"]
@@ -345,7 +347,7 @@ def check_main_memory(name, configs, free, int8=False, works=False, locked=False
 
 
 def with_flags(flags, configs, int8, how) -> dict:
-    """What `need` says if these flags of sample.py were given, too."""
+    """What `need` says with these flags of sample.py added."""
     if "--drop-t5" in flags:
         configs = {part: c for part, c in configs.items() if part != "t5"}
     if "--dtype bfloat16" in flags:
@@ -361,7 +363,7 @@ def cheaper(flags, taken, measure) -> list[str]:
 
 
 def is_out_of_memory(e: RuntimeError) -> bool:
-    """CUDA has an exception for it; Metal, main memory and the locking of pages say it in words."""
+    """CUDA has an exception for it; Metal, main memory and page locking only tell it in the message."""
     return isinstance(e, torch.OutOfMemoryError) or bool(
         re.search("out of memory|not enough memory|allocate memory", str(e)))
 
@@ -393,7 +395,7 @@ def demo() -> None:
     here, stream = model(*x), BlockStream(model.joint_blocks, "cpu")
     with stream, visiting(model, "cpu", but=stream.blocks):
         assert torch.equal(model(*x), here) and torch.equal(model(*x), here)
-    print("a transformer whose blocks come one by one says the same, bit by bit")
+    print("a transformer whose blocks come one by one gives the same result, bit by bit")
 
 
 # Exercises. (1) In need, leave attention unfused: how much do the L x L scores of a 1024 x 1024 picture take?

@@ -60,18 +60,18 @@ def whole(x: torch.Tensor) -> torch.Tensor:
 
 
 class Elsewhere(OSError):
-    """What was refused on another rank, which tells it."""
+    """An error on another rank, which reports it."""
 
 
 class Ranks:
-    """This process among all of them; rank 0 of 1 where there is no other."""
+    """This process among all of them; rank 0 of 1 if there is no other."""
 
     def __init__(self, rank: int = 0, world: int = 1):
         self.rank, self.world = rank, world
-        self.saving = dist.new_group(backend="gloo") if world > 1 else None     # for a thread of its own
+        self.saving = dist.new_group(backend="gloo") if world > 1 else None     # for the thread that saves
 
     def rows(self, batch: int, piece: int = 0, pieces: int = 1) -> slice:
-        """Of a batch, what this rank computes, or one piece of that. ValueError where it leaves a rest."""
+        """The rows of a batch that this rank computes, or one piece of them. ValueError for a remainder."""
         if batch % (self.world * pieces):
             near = max(1, round(batch / (self.world * pieces))) * self.world * pieces
             raise ValueError(f"a batch of {batch} does not divide among {self.world} ranks"
@@ -86,29 +86,29 @@ class Ranks:
         return x
 
     def most(self, *numbers: int) -> list[int]:
-        """The largest of all ranks' first number, second number, and so on. On CPUs: no GPU is waited for."""
+        """The largest first number of all ranks, the largest second, and so on. It waits for no GPU."""
         found = torch.tensor(numbers)
         if self.world > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found.tolist()
 
     def same(self, value):
-        """Rank 0's, on all."""
+        """Rank 0's value, on all ranks."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def first_word(self, text: str) -> str:
-        """What the first rank says that says anything."""
+        """The text of the first rank that has one."""
         said = [text]
         if self.world > 1:
             dist.all_gather_object(said := [None] * self.world, text)
         return next(filter(None, said), "")
 
     def together(self, action):
-        """action() on every rank. Where it is refused on one it is on all (OSError, or what rank 0 raised),
-        and rank 0 alone tells why."""
+        """action() on every rank. If it fails on one it fails on all (OSError, or what rank 0 raised), and
+        rank 0 alone says why."""
         result = error = None
         try:
             result = action()
@@ -124,12 +124,12 @@ class Ranks:
         return result
 
     def once(self, action):
-        """action() on rank 0, then on the others, which find what it has written."""
+        """action() on rank 0, then on the others, which find what rank 0 has written."""
         result = self.together(action if self.rank == 0 else lambda: None)
         return result if self.rank == 0 else action()
 
     def collect(self, tensors: dict) -> dict:
-        """All of each tensor in rank 0's main memory; the others lend it their shards and get {}."""
+        """The whole of each tensor, in rank 0's main memory; the others send it their shards and get {}."""
         found = {}
         for name, x in tensors.items():             # one at a time: all together may not fit on a GPU
             x = whole(x.detach())
@@ -138,12 +138,12 @@ class Ranks:
         return found
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """(b, ...) of each rank -> (N b, ...) of all, through which gradients find their way back."""
+        """(b, ...) of each rank -> (N b, ...) of all; gradients find their way back through it."""
         return Gather.apply(x, self) if self.world > 1 else x
 
 
 class Gather(torch.autograd.Function):
-    """Forward: everybody's rows. Backward: of the gradients that all ranks have for my rows, the sum."""
+    """Forward: all ranks' rows. Backward: the sum of all ranks' gradients for this rank's rows."""
 
     @staticmethod
     def forward(ctx, x, ranks):
@@ -166,13 +166,13 @@ def launched() -> tuple[int, int, int]:
 
 
 def launcher() -> str:
-    """With which this process was started, to be told in advice."""
+    """The command that started this process, for advice in messages."""
     many = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', 'N')}"
     return many if launched()[1] > 1 else "python"
 
 
 def own_device(device: str) -> str:
-    """Where a device was left open, a rank's own card."""
+    """`device`, or this rank's own card where any card would do."""
     _, world, place = launched()
     own = world > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
     return f"cuda:{place}" if own else device
@@ -180,7 +180,7 @@ def own_device(device: str) -> str:
 
 @contextmanager
 def processes(device: str):
-    """Ranks, connected while inside. Except for their own faults, those above 0 print nothing."""
+    """This process's Ranks, connected while inside. Ranks above 0 print nothing but their own errors."""
     rank, world, place = launched()
     if world == 1:
         yield Ranks()
@@ -188,8 +188,8 @@ def processes(device: str):
     device = own_device(device)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    # gloo beside NCCL, for numbers that lie on CPUs. A rank may encode for hours while the others wait, and
-    # one that has died is noticed by torchrun, not by a clock.
+    # gloo beside NCCL, for numbers on the CPU. A rank may encode for hours while the others wait, and one
+    # that has died is noticed by torchrun, not by a timeout.
     from torch.distributed.rendezvous import rendezvous         # not in every PyTorch
     patience = timedelta(hours=12)
     store, *_ = next(rendezvous("env://", timeout=patience))
@@ -204,16 +204,16 @@ def processes(device: str):
     except (ValueError, OSError, FloatingPointError) as e:
         if rank == 0:
             raise
-        if not isinstance(e, (Elsewhere, FloatingPointError)):      # numbers are the same on all ranks
+        if not isinstance(e, (Elsewhere, FloatingPointError)):      # rank 0 has the same numbers, and says so
             print(f"train.py: rank {rank}: {e}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "gloo" in str(e).lower()):
             raise
-        raise OSError(f"rank {rank} has lost another rank, whose own last words say why; what was saved is "
-                      "still there: go on with the same torchrun line and --resume") from None
+        raise OSError(f"rank {rank} has lost another rank, whose own last message says why; what was saved "
+                      "is still there: repeat the torchrun command with --resume") from None
     finally:
-        if torch.__version__ < (2, 8):  # which waits there for threads that wait for Python (PyTorch #154976)
+        if torch.__version__ < (2, 8):  # it waits there for threads that wait for the GIL (PyTorch #154976)
             time.sleep(1)
         dist.destroy_process_group()
 
@@ -233,11 +233,11 @@ class Whole(nn.Module):
 
 def add_gradients(model: nn.Module, loss, ranks: Ranks):
     """`loss` in a form whose backward pass gives model's parameters the mean of all ranks' gradients; and
-    pause(), inside which that does not happen yet."""
+    pause(), inside which gradients stay each rank's own."""
     if ranks.world == 1 or sharded(model):
         return loss, nullcontext
-    # A parameter that never gets a gradient would be waited for in vain, and looking for such ones after each
-    # step costs time: what is never used has requires_grad off (stages.flow_stage).
+    # DDP would wait in vain for a parameter that never gets a gradient, and looking for such parameters after
+    # each step costs time: what is never used has requires_grad off (stages.flow_stage).
     with warnings.catch_warnings():             # broadcast_buffers has another name since torch 2.13
         warnings.simplefilter("ignore", FutureWarning)
         joined = nn.parallel.DistributedDataParallel(Whole(model, loss), broadcast_buffers=False,
@@ -250,19 +250,20 @@ def sharded(model: nn.Module) -> bool:
 
 
 class Later(TorchDispatchMode):
-    """Inside, what torch.empty makes takes no memory, and what fills it is noted: maker(x)() gives all of x.
+    """Inside, what torch.empty makes takes no memory, and what fills it is noted: maker(x)() makes all of x.
 
-    Random numbers are drawn at once all the same, so whatever is built after it is what it would have been;
-    later they are drawn again. For modules' initial values: other changes of such a tensor are refused."""
+    Random numbers are drawn right away all the same, so that whatever is built next is what it would have
+    been; later they are drawn again. For modules' initial values: other changes to such tensors are refused.
+    """
 
     def __init__(self):
         super().__init__()
         self.notes = {}                             # storage -> (tensor, how its contents are made)
-        self.space = torch.empty(0)                 # for one tensor; a new one each time would leave holes
+        self.space = torch.empty(0)                 # for one tensor; a new one each time fragments memory
 
     def note(self, x: torch.Tensor, how) -> None:
-        """how() gives all of x, in main memory, until the next one is made."""
-        self.notes[x.untyped_storage()._cdata] = x, how         # x: for its address must stay its own
+        """how() makes all of x, in main memory; the next tensor made may overwrite it."""
+        self.notes[x.untyped_storage()._cdata] = x, how         # x: so that its address is not reused
 
     def maker(self, x: torch.Tensor):
         return self.notes[x.untyped_storage()._cdata][1]
@@ -274,14 +275,14 @@ class Later(TorchDispatchMode):
         if not (isinstance(x, torch.Tensor) and x.is_meta and func._schema.is_mutable):
             return func(*args, **kwargs)
         if func is torch.ops.aten.copy_.default and x.shape == args[1].shape:
-            source = args[1]                                    # one of a file is read when it is touched
+            source = args[1]                                    # one in a file is read when it is touched
             self.note(x, self.maker(source) if source.is_meta else lambda: source)
         elif (func.overloadpacket.__name__ in ("uniform_", "normal_", "fill_", "zero_")
               and x.nbytes == x.untyped_storage().nbytes()):
             self.note(x, partial(self.again, func, x, args[1:], kwargs, torch.get_rng_state()))
             func(self.room(x), *args[1:], **kwargs)
         else:
-            raise NotImplementedError(f"{func} cannot be put off")
+            raise NotImplementedError(f"{func} cannot be done later")
         return x
 
     def room(self, x: torch.Tensor) -> torch.Tensor:
@@ -296,15 +297,15 @@ class Later(TorchDispatchMode):
 
 
 def rows_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Of a whole x what this rank holds of `like`, which is cut up."""
+    """The rows of a whole x that this rank holds of `like`, which is cut up."""
     mesh = like.device_mesh
-    rank, parts = mesh.get_local_rank(), x.chunk(mesh.size())   # as FSDP2 does; of few rows some get none
+    rank, parts = mesh.get_local_rank(), x.chunk(mesh.size())   # as FSDP2 does; some may get no rows
     return parts[rank] if rank < len(parts) else x[:0]
 
 
 def shard(model, dtype: torch.dtype, device: torch.device, later: Later) -> None:
-    """Cut an MMDiT's tensors among all ranks, in place, and make those that were put off, on `device`. A
-    block is a unit, whose weights are gathered before it computes and let go after.
+    """Cut up an MMDiT's tensors among all ranks, in place, and make those that were put off, on `device`. A
+    block is a unit: its weights are gathered before it computes and released afterwards.
 
     Weights travel in `dtype`, that of matrix products; gradients are added in float32. Inputs stay as they
     are: rounded to bfloat16, a time near 1 would be off by 1/500."""
@@ -322,12 +323,12 @@ def shard(model, dtype: torch.dtype, device: torch.device, later: Later) -> None
     for name, p in model.named_parameters():
         if name in how:
             local(p.data).copy_(rows_of(how[name]().view(p.shape), p))
-    later.notes, later.space = {}, torch.empty(0)               # what it held leaves the memory
+    later.notes, later.space = {}, torch.empty(0)               # so that what it held is freed
 
 
 def let_go(model: nn.Module) -> None:
-    """Forget the gathered weights, before others take the place of the shards: without a backward pass the
-    outermost unit keeps them, and would use them once more."""
+    """Release the gathered weights, before the shards get new values: without a backward pass the outermost
+    unit keeps them, and would use them once more."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -344,7 +345,7 @@ def half(rank: int, world: int, port: int, queue) -> None:
         model, x = nn.Linear(3, 2), torch.randn(8, 3)
         rows = ranks.rows(len(x))
 
-        def loss(x):                                    # every row's against all: as in CLIP
+        def loss(x):                                    # every row against all, as in CLIP
             y = model(x)                                                    # (b, 2)
             return (y @ ranks.gather(y).T).square().sum() / 64
 
@@ -352,7 +353,7 @@ def half(rank: int, world: int, port: int, queue) -> None:
         part = forward(x[rows])
         (part * world).backward()
         queue.put((rank, rows.stop - rows.start, ranks.add(part.detach()).item(), model.weight.grad.tolist()))
-        ranks.most(0)                                   # nobody leaves before all have told
+        ranks.most(0)                                   # no rank leaves before all have reported
 
 
 def demo() -> None:

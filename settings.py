@@ -44,7 +44,7 @@ LARGEST = 4096              # pixels a side
 
 
 def flag(default, help, group=""):
-    """group: the heading of this one and those behind it in --help"""
+    """group: the heading in --help of this flag and those that follow it"""
     return field(default=default, metadata={"help": help, "group": group})
 
 
@@ -52,22 +52,22 @@ def flag(default, help, group=""):
 class TrainConfig:
     data: str = flag("drawn", "drawn | emoji | a folder of captioned pictures", "what is learned")
     size: int = flag(64, "side of the training pictures in pixels, a multiple of 16")
-    pictures: int = flag(24000, "how many drawings, or the most that are read from a folder")
+    pictures: int = flag(24000, "how many drawings, or the most pictures to read from a folder")
     synthetic: float = flag(0.5, "share of synthetic captions, where a picture has some beside the original")
     buckets: bool = flag(False, "the transformer learns pictures in their own shapes, not as squares")
     cache: str = flag("", "a folder that  train.py cache  made, for the transformer to learn from")
-    encoders: str = flag("", "published weights whose encoders made the cache; default: where it says")
+    encoders: str = flag("", "published weights whose encoders made the cache; default: as the cache says")
     model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
     origin: str = flag(
-        "", "a finished run to go on from: its parts are kept, its transformer learns on; or "
-        "published weights, with a --cache that their encoders made", "from where and where to")
-    lora: int = flag(0, "with --from: rank of adapters, which alone learn (finetune.py); 0: all learns")
+        "", "a finished run to go on from: its parts are kept, its transformer is trained further; or "
+        "published weights, with a --cache that their encoders made", "start, output and machine")
+    lora: int = flag(0, "with --from: train only adapters of this rank (finetune.py); 0: train all weights")
     out: str = flag("", "folder of the run; default: a new one under runs/")
     device: str = flag("auto", "auto | cuda | mps | cpu")
     dtype: str = flag("auto", "auto | bfloat16 | float32, of matrix products")
-    seed: int = flag(0, "repeats a run on the same machine")
+    seed: int = flag(0, "the same seed repeats a run on the same machine")
     minutes: float = flag(
-        20.0, "bound on the whole run: where it is too slow, stages get fewer steps; 0: no bound")
+        20.0, "limit for the whole run: if it is too slow, stages get fewer steps; 0: no limit")
     vae_steps: int = flag(700, "steps of the autoencoder", "how long and how fast, by stage")
     vae_batch: int = flag(16, "pictures a step")
     vae_rate: float = flag(2e-3, "peak learning rate")
@@ -76,26 +76,26 @@ class TrainConfig:
     clip_batch: int = flag(64, "pictures and captions a step")
     clip_rate: float = flag(2e-3, "peak learning rate")
     t5_steps: int = flag(1000, "steps of T5")
-    t5_batch: int = flag(64, "texts a step, each all captions of a picture")
+    t5_batch: int = flag(64, "texts a step, each of all captions of a picture")
     t5_rate: float = flag(2e-3, "peak learning rate")
     flow_steps: int = flag(8000, "steps of the transformer")
     flow_batch: int = flag(64, "latents a step")
     flow_rate: float = flag(2e-3, "peak learning rate")
-    muon_rate: float = flag(0.02, "of the transformer's matrices, which Muon trains (muon.py); 0: AdamW does")
+    muon_rate: float = flag(0.02, "learning rate of Muon for the transformer's matrices; 0: AdamW, no Muon")
     clip_length: int = flag(0, "tokens of the CLIP towers; 0: as many as the short captions need, up to 77",
                             "the text and the flow model")
     t5_length: int = flag(0, "tokens of T5; 0: as many as all captions need, up to 77")
-    density: str = flag("logit_normal", "of training times: uniform | logit_normal | mode | cosmap")
-    shift: float = flag(4.0, "of training and sampling times towards noise; 1: none")
+    density: str = flag("logit_normal", "density of training times: uniform | logit_normal | mode | cosmap")
+    shift: float = flag(4.0, "shift of training and sampling times towards noise; 1: none")
     text_drop: float = flag(0.464, "probability that an encoder's features are zeroed")
     ema: float = flag(0.999, "decay of the averaged weights")
     warmup: int = flag(50, "steps of linear warm-up in each stage")
-    decay: float = flag(0.4, "last part of each stage in which the rate falls to zero")
+    decay: float = flag(0.4, "last fraction of each stage, in which the rate falls to zero")
     clip_norm: float = flag(1.0, "largest norm of the gradient")
     checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, a third slower")
-    accumulate: int = flag(1, "pieces in which the transformer's batch is computed: takes less memory")
-    fsdp: bool = flag(False, "under torchrun: cut up among all GPUs a transformer that does not fit one")
+    accumulate: int = flag(1, "compute the transformer's batch in this many pieces, to save memory")
+    fsdp: bool = flag(False, "under torchrun: shard a transformer that does not fit one GPU over all of them")
     compile: bool = flag(False, "compile the transformer's blocks (torch.compile)")
     preview_every: int = flag(500, "steps between sample grids; 0: none")
     save_every: int = flag(500, "steps between saves of the unfinished stage")
@@ -129,7 +129,7 @@ class TrainConfig:
                 and 0 <= self.synthetic <= 1):
             raise ValueError("text_drop and ema must lie in [0, 1), decay and synthetic in [0, 1]")
         if self.cache and not (self.origin or self.encoders):
-            raise ValueError(f"{self.cache} was made by a run's encoders: add --from RUN, that run")
+            raise ValueError(f"{self.cache} was made by a run's encoders: add --from with that run's folder")
         if self.encoders and not self.cache:
             raise ValueError("published encoders only make caches: add --cache DIR, made by  python train.py "
                              f"cache --model {self.encoders} --data DIR --size SIDE")
@@ -138,9 +138,9 @@ class TrainConfig:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed is {self.seed}: it must be from 0 to {2**31 - 1:,}")
         if self.lora and self.muon_rate:
-            raise ValueError("--muon-rate is for whole matrices: leave it out where --lora is given")
+            raise ValueError("--muon-rate is for whole matrices: leave it out with --lora")
         if self.lora and self.fsdp:
-            raise ValueError("--lora and --fsdp: where adapters learn nothing is cut up, leave out --fsdp")
+            raise ValueError("--lora and --fsdp: nothing is sharded where adapters learn, leave out --fsdp")
         MMDiTConfig.preset(self.model)
         flow.t_density(self.density, torch.tensor(0.5))
         flow.shift_t(0.5, self.shift)
@@ -153,12 +153,12 @@ def refuse(message: str, command: str = ""):
 
 
 def flag_of(field: str) -> str:
-    return "--from" if field == "origin" else "--" + field.replace("_", "-")        # `from` is Python's word
+    return "--from" if field == "origin" else "--" + field.replace("_", "-")        # `from` is a keyword
 
 
 def parse(argv=None) -> tuple[TrainConfig, bool]:
-    """Flags are the fields of TrainConfig. With --resume the run's own settings count, and only those in FREE
-    and the path of published weights may change; with --from the other run's, where no flag says otherwise.
+    """Flags are the fields of TrainConfig. With --resume the run's own settings count: only those in FREE may
+    change, and the paths of what has moved. With --from the other run's count, where no flag says otherwise.
     """
     parser = argparse.ArgumentParser(
         prog="train.py", allow_abbrev=False, description="train every part of Stable Diffusion 3",
@@ -170,7 +170,7 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     parser.add_argument("--tiny", action="store_true",
                         help="the sizes that train on a laptop; also the default")
     parser.add_argument("--resume", action="store_true",
-                        help="go on with the run in --out, or with the last one")
+                        help="continue the run in --out, or else the last one")
     for f in dataclasses.fields(TrainConfig):
         told = "" if f.type is bool or f.default == "" else f" (default: {f.default})"
         how = {"help": f.metadata["help"] + told, "default": None, "dest": f.name}
@@ -267,8 +267,8 @@ def by_published(given: dict) -> dict:
 
 
 def fine_tuning(given: dict) -> dict:
-    """Settings of a published transformer that learns on, from a cache which its encoders made: small steps
-    of AdamW, and times shifted as for 1024 pixels, less for fewer."""
+    """Settings of a published transformer that is trained further, from a cache made by its encoders: small
+    steps of AdamW, and times shifted as for 1024 pixels, less for fewer."""
     if given.get("model"):
         raise ValueError(f"--model {given['model']} and --from {given['origin']}: the weights say what they "
                          "are, leave out --model")
@@ -278,7 +278,7 @@ def fine_tuning(given: dict) -> dict:
     given = by_published(given)
     if not given["encoders"]:
         raise ValueError(f"{given['cache']} was made by a run's encoders, of which published weights know "
-                         f"nothing: make one by  python train.py cache --model {given['origin']} --data DIR "
+                         f"nothing: make one with  python train.py cache --model {given['origin']} --data DIR "
                          "--size SIDE")
     c = config_of(given["origin"], "mmdit")                     # CheckpointError unless it is one of SD3
     return {"flow_rate": 1e-5, "muon_rate": 0.0, "shift": max(1.0, 3.0 * given["size"] / 1024),
@@ -286,15 +286,15 @@ def fine_tuning(given: dict) -> dict:
 
 
 def of_adapters(given: dict, c: MMDiTConfig, rate: float) -> dict:
-    """Settings with which adapters of a transformer of this config learn, if they shall: larger steps than
-    the weights' own. ValueError for a rank that is none."""
+    """Settings for adapters of a transformer of this config, if --lora is given: larger steps than for the
+    weights themselves. ValueError for an impossible rank."""
     if not 0 <= given.get("lora", 0) <= c.width:
         raise ValueError(f"--lora {given['lora']}: the rank can be 1 to {c.width}, the transformer's width")
     return {"flow_rate": rate, "muon_rate": 0.0} if given.get("lora") else {}
 
 
 def checked_cache(given: dict) -> tuple[Cache, dict]:
-    """The given cache, and the settings that follow from it. ValueError where a flag says otherwise."""
+    """The given cache, and the settings that follow from it. ValueError if a flag contradicts them."""
     cache = Cache(given["cache"])
     told = cache.index.get("source", {}) | {k: cache.index[k] for k in ("size", "clip_length", "t5_length")}
     where = told.get("data", "drawn")
@@ -321,10 +321,11 @@ def parse_cache(argv) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="drawn | emoji | a folder of captioned pictures")
     parser.add_argument("--out", help="folder of the cache (default: runs/cache-DATA-SIZE)")
     parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the run's)")
-    parser.add_argument("--pictures", type=int, help="the most that are taken, or how many drawings "
+    parser.add_argument("--pictures", type=int, help="the most pictures to take, or how many drawings "
                         "(default: all; 24000 drawings)")
-    parser.add_argument("--seed", type=int, default=0, help="of drawings, or which are taken (default: 0)")
-    parser.add_argument("--buckets", action="store_true", help="in their own shapes, not as squares")
+    parser.add_argument("--seed", type=int, default=0, help="decides the drawings, or which pictures are "
+                        "taken (default: 0)")
+    parser.add_argument("--buckets", action="store_true", help="pictures in their own shapes, not as squares")
     parser.add_argument("--device", default="auto", help="auto | cuda | mps | cpu (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto | bfloat16 | float32, of matrix products")
     args = parser.parse_args(argv)
@@ -336,7 +337,7 @@ def parse_cache(argv) -> argparse.Namespace:
 
 
 def demo() -> None:
-    """Every setting, its default, and what it means; and each default given as a flag is the default."""
+    """Every setting, its default and its meaning; each default, given as a flag, is read back."""
     for f in dataclasses.fields(TrainConfig):
         print(f"{flag_of(f.name):17s} {f.default!s:13s} {f.metadata['help']}")
         if f.type is not bool and f.name not in ("origin", "cache"):

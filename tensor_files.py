@@ -53,7 +53,7 @@ def write_atomically(path, write) -> None:
         write(temporary)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)              # safetensors makes its files readable by their owner alone
+        os.chmod(temporary, 0o644)              # safetensors makes files that only their owner can read
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
@@ -71,11 +71,11 @@ def sync_folder(path) -> None:
 
 
 def check_writable(folder) -> None:
-    """ValueError unless files can be written into this folder, which may have to be made."""
+    """ValueError unless files can be written into this folder, which need not exist yet."""
     folder = Path(folder).absolute()
     there = next(p for p in (folder, *folder.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{there} is no folder that can be written to: choose another --out")
+        raise ValueError(f"{there} is not a folder that can be written to: choose another --out")
 
 
 def write_json(path, value) -> None:
@@ -86,8 +86,8 @@ def write_json(path, value) -> None:
 # ---------------------------------------------------------------------------------------------------- reading
 
 class Source:
-    """The tensors of a part, in one or several safetensors files: names and shapes at once, numbers one by
-    one. index: key without prefix -> (file, shape, dtype's name)."""
+    """The tensors of a part, in one or several safetensors files: names and shapes at once, numbers one
+    tensor at a time. index: key without prefix -> (file, shape, dtype's name)."""
 
     def __init__(self, files, config=None):
         self.path, self.config, self.prefix = Path(files[0]), config or {}, ""
@@ -102,20 +102,20 @@ class Source:
                     self.index[key] = (file, tuple(part.get_shape()), part.get_dtype())
 
     def select(self, prefix):
-        """From now on only the keys with this prefix count, the part's own; the others are remembered."""
+        """Keep only the keys with this prefix, the part's own, in the index; remember the others."""
         self.prefix = prefix
         self.others = {k for k in self.index if not k.startswith(prefix)}
         self.index = {k[len(prefix):]: v for k, v in self.index.items() if k.startswith(prefix)}
         return self
 
     def shape(self, recipe):
-        """Of what the Recipe gives; None if one of its keys is missing."""
+        """The shape of what the Recipe gives; None if one of its keys is missing."""
         if any(key not in self.index for key in recipe.keys):
             return None
         return assembled_shape(recipe.op, [self.index[key][1] for key in recipe.keys])
 
     def count(self, pattern) -> int:
-        """One more than the largest number that stands in the place of {} in a key."""
+        """One more than the largest number in the place of {} in any key."""
         found = (re.match(re.escape(pattern).replace(r"\{\}", r"(\d+)"), key) for key in self.index)
         count = max((int(m[1]) + 1 for m in found if m), default=0)
         if count > len(self.index):
@@ -124,13 +124,13 @@ class Source:
         return count
 
     def scale_key(self, key):
-        """Of scaled float8: the key of what the weight is to be multiplied with."""
+        """In scaled float8, the key of the scale by which to multiply this weight."""
         stem = key.removesuffix(".weight")
         return next((stem + s for s in SCALES if stem + s in self.index), None) if stem != key else None
 
     def read(self, key) -> torch.Tensor:
-        """On the CPU, mapped from the file. The mapping is renewed now and then: pages once read count as
-        this process' memory until it is closed, as if the model were there twice."""
+        """The tensor of a key, on the CPU, mapped from its file, which is reopened now and then: pages once
+        read count as this process's memory until then, as if the model were there twice."""
         file = self.index[key][0]
         if self.opened != file or self.since > REOPEN:
             self.handle, self.opened, self.since = open_safetensors(file), file, 0
@@ -152,9 +152,9 @@ def open_safetensors(path):
 
 
 def what_is_wrong(path, error) -> str:
-    """A file that is no good safetensors file: what is it then, and what to do?"""
+    """Why a file cannot be opened as safetensors: what it is instead, and what to do about it."""
     if not path.is_file():
-        return "is a folder where a file was expected" if path.is_dir() else "is missing, or no ordinary file"
+        return "is a folder where a file was expected" if path.is_dir() else "is missing, or not a plain file"
     try:
         with open(path, "rb") as f:
             head = f.read(16)
@@ -189,7 +189,7 @@ def read_config(folder) -> dict:
 
 
 def files_of_part(folder) -> list[Path]:
-    """The safetensors files of one part of a diffusers folder, all shards of it; [] if there are none."""
+    """The safetensors files of one part of a diffusers folder, all its shards; [] if there are none."""
     for stem in ("diffusion_pytorch_model", "model"):
         whole = [p for v in ("", ".fp16", ".bf16") if (p := folder / f"{stem}{v}.safetensors").is_file()]
         indexes = sorted(folder.glob(f"{stem}*safetensors.index*.json"), key=lambda p: len(p.name))
@@ -204,7 +204,7 @@ def shards(index) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{index} is no list of shards ({e!r}): download it again") from None
+        raise CheckpointError(f"{index} is not a list of shards ({e!r}): download it again") from None
     for name in names:
         if Path(str(name)).name != name or not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is not there: download the folder again")
@@ -214,8 +214,8 @@ def shards(index) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------- writing
 
 def write_safetensors(path, shapes, tensors) -> None:
-    """shapes: {key: (dtype's name, shape)}. tensors: one for each key, in this order, made when it is needed:
-    only one has to be in memory at a time."""
+    """shapes: {key: (dtype's name, shape)}. tensors: one for each key, in this order; an iterator may make
+    each when it is needed, so that only one has to be in memory at a time."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for key, (dtype, shape) in shapes.items():
         end = offset + math.prod(shape) * DTYPES[dtype].itemsize
@@ -236,8 +236,8 @@ def write_safetensors(path, shapes, tensors) -> None:
 
 
 def write_shards(folder, stem, shapes, tensors, most) -> list[Path]:
-    """Like write_safetensors, into files with at most `most` bytes of tensors each (a tensor beyond that has
-    one to itself), which are named as diffusers and transformers do. -> the files."""
+    """Like write_safetensors, but into files of at most `most` bytes of tensors each (a larger tensor gets a
+    file to itself), named as diffusers and transformers name them. -> the files."""
     groups, filled = [{}], 0
     for key, (dtype, shape) in shapes.items():
         size = math.prod(shape) * DTYPES[dtype].itemsize
@@ -283,7 +283,7 @@ def demo():
                 raise AssertionError(f"{title} was opened")
 
 
-# Exercises. (1) Let Source.read never open the file anew and watch the process' memory while a large model is
+# Exercises. (1) Never reopen the file in Source.read, and watch the process's memory while a large model is
 # loaded. (2) Leave out `others` in write_shards: write a model in three shards, then another in one, and load
 # the first one's index.
 

@@ -46,8 +46,8 @@ from kernels import rms_norm
 from parallel import local
 
 SPIKE = 5.0                                 # times the median of the last healthy losses
-RECENT = 51                                 # so many of them
-BAD_IN_A_ROW = 10                           # more are no accident
+RECENT = 51                                 # how many losses that median is of
+BAD_IN_A_ROW = 10                           # this many are no accident
 READ_EVERY = 20                             # steps between two readings of what the GPU computed
 LOOK_EVERY = 100                            # steps between two measurements of the attention logits
 BINS = 8                                    # of t, for the flow's loss
@@ -59,9 +59,9 @@ REASONS = ("", "not finite", "spike")
 
 @torch.no_grad()
 def judge(state: State, loss, norm) -> torch.Tensor:
-    """HEALTHY, NOT_FINITE or JUMPED, as a tensor on the device; keeps state.recent and state.in_a_row.
+    """HEALTHY, NOT_FINITE or JUMPED, as a tensor on the device; updates state.recent and state.in_a_row.
 
-    While fewer than half of the recent losses are there the others are infinite, so the median is too, and
+    While fewer than half of the recent losses are known the others are infinite, so the median is too, and
     nothing counts as a jump."""
     loss = loss.detach().float()
     broken = ~(loss.isfinite() & norm.isfinite())
@@ -73,7 +73,7 @@ def judge(state: State, loss, norm) -> torch.Tensor:
 
 
 def update(optimizers, bad) -> None:
-    """The optimizers' steps, unless this one was bad. Muon and the fused AdamW read that on the device, where
+    """The optimizers' steps, unless this one was bad. Muon and the fused AdamW read that on the device, so
     nothing waits."""
     for optimizer in optimizers:
         if optimizer.defaults.get("fused", True):
@@ -85,17 +85,17 @@ def update(optimizers, bad) -> None:
 
 
 def roll_back(run, state: State, start: dict | None, log: "Log") -> None:
-    """To the last checkpoint that was saved in health, or to the stage's start; with half the rate, since the
-    same steps would end in the same way. FloatingPointError if that has been tried."""
+    """Go back to the last healthy checkpoint, or to the stage's start, with half the rate, since the same
+    steps would end in the same way. FloatingPointError if that has been tried before."""
     reached, advice = state.step, (f"start again with a lower --{state.stage}-rate, or with --dtype float32; "
-                                   f"the column `skipped` of {log.path} tells what began where")
+                                   f"the column `skipped` of {log.path} shows what began when")
     if state.rollbacks:
-        raise FloatingPointError(f"the loss of stage {state.stage} stays bad near step {reached}, also with "
+        raise FloatingPointError(f"the loss of stage {state.stage} stays bad near step {reached}, even with "
                                  f"half the learning rate: {advice}")
     if not run.load(state, healthy=True):
         if start is None:
             raise FloatingPointError(f"the loss of stage {state.stage} stays bad near step {reached}, and no "
-                                     f"checkpoint is from before that: {advice}")
+                                     f"checkpoint is older than that: {advice}")
         for tensors in (state.params, state.average):
             for k, p in tensors.items():
                 local(p.data).copy_(start[k])
@@ -110,7 +110,7 @@ def roll_back(run, state: State, start: dict | None, log: "Log") -> None:
     state.rollbacks = 1
     log.rewind(state)
     print(f"{state.stage}: {BAD_IN_A_ROW} bad steps in a row before step {reached}; going back to step "
-          f"{state.step}, and on with half the learning rate", flush=True)
+          f"{state.step}, and on from there with half the learning rate", flush=True)
 
 
 def loss_by_t(losses, t) -> torch.Tensor:
@@ -121,8 +121,8 @@ def loss_by_t(losses, t) -> torch.Tensor:
 
 
 def add_up(ranks, pieces) -> tuple[torch.Tensor, dict]:
-    """[(loss, parts)] of this rank's pieces of a batch, as a stage's loss returns them -> the same of all
-    pieces of all ranks together; by_t then is the mean loss in each part, NaN where there is none."""
+    """[(loss, parts)] of this rank's pieces of a batch, as a stage's loss returns them -> the same, summed
+    over all pieces of all ranks; by_t becomes the mean loss in each of BINS parts, NaN in an empty one."""
     names = [k for k in pieces[0][1] if k != "by_t"]
     tables = [torch.cat([torch.stack([loss.detach(), *(parts[k] for k in names)]).float(),
                          parts.get("by_t", loss.new_empty(0)).float().flatten()]) for loss, parts in pieces]
@@ -137,9 +137,9 @@ def largest_logit(loss, step, generator) -> torch.Tensor:
     samples of its batch: the number that grew without bound in the paper before queries and keys were
     normalised.
 
-    Fused kernels never show the logits, so for one extra forward pass the model is given an attention that
-    looks first; compiled ones rest meanwhile. The step's generator makes it the batch of that very step. One
-    head of one sample at a time: (L, L) numbers are small even where (B, nh, L, L) are not."""
+    Fused kernels never show the logits, so for one extra forward pass, without compiled code, the model gets
+    an attention that looks at them first. The step's generator makes it the batch of that very step. One
+    head of one sample at a time: (L, L) numbers are few even where (B, nh, L, L) are not."""
     attend, seen = mmdit.joint_attention, []
 
     def look(q_txt, k_txt, v_txt, q_img, k_img, v_img, *, norm_weights=None, **options):
@@ -166,12 +166,12 @@ METRICS = ("stage", "step", "loss", "grad_norm", "rate", "skipped", "samples_per
 
 
 class Log:
-    """metrics.csv, and the progress bar (plain lines where the output is no terminal).
+    """metrics.csv, and the progress bar (plain lines where the output is not a terminal).
 
     After `add` has read what the GPU computed, `hopeless` says whether the stage should go back."""
 
     def __init__(self, folder: Path, state, batch: int, silent: bool = False):
-        """silent: the log of a rank that only needs to know whether it is hopeless."""
+        """silent: for a rank that only needs to know whether training is hopeless."""
         self.silent = silent
         self.path, self.batch, self.pending, self.smooth = Path(folder) / "metrics.csv", batch, [], None
         self.unwritten, self.warned, self.skipped, self.hopeless = [], False, 0, False
@@ -182,7 +182,7 @@ class Log:
         self.rewind(state)
 
     def rewind(self, state) -> None:
-        """Forget this stage's rows after state.step: what was done after the checkpoint is done again."""
+        """Forget this stage's rows after state.step: what was done since the checkpoint is done again."""
         self.pending, self.unwritten, self.hopeless, self.smooth = [], [], False, None
         self.bar.n = state.step
         if not self.silent:
@@ -217,7 +217,7 @@ class Log:
                 row["max_logit"] = f"{parts.pop('max_logit'):.4g}"
             row |= {f"t{i}": f"{x:.4g}" for i, x in enumerate(rest[len(names):]) if not math.isnan(x)}
             new.append(row | {"parts": " ".join(f"{k}={v:.4g}" for k, v in parts.items())})
-            self.hopeless = in_a_row >= limit                   # now: what has recovered is no reason
+            self.hopeless = in_a_row >= limit                   # as of the last step: it may have recovered
             if bad:
                 skipped.append(step)
         self.pending, self.last = [], now
@@ -230,7 +230,7 @@ class Log:
         self.tell(state, [float(row["loss"]) for row in new if not row["skipped"]], new[-1]["grad_norm"], now)
 
     def write(self, rows) -> None:
-        """A full disk costs no training: rows wait until there is room."""
+        """A full disk does not stop training: rows wait until there is room."""
         if self.silent:
             return
         self.unwritten += rows
@@ -238,7 +238,7 @@ class Log:
         try:
             with open(self.path, "a", newline="", encoding="utf-8") as f:
                 table = csv.DictWriter(f, METRICS)
-                if not size:                                                # somebody took it away
+                if not size:                                                # someone has removed it
                     table.writeheader()
                 table.writerows(self.unwritten)
             self.unwritten = []
@@ -275,7 +275,7 @@ def read_metrics(path) -> list[dict]:
         return []
     with open(path, newline="", encoding="utf-8") as f:
         header, *rows = list(csv.reader(f)) or [[]]
-    return [dict(zip(header, row)) for row in rows if len(row) == len(header)]     # without a torn last line
+    return [dict(zip(header, row)) for row in rows if len(row) == len(header)]     # not a torn last line
 
 
 def clock(seconds: float) -> str:
@@ -353,7 +353,7 @@ def film(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------ being interrupted
 
 class Stopped(KeyboardInterrupt):
-    """Somebody asked for the end, and everything that had to be saved is."""
+    """Someone has asked for the end, and everything that had to be saved is saved."""
 
     def __init__(self, signum: int):
         super().__init__()
@@ -363,15 +363,15 @@ class Stopped(KeyboardInterrupt):
 class Stop:
     """Turns SIGTERM (a cluster's, a service's) and the first Ctrl-C into an end between two steps.
 
-    A handler may run between any two lines, in the middle of a save too, so it does nothing but note the
-    wish, and `fit` looks at `wanted` when a step is done. Where nothing is at stake it raises Stopped right
-    away. The second Ctrl-C finds no handler, and the system ends the process at once."""
+    A handler may run between any two lines, even in the middle of a save, so it only notes the request, and
+    `fit` looks at `wanted` when a step is done. Where nothing is at stake it raises Stopped right away. The
+    second Ctrl-C finds no handler, and the system ends the process at once."""
 
     def __init__(self):
         self.wanted, self.waiting, self.before = 0, False, {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():           # the only one that may
+        if threading.current_thread() is threading.main_thread():           # only it may set handlers
             self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -387,7 +387,7 @@ class Stop:
 
     @contextmanager
     def later(self):
-        """Inside, a wish to stop waits; it is granted at the end, unless an exception goes first."""
+        """Inside, a request to stop waits; it is granted at the end, unless an exception comes first."""
         self.waiting = True
         try:
             yield
@@ -415,7 +415,7 @@ class Lasting:
     def attempt(self, action) -> None:
         try:
             action()
-        except BrokenPipeError:         # from here on into the void, as Python flushes once more at its end
+        except BrokenPipeError:         # from here on into the void: Python flushes once more as it exits
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)

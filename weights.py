@@ -47,7 +47,7 @@ from vae import AutoencoderKL, VAEConfig
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2",
            "t5": "text_encoder_3"}
 BESIDE = {"vae": "*vae*.safetensors", "clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
-          "t5": "t5xxl*.safetensors"}               # stand-alone files; the largest is the most exact
+          "t5": "t5xxl*.safetensors"}               # stand-alone files; the largest is the most precise
 SHARD = 10 * 10**9                                  # bytes, as diffusers writes them
 
 
@@ -77,7 +77,7 @@ def candidates(path, part):
 
 
 def locate(path, part):
-    """Where a part is: in this file, in this folder or beside it -> what pick_part gives."""
+    """Find a part in this file, in this folder or beside it. -> what pick_part gives"""
     path = Path(path)
     folder, groups = candidates(path, part)
     sources = [Source(files, read_config(folder)) for files in groups if files]
@@ -93,7 +93,7 @@ def locate(path, part):
         largest = [p for p in sorted(beside) if p.stat().st_size == most]
         for p in largest[1:]:
             if not filecmp.cmp(largest[0], p, shallow=False):
-                raise CheckpointError(f"{largest[0]} and {p} are of one size but different: keep one there")
+                raise CheckpointError(f"{largest[0]} and {p} have one size but differ: keep only one there")
         found = [beside[p] for p in largest[:1]]
     if len(found) > 1:
         names = " and ".join(sorted(source.path.name for source, _ in found)[:3])
@@ -141,7 +141,7 @@ def mmdit_config(source, recipe) -> MMDiTConfig:
     norm = source.shape(recipe("joint_blocks.0.context_block.attn.ln_k.weight"))
     head_dim = norm[0] if norm else source.config.get("attention_head_dim", 64)
     if not isinstance(head_dim, int) or head_dim < 1:
-        raise CheckpointError(f"{source.path.parent}/config.json: attention_head_dim is {head_dim!r}, no "
+        raise CheckpointError(f"{source.path.parent}/config.json: attention_head_dim is {head_dim!r}, not a "
                               "number of channels: get the file again")
     dual = [recipe(f"joint_blocks.{i}.x_block.attn2.qkv.weight") for i in range(depth)]
     return MMDiTConfig(
@@ -155,8 +155,8 @@ def mmdit_config(source, recipe) -> MMDiTConfig:
 def vae_config(source, recipe) -> VAEConfig:
     z = needed(source, recipe, "decoder.conv_in.weight", 4)[1]
     if z == 4:
-        raise CheckpointError(f"{source.path}: this autoencoder has 4 latent channels, so it is that of "
-                              "Stable Diffusion 1, 2 or SDXL; SD3's has 16")
+        raise CheckpointError(f"{source.path}: this autoencoder has 4 latent channels, like those of Stable "
+                              "Diffusion 1, 2 and SDXL; SD3's has 16")
     c = source.config if source.config.get("latent_channels") == z else {}
     if z == 16 and c.get("scaling_factor") == 0.3611:
         raise CheckpointError(f"{source.path} is FLUX's autoencoder (its scaling factor is 0.3611); "
@@ -184,9 +184,9 @@ def clip_config(source, recipe, which) -> CLIPTextConfig:
                               "put its config.json beside it")
     layers = max(source.count(f"{p}.{{}}.") for p in
                  ("text_model.encoder.layers", "encoder.layers", "transformer.resblocks"))
-    own = c and not source.count("vision_model.encoder.layers.{}.")     # a folder that says what it wants
+    own = c and not source.count("vision_model.encoder.layers.{}.")     # a folder of the text model alone
     projected = which == "clip_g" or (own and source.shape(recipe("text_projection.weight")))
-    eos = c.get("eos_token_id", 2)                                      # 2 is not meant: the last id is
+    eos = c.get("eos_token_id", 2)                          # old configs say 2 where the last id is meant
     return CLIPTextConfig(
         vocab, width, layers, c.get("num_attention_heads", width // 64),
         needed(source, recipe, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
@@ -219,7 +219,8 @@ def config_of(path, part):
 # ------------------------------------------------------------------------------------------- filling a module
 
 def check_names(source, own, part) -> None:
-    """own: our names -> (shape, Recipe). All are there, of the right shape, and nothing unknown besides."""
+    """own: our names -> (shape, Recipe). CheckpointError unless all are there, in the right shape, and the
+    file holds nothing unknown."""
     used = set()
     for name, (shape, recipe) in own.items():
         for key in recipe.keys:
@@ -245,7 +246,7 @@ def check_names(source, own, part) -> None:
 
 
 def own_dtype(source, own, part, wanted):
-    """What was asked for; else what most of the file is, unless that cannot be computed with."""
+    """The one asked for; else that of most of the file, or one that can be computed with in its place."""
     if wanted is None:
         numbers = Counter()
         for key in (key for _, recipe in own.values() for key in recipe.keys):
@@ -261,8 +262,8 @@ def own_dtype(source, own, part, wanted):
 
 
 def free_memory(device):
-    """Bytes that can be had on a device; None where nobody can tell."""
-    if device.type == "cuda":               # what PyTorch keeps for later can be had, too
+    """Bytes that are free on a device; None if that is not known."""
+    if device.type == "cuda":               # what PyTorch keeps in reserve is free, too
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "mps":
@@ -299,10 +300,10 @@ def read_tensor(source, recipe, shape, device, dtype) -> torch.Tensor:
 
 
 def fill(source, recipe, build, config, part, device, dtype, smaller=None, loras=()) -> torch.nn.Module:
-    """The module with its tensors from the source, on `device`, ready to be used. Everything is compared
-    before anything is read; on the way there is never more than one tensor beside the model.
+    """The module with its tensors from the source, on `device`, ready for use. Everything is compared before
+    anything is read; memory never holds more than one tensor beside the model.
 
-    smaller: quantise_mmdit or quantise_t5. loras: what changes the tensors on their way (finetune.Lora)."""
+    smaller: quantise_mmdit or quantise_t5. loras: finetune.Lora, which change tensors as they are read."""
     device = torch.device(device)
     try:
         with torch.device("meta"):
@@ -339,16 +340,16 @@ def fill(source, recipe, build, config, part, device, dtype, smaller=None, loras
 def load_mmdit(path, *, device="cpu", dtype=None, int8=False, loras=()) -> MMDiT:
     """The transformer of a file or folder in either layout; CheckpointError if it is something else.
 
-    device, dtype: where and as what it shall be. dtype None: as it is stored (float8 becomes bfloat16).
-    int8: see kernels/int8.py. loras: finetune.Lora, each adds its change to the weights as these are read.
-    On the device "meta" names and shapes are compared and no weights are read, here and in the other four."""
+    dtype None: as it is stored (float8 becomes bfloat16). int8: see kernels/int8.py. loras: finetune.Lora,
+    each of which adds its change to the weights as these are read. On the device "meta" names and shapes are
+    compared but no weights are read, here and in the other four."""
     source, recipe = locate(path, "mmdit")
     return fill(source, recipe, MMDiT, mmdit_config(source, recipe), "mmdit", device, dtype,
                 quantise_mmdit if int8 else None, loras)
 
 
 def load_vae(path, *, device="cpu", dtype=None) -> AutoencoderKL:
-    """dtype None: as stored, but float32 for float16, in which the real one makes black pictures."""
+    """dtype None: as stored, but float16 becomes float32: in float16 the real one makes black pictures."""
     source, recipe = locate(path, "vae")
     return fill(source, recipe, AutoencoderKL, vae_config(source, recipe), "vae", device, dtype)
 
@@ -362,7 +363,7 @@ def load_clip(path, which, *, device="cpu", dtype=None) -> CLIPTextEncoder:
 
 
 def load_t5(path, *, device="cpu", dtype=None, int8=False) -> T5Encoder:
-    """dtype None: as stored, but bfloat16 for float16 and float8."""
+    """dtype None: as stored, but float16 and float8 become bfloat16."""
     source, recipe = locate(path, "t5")
     return fill(source, recipe, T5Encoder, t5_config(source, recipe), "t5", device, dtype,
                 quantise_t5 if int8 else None)
@@ -372,8 +373,8 @@ def load_text_encoders(path, *, device="cpu", dtype=None, drop=(), tokenizers=No
                        widths=(768, 1280, 4096)) -> TextEncoders:
     """The three encoders of a model with their tokenizers.
 
-    dtype: of all; None: each as its own function says. drop: names that are not loaded; zeros stand in their
-    place, as wide as `widths` says. tokenizers: a folder, see find_tokenizers. int8: of T5."""
+    dtype: of all three; None: what each one's own function says. drop: names of those not to load; zeros, as
+    wide as `widths` says, replace them. tokenizers: a folder, see find_tokenizers. int8: for T5."""
     lengths = (config_of(path, name).context_length for name in ("clip_l", "clip_g") if name not in drop)
     words = find_tokenizers(path, tokenizers, drop, next(lengths, 77))          # before 12 GB are read
     clips = [None if name in drop else load_clip(path, name, device=device, dtype=dtype)
@@ -387,8 +388,8 @@ def load_text_encoders(path, *, device="cpu", dtype=None, drop=(), tokenizers=No
 def find_tokenizers(path, given=None, drop=(), clip_length=77) -> list:
     """Tokenizers for CLIP-L, bigG and T5, None for those in `drop`.
 
-    From the folder `given`, else from the model's: out of tokenizer/, tokenizer_2/, tokenizer_3/ there, or
-    the folder itself. CLIP needs vocab.json and merges.txt, or tokenizer.json; both CLIPs have the same
+    From the folder `given`, else the model's: from tokenizer/, tokenizer_2/ and tokenizer_3/ there, or the
+    folder itself. CLIP needs vocab.json and merges.txt, or tokenizer.json; both CLIPs have the same
     vocabulary, so one will do. T5 needs tokenizer.json."""
     base = Path(given or path)
     if given and not base.is_dir():
@@ -403,13 +404,13 @@ def find_tokenizers(path, given=None, drop=(), clip_length=77) -> list:
         try:
             found.append(None if name in drop else load_t5_tokenizer(folder) if name == "t5" else
                          load_clip_tokenizer(folder, EOS if name == "clip_l" else "!", clip_length))
-        except Exception as e:                      # the tokenizers library has no other class of errors
+        except Exception as e:                      # the tokenizers library raises nothing more specific
             raise CheckpointError(f"the tokenizer in {folder} cannot be used ({e}): get it again") from None
     return found
 
 
 def knows(folder, token) -> bool:
-    """Is there a tokenizer in this folder that has the token?"""
+    """Whether this folder has a tokenizer that knows the token."""
     names = ["vocab.json"] * (folder / "merges.txt").is_file() + ["tokenizer.json"]
     files = [folder / name for name in names if (folder / name).is_file()]
     return any(json.dumps(token) in f.read_text(encoding="utf-8", errors="replace") for f in files)
@@ -439,16 +440,16 @@ def folder_config(c: MMDiTConfig) -> dict:
 
 
 def listed(shapes, recipe) -> dict:
-    """What write_safetensors wants to know. shapes: our names -> (dtype's name, shape)."""
+    """The shapes for write_safetensors, by the file's keys. shapes: our names -> (dtype's name, shape)."""
     return {key: (dtype, (shape[0] // len(recipe(name).keys), *shape[1:]))
             for name, (dtype, shape) in shapes.items() for key in recipe(name).keys}
 
 
 def save_mmdit(model: MMDiT, path, layout="single_file", shard=SHARD) -> None:
-    """single_file: path is the file. folder: path is a model's folder, written is path/transformer, in files
-    of at most `shard` bytes of tensors.
+    """single_file: path is the file. folder: path is a model's folder, in which transformer/ is written, in
+    files of at most `shard` bytes of tensors.
 
-    What load_mmdit reads back is equal bit by bit, through either layout."""
+    What load_mmdit reads back is equal bit by bit, in either layout."""
     if layout not in ("single_file", "folder"):
         raise ValueError(f"no layout {layout!r}: choose single_file or folder")
     with torch.device("meta"):

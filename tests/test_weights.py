@@ -489,7 +489,7 @@ def test_shards_and_variants_of_a_folder_are_found(folders, tmp_path):
     index.write_text(json.dumps({"weight_map": shard | {"x": "../lost"}}))
     refuses(lambda: load_mmdit(tmp_path), "not there")
     index.write_text("{}")
-    refuses(lambda: load_mmdit(tmp_path), "no list of shards")
+    refuses(lambda: load_mmdit(tmp_path), "not a list of shards")
     index.unlink()
     shutil.copy(whole, folder / "diffusion_pytorch_model.fp16.safetensors")
     assert equal(load_mmdit(tmp_path), expected)
