@@ -187,14 +187,42 @@ def unknown(path, e) -> CheckpointError:
 def load_tokenizers(folder, clip_length: int) -> dict:
     """A run's three, in the order of the encoders: CLIP's two share a vocabulary but pad differently."""
     words = Path(folder) / "tokenizers"
-    return {"clip_l": load_clip_tokenizer(words / "clip", EOS, clip_length),
-            "clip_g": load_clip_tokenizer(words / "clip", "!", clip_length),
-            "t5": load_t5_tokenizer(words / "t5")}
+    try:
+        return {"clip_l": load_clip_tokenizer(words / "clip", EOS, clip_length),
+                "clip_g": load_clip_tokenizer(words / "clip", "!", clip_length),
+                "t5": load_t5_tokenizer(words / "t5")}
+    except Exception as e:                      # the tokenizers library has no other class of errors
+        raise CheckpointError(f"the tokenizers in {words} cannot be used ({e}): restore them, or train the "
+                              "run again") from None
+
+
+def read_run(run) -> dict:
+    """A run's config.json. CheckpointError unless it tells what drawing and learning on ask of it."""
+    saved = read_json(Path(run, "config.json"))
+    for name in ("size", "clip_length", "t5_length", "shift", "seed", "pictures"):
+        value = saved.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise CheckpointError(f"{run}/config.json: {name} is {value!r}, not a number: restore the file, "
+                                  "or train the run again")
+    return saved
 
 
 def is_run(path) -> bool:
     """Whether `path` is a folder that train.py wrote, not published weights."""
     return Path(path, "config.json").is_file() and "t5_length" in read_json(Path(path, "config.json"))
+
+
+def refuse_part(path) -> None:
+    """CheckpointError if the file, or a transformer in the folder, is a part of a run that lost the rest."""
+    file = Path(path) if Path(path).is_file() else Path(path, "mmdit.safetensors")
+    try:
+        with safe_open(file, framework="pt") as f:
+            part = json.loads((f.metadata() or {}).get("about", "{}")).get("part")
+    except (OSError, SafetensorError, ValueError):              # the loader will say what it is instead
+        return
+    if part:
+        raise CheckpointError(f"{file} is one part of a run of train.py: give the run's folder, with the "
+                              "other parts and its config.json")
 
 
 def is_published(path) -> bool:
@@ -249,6 +277,10 @@ def run_configs(path, drop=()) -> dict:
     if pooled != c.pooled_dim or (t5 and t5.width != c.context_dim):
         raise CheckpointError(
             f"{path}: the text encoders do not fit mmdit.safetensors: the folder mixes two runs")
+    if configs["vae"].z_channels != c.in_channels:
+        raise CheckpointError(
+            f"{path}: the autoencoder has {configs['vae'].z_channels} latent channels, mmdit.safetensors "
+            f"takes {c.in_channels}: the folder mixes two runs")
     return configs
 
 

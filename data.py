@@ -410,7 +410,7 @@ def opened(picture, whole=False):
     """A PIL image of which no more than the header was read, and which is small enough to decode. whole: in
     a PNG the checksums are compared first, which Pillow's decoder does not do: a wrong bit may look right."""
     if isinstance(picture, Path) and not picture.is_file():
-        raise ValueError("no such file")    # missing, a folder, or a pipe: reading might wait for ever
+        raise ValueError("a folder" if picture.is_dir() else "no such file")    # or a pipe, to wait for
     if isinstance(picture, Image.Image):
         image = picture
     else:

@@ -74,8 +74,9 @@ class Ranks:
         """The rows of a batch that this rank computes, or one piece of them. ValueError for a remainder."""
         if batch % (self.world * pieces):
             near = max(1, round(batch / (self.world * pieces))) * self.world * pieces
-            raise ValueError(f"a batch of {batch} does not divide among {self.world} ranks"
-                             f"{f' in {pieces} pieces each' if pieces > 1 else ''}: try {near}")
+            parts = f"among {self.world} ranks" if self.world > 1 else ""
+            parts += " and " * bool(parts and pieces > 1) + f"into {pieces} pieces" * (pieces > 1)
+            raise ValueError(f"a batch of {batch} does not divide {parts}: try {near}")
         size, k = batch // (self.world * pieces), self.rank * pieces + piece
         return slice(k * size, (k + 1) * size)
 

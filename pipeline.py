@@ -1,6 +1,6 @@
-"""What happens between a prompt and a picture? Kept apart from sample.py, which is about flags and files.
+r"""What happens between a prompt and a picture? Kept apart from sample.py, which is about flags and files.
 
-    prompt --TextEncoders--> context, pooled ---------\\
+    prompt --TextEncoders--> context, pooled ---------\
     seed   --normal noise--> x at t = 1 ---> [ v = MMDiT(x, t, context, pooled); x <- x + (t' - t) v ] x steps
            ---> x at t = 0
     x      --from_latent, VAE decoder--> pixels                    (t = 0 data, t = 1 noise, as everywhere)
@@ -26,11 +26,15 @@ picture (left_out): a dropped T5 has no tokens, nor has CLIP where both are drop
 DIFFERS: for runs trained here the empty prompt means zeros in the place of all text, since that is what
 dropped text was in training; released SD3 weights are given the encoded empty string.
 DIFFERS: a given picture becomes the mean of its posterior, not a sample: it needs no seed of its own.
+DIFFERS: all models are sampled with Euler steps, as in the paper and in diffusers; Stability's own script
+takes dpmpp_2m for SD3.5 (method="dpmpp_2m").
 
 Run `python pipeline.py`: checks on an untrained pipeline that seeds, batches and sizes behave as promised.
 """
 import json
 import math
+import operator
+import unicodedata
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -43,7 +47,7 @@ import data
 import flow
 import offload
 from checkpoints import (CheckpointError, home_of_encoders, is_run, load_encoders, load_part, read_json,
-                         run_configs, write_atomically)
+                         read_run, refuse_part, run_configs, write_atomically)
 from finetune import change_all
 from kernels.int8 import quantise_mmdit, quantise_t5
 from offload import Places
@@ -108,7 +112,9 @@ class Pipeline:
         transformer (finetune.Lora).
         Raises CheckpointError where the folder is neither, ValueError where it does not fit.
         """
-        device, drop = pick_device(device or "auto"), {*drop, *(() if t5 else ("t5",))}
+        drop = {*([drop] if isinstance(drop, str) else drop), *(() if t5 else ("t5",))}
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        device = pick_device(device or "auto")
         if wrong := drop - set(ENCODERS):
             raise ValueError(f"cannot drop {sorted(wrong)}: choose from {', '.join(ENCODERS)}")
         load = load_run if is_run(path) else load_published
@@ -133,14 +139,17 @@ class Pipeline:
         callback(i, t, x, x0): see flow.sample.
         Raises ValueError for bad arguments, FloatingPointError for NaNs.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts, negative = [prompt] if isinstance(prompt, str) else list(prompt), negative or ""
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         height, width = self.size[0] if height is None else height, self.size[1] if width is None else width
         steps, guidance = (self.steps if steps is None else steps,
                            self.guidance if guidance is None else guidance)
         check_request(prompts, negatives, height, width, steps, guidance, output)
-        f, device = self.vae.config.factor, self.places.device
-        shape = (len(prompts), self.mmdit.config.in_channels, height // f, width // f)
+        f, device, c = self.vae.config.factor, self.places.device, self.mmdit.config
+        if max(height, width) > (most := c.pos_max * c.patch_size * f):
+            raise ValueError(f"{height} x {width} pixels exceed this model's positions, which reach {most} a "
+                             "side: ask for a smaller picture")
+        shape = (len(prompts), c.in_channels, height // f, width // f)
         generators, noise = initial_noise(shape, seed, noise)
         ts = flow.schedule(steps, self.shift, self.kind)
         weaker = skipping(ts, *self.skip_layers) if self.skip_layers else None
@@ -169,11 +178,11 @@ class Pipeline:
     def encode(self, prompts: list[str], t5_length=None, drop=(), left_out=False) -> Conditioning:
         """Prompts -> Conditioning on the transformer's device. Equal texts are encoded once, also when they
         come again in the next call."""
-        texts, drop = list(dict.fromkeys(prompts)), tuple(drop)
+        texts, drop = list(dict.fromkeys(prompts)), (drop,) if isinstance(drop, str) else tuple(drop)
         absent = {name for name in ENCODERS if name in drop or getattr(self.encoders, name) is None}
         length = self.t5_tokens(texts, drop) if t5_length is None else t5_length
         length = 0 if left_out and "t5" in absent else length
-        if self.encoded[0] != (texts, length, drop, left_out):
+        if self.encoded[0] != (asked := (texts, length, drop, left_out, self.zero_empty)):
             overflows = self.dtype == torch.float16                             # T5 does in it
             with torch.autocast(self.places.device.type, enabled=False) if overflows else nullcontext():
                 said = self.encoders(texts, length, drop)
@@ -182,7 +191,7 @@ class Pipeline:
             if self.zero_empty:
                 filled = torch.tensor([bool(p.strip()) for p in texts], device=said.context.device)
                 said = Conditioning(said.context * filled[:, None, None], said.pooled * filled[:, None])
-            self.encoded = (texts, length, drop, left_out), said
+            self.encoded = asked, said
         rows, said = [texts.index(p) for p in prompts], self.encoded[1]
         return Conditioning(*(x[rows].to(self.places.device) for x in (said.context, said.pooled)))
 
@@ -196,7 +205,9 @@ class Pipeline:
     def latent_of(self, image, B, height, width) -> torch.Tensor:
         """A picture as the flow model sees it: PIL of any size, which is cut to shape in its middle, or
         (1 or B, 3, height, width) in [0, 1]."""
-        if not isinstance(image, torch.Tensor):
+        if not isinstance(image, (torch.Tensor, Image.Image)):
+            raise ValueError(f"image is a {type(image).__name__}: give a PIL image or a tensor")
+        if isinstance(image, Image.Image):
             image = ImageOps.fit(image.convert("RGB"), (width, height), Image.LANCZOS)
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
         if image.ndim != 4 or image.shape[1:] != (3, height, width) or len(image) not in (1, B):
@@ -221,7 +232,7 @@ class Pipeline:
         """Pieces of a batch with at most TILE^2 latent cells each, of `cell` numbers a side in x."""
         return x.split(max(1, TILE ** 2 // (x.shape[2] // cell * (x.shape[3] // cell))))
 
-    def notice(self, prompt: str, t5_length=None) -> str | None:
+    def notice(self, prompt: str, t5_length=None, what="prompt") -> str | None:
         """One line if some encoder does not see the whole prompt, or not its every sign."""
         lengths = (self.encoders.clip_length, self.encoders.clip_length, t5_length or self.t5_longest)
         there = [(name, length, tokenizer)
@@ -230,14 +241,15 @@ class Pipeline:
         cut = [f"{name} ({length} tokens)" for name, length, tokenizer in there
                if tokenizer.truncated([prompt], length)[0]]
         signs = [sign for name, _, tokenizer in there if name == "t5" for sign in unknown(tokenizer, prompt)]
-        said = [f"the end of the prompt is not seen by {', '.join(cut)}: it is too long"] * bool(cut)
+        said = [f"the end of the {what} is not seen by {', '.join(cut)}: it is too long"] * bool(cut)
         said += [f"T5 does not know {' '.join(map(repr, signs[:8]))}"] * bool(signs)
         return f"notice: {'; '.join(said)}" if said else None
 
 
 def unknown(tokenizer, text: str) -> list[str]:
     """The parts of a text that T5's vocabulary has no token for. (CLIP's has all: it falls back on bytes.)"""
-    text, unk = text.encode("utf-8", "replace").decode(), tokenizer.tok.token_to_id("<unk>")
+    text = unicodedata.normalize("NFKC", text.encode("utf-8", "replace").decode())      # as T5's own cleaning
+    unk = tokenizer.tok.token_to_id("<unk>")
     found = tokenizer.tok.encode(text, add_special_tokens=False)
     return list(dict.fromkeys(text[a:b] for i, (a, b) in zip(found.ids, found.offsets) if i == unk))
 
@@ -248,7 +260,7 @@ def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, 
     """The arguments of Pipeline for a run's folder."""
     if tokenizers:
         raise ValueError(f"{path} knows its tokenizers: leave out --tokenizers {tokenizers}")
-    config, configs = read_json(path / "config.json"), run_configs(path, drop)
+    config, configs = read_run(path), run_configs(path, drop)
     text_dtype = text_dtype_of(path, device)
     height, width = (given or config["size"] for given in size or (None, None))
     about = dict(height=height, width=width, t5_length=config["t5_length"], dtype=torch.float32,
@@ -319,6 +331,7 @@ def place(mode, name, configs, device, int8, about) -> str:
 def published_configs(path, drop=()) -> dict:
     """The configs of the five parts but those in `drop`, from names and shapes alone; CheckpointError unless
     they fit each other."""
+    refuse_part(path)
     configs = {part: config_of(path, part) for part in ("mmdit", "vae", *ENCODERS) if part not in drop}
     c, t5 = configs["mmdit"], configs.get("t5")
     if sum(text_widths(configs)[:2]) != c.pooled_dim or (t5 and t5.width != c.context_dim):
@@ -332,7 +345,8 @@ def published_configs(path, drop=()) -> dict:
 
 
 def text_widths(configs) -> tuple[int, int, int]:
-    """Of what CLIP-L, bigG and T5 say; a dropped one fills what the others leave of the transformer's."""
+    """Of CLIP-L's, bigG's and T5's features; a dropped one takes what the others leave of the transformer's.
+    """
     c, (l, g) = configs["mmdit"], (configs.get(name) for name in ("clip_l", "clip_g"))
     l, g = (clip and (clip.projection_dim or clip.width) for clip in (l, g))
     l = max(0, c.pooled_dim - (g or 0)) if l is None else l
@@ -371,7 +385,11 @@ def initial_noise(shape, seed, noise):
 
 def seeds_of(seed, n) -> list[int]:
     """One for each of n pictures: from `seed` on, or those of the list `seed`."""
-    seeds = [seed + i for i in range(n)] if isinstance(seed, int) else list(seed)
+    try:
+        seeds = [operator.index(s) for s in seed] if hasattr(seed, "__iter__") else [
+            operator.index(seed) + i for i in range(n)]
+    except TypeError:                                               # no whole number
+        seeds = []
     if len(seeds) != n or not all(0 <= s < 2**63 for s in seeds):
         raise ValueError(f"seed is {seed}: needed is a number from 0 to 2^63 - {n}, or a list of {n}")
     return seeds
@@ -404,8 +422,8 @@ def check_request(prompts, negatives, height, width, steps, guidance, output) ->
                          "give one or more, and as many of each")
     check_side("height", height)
     check_side("width", width)
-    if not 1 <= steps <= 10_000:
-        raise ValueError(f"steps is {steps}: sampling takes at least 1, and at most 10,000 are of any use")
+    if steps != int(steps) or not 1 <= steps <= 10_000:
+        raise ValueError(f"steps is {steps}: give a whole number from 1 to 10,000")
     if not math.isfinite(guidance):
         raise ValueError(f"guidance is {guidance}: give a number, 1 for none")
     if output not in ("pil", "tensor", "latent"):

@@ -293,17 +293,18 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
             vae.to(device if kind == "picture" else "cpu")
             encoders.to(device if kind == "caption" else "cpu")
         if kind == "picture":
-            skipped += _encode_pictures(folder / name, mark, survey, part, vae, batch, autocast)
+            lost = _encode_pictures(folder / name, mark, survey, part, vae, batch, autocast)
+            skipped, done[kind] = skipped + lost, done[kind] - len(lost)
         else:
             _encode_captions(folder / name, mark, survey, part, encoders, t5_length, batch, autocast)
         now = time.monotonic()
         seconds[kind], done[kind] = seconds[kind] + now - start, done[kind] + len(part)
         if now - said > 15:
             said, total = now, sum(len(p) for k, (_, _, p) in jobs if k == kind)
-            each = seconds[kind] / done[kind]
+            each = seconds[kind] / max(1, done[kind])
             say(f"cache: {done[kind]:,} of {total:,} {kind}s, {1000 * each:.1f} ms each, "
                 f"{each * (total - done[kind]):.0f} s left for {kind}s")
-    for kind, made in done.items():
+    for kind, made in (+done).items():                                      # those above 0
         size = sum((folder / job[0]).stat().st_size for k, job in jobs if k == kind)
         say(f"cache: {made:,} {kind}s encoded, {1000 * seconds[kind] / made:.2f} ms and "
             f"{size / made / 1000:.1f} kB a {kind}")
@@ -401,7 +402,11 @@ class Cache:
     """
 
     def __init__(self, folder):
-        self.folder, index = Path(folder), read_json(Path(folder) / "index.json")
+        self.folder = Path(folder)
+        if not (self.folder / "index.json").is_file():
+            raise ValueError(f"{folder} is not a cache, it has no index.json: make one with  python train.py "
+                             "cache")
+        index = read_json(self.folder / "index.json")
         if index.get("format") != FORMAT:
             raise ValueError(f"{folder} is a cache of format {index.get('format')}, this code reads "
                              f"{FORMAT}: delete it and make it again")

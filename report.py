@@ -39,7 +39,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from checkpoints import home_of_encoders, is_run, read_json, write_atomically, write_json
+from checkpoints import home_of_encoders, is_run, read_json, read_run, write_atomically, write_json
 from evaluate import SIDE, find_objects, foreign, illustrate, requests, tally, variants
 from metrics import (COCO, LEVELS, Job, Statistics, bar, clip_score, draw_folder, error_of, fid, fingerprint,
                      fit, geneval_prompts, kid, load_towers, name_of, nearest, open_picture, picture_path,
@@ -448,9 +448,10 @@ def prepare(args):
         return Subject(out, jobs, paths, skipped, {}, source=args.data)
     path = args.run or args.model
     out = Path(args.out or args.run or Path("samples", f"geneval-{Path(path).stem}"))
-    config = read_json(Path(path, "config.json")) if args.run else {}
     if args.run and not is_run(path):
-        raise ValueError(f"{path} is no run of train.py: give one, or published weights with --model")
+        raise ValueError(f"{path} is not a run of train.py, it lacks config.json: give one, or published "
+                         "weights with --model")
+    config = read_run(path) if args.run else {}
     if args.prompts:
         jobs = jobs_of(read_prompts(args.prompts), args.n, args.pictures, args.seed)
     elif args.model:

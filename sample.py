@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 import flow
 import offload
-from checkpoints import is_run, last_run, read_json, run_configs
+from checkpoints import is_run, last_run, read_run, run_configs
 from finetune import Lora
 from pipeline import (DEFAULTS, Pipeline, at_once, check_request, pick_device, published_configs, recognise,
                       save_picture, seeds_of, settings_of, side_of, text_dtype_of)
@@ -284,12 +284,14 @@ def tell(pipe, args, asked, loras) -> None:
         if lora.left_out:
             print(f"notice: {lora.path} has {lora.left_out} tensors for text encoders, which are left out",
                   file=sys.stderr)
-    for prompt in dict.fromkeys([*args.prompt, args.negative]):
-        if line := pipe.notice(prompt, asked["t5_length"]):
+    texts = dict.fromkeys([args.negative], "negative prompt") | dict.fromkeys(args.prompt, "prompt")
+    for text, what in texts.items():
+        if line := pipe.notice(text, asked["t5_length"], what):
             print(line, file=sys.stderr)
     if asked["guidance"] < 1:
-        print(f"notice: --guidance {asked['guidance']:g} leads away from the prompt: 1 is none, 0 draws "
-              "without the prompt", file=sys.stderr)
+        does = "leads away from the prompt" if asked["guidance"] < 0 else "weakens the prompt"
+        print(f"notice: --guidance {asked['guidance']:g} {does}: 1 is no guidance, 0 draws without the "
+              "prompt", file=sys.stderr)
     if args.image and len(flow.part_way(range(asked["steps"] + 1), strength_of(args))) > asked["steps"]:
         print(f"notice: --image has no effect: --strength {strength_of(args):g} of {asked['steps']} steps "
               "are all of them", file=sys.stderr)
@@ -315,7 +317,7 @@ def dry_run(args) -> None:
         configs = published_configs(model, args.drop)
         name, how = recognise(configs["mmdit"], model)
     configs = {part: c for part, c in configs.items() if part not in args.drop}
-    saved = read_json(Path(model, "config.json")) if run else {"size": side_of(configs), "t5_length": 77}
+    saved = read_run(model) if run else {"size": side_of(configs), "t5_length": 77}
     guidance = how["guidance"] if args.guidance is None else args.guidance
     height, width = args.height or saved["size"], args.width or saved["size"]
     check_request([""], [""], height, width, 1, guidance, "pil")

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 import flow
-from checkpoints import config_of_part, has_run, is_published, last_run, read_json
+from checkpoints import config_of_part, has_run, is_published, last_run, read_json, read_run
 from mmdit import MMDiTConfig
 from pipeline import check_side
 from prepare import Cache
@@ -36,7 +36,8 @@ from weights import config_of
 
 # settings that say what is trained, and by what
 SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate", "lora")
-FREE = ("minutes", "accumulate", "fsdp", "compile", "encoders")    # what a resumed run may change
+# what a resumed run may change
+FREE = ("minutes", "accumulate", "fsdp", "compile", "encoders", "preview_every", "save_every")
 
 
 LONGEST = 512               # tokens of an encoder; SD3's had 77 and 77 to 256
@@ -243,7 +244,7 @@ def second_phase(given: dict) -> dict:
     if not (has_run(run) and (run / "mmdit.safetensors").is_file()):
         raise ValueError(f"--from {run}: no finished run there, it would have config.json and "
                          "mmdit.safetensors: finish it with  python train.py --resume --out, or name another")
-    saved = read_json(run / "config.json")
+    saved = read_run(run)
     for name in ("model", "clip_length", "t5_length"):
         if given.get(name, saved[name]) != saved[name]:
             raise ValueError(f"{flag_of(name)} {given[name]} contradicts {run}/config.json ({saved[name]}): "
@@ -278,8 +279,8 @@ def fine_tuning(given: dict) -> dict:
     given = by_published(given)
     if not given["encoders"]:
         raise ValueError(f"{given['cache']} was made by a run's encoders, of which published weights know "
-                         f"nothing: make one with  python train.py cache --model {given['origin']} --data DIR "
-                         "--size SIDE")
+                         f"nothing: make one with  python train.py cache --model {given['origin']} --data "
+                         "DIR --size SIDE")
     c = config_of(given["origin"], "mmdit")                     # CheckpointError unless it is one of SD3
     return {"flow_rate": 1e-5, "muon_rate": 0.0, "shift": max(1.0, 3.0 * given["size"] / 1024),
             **of_adapters(given, c, 1e-4), **given, "origin": str(Path(given["origin"]).resolve())}

@@ -39,6 +39,8 @@ What to know
 
 DIFFERS: the published encoders and autoencoder were trained by others for months on other data;
 here they are made on the spot.
+DIFFERS: at 64 pixels times are shifted towards noise by 4, where the paper's sqrt(m / n) from 256 pixels
+would be 1/4: in pictures of 16 tokens what stands where is decided near t = 0.9.
 DIFFERS: dropped text is zeros, and zeros stand for "no prompt" in sampling too;
 released SD3 weights expect an encoded "".
 
@@ -63,7 +65,8 @@ from torch import nn
 import flow
 import parallel
 from checkpoints import (CheckpointError, Saver, State, checkpoints_of, clean_checkpoints, has_run,
-                         is_published, load_part, load_state, read_json, save_part, sole_writer, write_json)
+                         is_published, load_part, load_state, read_json, read_run, save_part, sole_writer,
+                         write_json)
 from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiT
 from muon import Muon, split
@@ -580,7 +583,7 @@ def cache_command(argv) -> None:
     """python train.py cache: encode once what a transformer will learn from."""
     args = parse_cache(argv)
     rank, world, _ = parallel.launched()                # each makes its files: nothing has to be exchanged
-    saved = {"t5_length": 77} if args.model else read_json(Path(args.run, "config.json"))
+    saved = {"t5_length": 77} if args.model else read_run(args.run)
     size, whose = args.size or saved["size"], Path(args.model or args.run)
     every = TrainConfig.pictures if args.data == "drawn" else 10**9
     run = Run(TrainConfig(t5_length=saved["t5_length"], data=args.data, size=size, seed=args.seed,

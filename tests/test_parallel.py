@@ -427,7 +427,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks(finished, tmp_path):
 # ----------------------------------------------------------------------------------- input, cache, arithmetic
 
 @pytest.mark.parametrize("flags, cause", [
-    (["--flow-batch", "6", "--accumulate", "2"], "a batch of 6 does not divide among 2 ranks in 2 pieces"),
+    (["--flow-batch", "6", "--accumulate", "2"], "6 does not divide among 2 ranks and into 2 pieces"),
     (["--vae-batch", "3"], "--vae-batch: a batch of 3 does not divide among 2 ranks: try 4"),
     (["--data", "no/such/folder"], "no/such/folder"),
 ])

@@ -683,9 +683,9 @@ def test_bad_requests_end_with_one_line_and_exit_code_2(flags, cause, folder, tm
     (["--t5-length", "1"], "--t5-length is 1"), (["--seed", str(2**64)], "seed is"),
     (["--seed", str(2**63 - 2), "-n", "3"], "seed is"), (["-n", "0"], "-n is 0"),
     (["--out", "x.jpg"], ".png"),
-    (["--out", "words.txt/x.png"], "words.txt is no folder"), (["--out", "begin.png"], "exists already"),
+    (["--out", "words.txt/x.png"], "words.txt is not a folder"), (["--out", "begin.png"], "exists already"),
     (["--drop", "clip_l", "a ring"], "the prompt comes first"), (["--image", "cut.png"], "cut.png"),
-    (["--image", "."], "no such file"), (["--stpes", "3"], "--stpes"), ([], "no prompt"),
+    (["--image", "."], "a folder"), (["--stpes", "3"], "--stpes"), ([], "no prompt"),
 ])
 def test_what_is_wrong_whatever_the_weights_is_told_before_they_are_read(
         flags, cause, tmp_path, monkeypatch, capsys):

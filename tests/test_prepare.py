@@ -427,7 +427,7 @@ def test_damaged_and_foreign_caches_are_refused_with_the_way_out_and_mended(tmp_
     (folder / "index.json").write_text(json.dumps(index | {"format": 2}))
     with pytest.raises(ValueError, match="format 2, this code reads 1"):
         Cache(folder)
-    with pytest.raises(ValueError, match="index.json is missing"):
+    with pytest.raises(ValueError, match="has no index.json"):
         Cache(tmp_path / "gone")
 
 

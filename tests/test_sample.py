@@ -75,6 +75,23 @@ def test_prompt_negative_and_guidance_all_matter_and_guidance_one_ignores_the_ne
 def test_the_empty_prompt_of_a_run_is_zeros_as_in_training(pipe):
     said = pipe.encode(["", "  ", "a star"])
     assert not said.context[:2].any() and not said.pooled[:2].any() and said.context[2].any()
+    pipe.zero_empty = False                             # what was encoded before does not answer for this
+    try:
+        assert pipe.encode(["", "  ", "a star"]).context[:2].any()
+    finally:
+        pipe.zero_empty = True
+
+
+def test_numbers_and_names_come_as_python_has_them(run, pipe):
+    plain = draw(pipe, "a star", seed=3)
+    assert torch.equal(plain, draw(pipe, "a star", seed=np.int64(3), negative=None))
+    assert torch.equal(draw(pipe, "a star", drop="t5"), draw(pipe, "a star", drop=("t5",)))
+    lean = Pipeline.from_pretrained(run, device="cpu", dtype="bfloat16", drop="t5")
+    assert lean.encoders.t5 is None and lean.dtype == torch.bfloat16
+    for how, words in ((dict(seed=None), "seed is None"), (dict(seed=2.5), "seed is 2.5"),
+                       (dict(steps=2.5), "steps is 2.5"), (dict(image="x.png"), "image is a str")):
+        with pytest.raises(ValueError, match=words):
+            draw(pipe, "a star", **how)
 
 
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -168,7 +185,7 @@ def test_nan_weights_are_refused_by_name_when_loaded_and_when_they_arise(run, pi
 
 @pytest.mark.parametrize("how, cause", [
     (dict(height=50), "height 50 is not a multiple of 16"), (dict(width=0), "multiple of 16"),
-    (dict(width=-16), "multiple of 16"), (dict(steps=0), "steps is 0"), (dict(steps=-3), "at least 1"),
+    (dict(width=-16), "multiple of 16"), (dict(steps=0), "steps is 0"), (dict(steps=-3), "whole number"),
     (dict(steps=10**9), "10,000"), (dict(method="ddim"), "euler"), (dict(output="jpeg"), "pil"),
     (dict(guidance=float("nan")), "guidance is nan"), (dict(guidance=float("inf")), "guidance is inf"),
     (dict(seed=-1), "seed is -1"), (dict(seed=2**63), "seed is 9"), (dict(seed=2**64), "seed is 1"),
@@ -284,7 +301,7 @@ def test_what_will_surprise_is_told(run, tmp_path, capsys):
     sample.main(["a star", "--model", str(run), "--device", "cpu", "--out", f"{tmp_path}/", "--steps", "2",
                  "--guidance", "0", "--image", str(data.ASSETS / "emoji.png")])
     said = capsys.readouterr().err
-    assert "--guidance 0 leads away from the prompt" in said and "--strength 0.6 of 2 steps are all" in said
+    assert "--guidance 0 weakens the prompt" in said and "--strength 0.6 of 2 steps are all" in said
 
 
 def test_an_adapter_changes_the_picture_as_much_as_it_is_told_and_is_noted_in_it(run, tmp_path, capsys):

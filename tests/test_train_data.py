@@ -352,6 +352,65 @@ def test_a_cache_of_other_encoders_is_refused_by_both_names(finished, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("settings, words", [
+    (dict(clip_length=-3), "clip_length is -3"), (dict(clip_length=1), "clip_length is 1"),
+    (dict(t5_length=100_000), "t5_length is 100000"), (dict(size=100_000), "size is 100000"),
+    (dict(minutes=math.nan), "must be finite"), (dict(minutes=-5), "minutes is -5"),
+    (dict(muon_rate=-1), "muon_rate is -1"), (dict(vae_critic=-0.1), "vae_critic is -0.1"),
+    (dict(shift=math.inf), "must be finite"), (dict(flow_rate=math.inf), "must be finite"),
+    (dict(flow_steps="3"), "flow_steps is '3'"), (dict(fsdp=1), "fsdp is 1"), (dict(size=True), "is True"),
+    (dict(flow_steps=2.5), "flow_steps is 2.5"), (dict(preview_every=-1), "preview_every is -1")])
+def test_settings_of_the_wrong_kind_or_size_are_refused_by_name(settings, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**settings)
+
+
+def test_settings_from_python_may_be_paths_and_whole_numbers(tmp_path):
+    assert TrainConfig(out=tmp_path, minutes=5).out == str(tmp_path)
+
+
+def test_a_folder_of_nothing_but_unreadable_pictures_is_one_line(tmp_path, capsys):
+    (tmp_path / "a.png").write_text("x")
+    (tmp_path / "a.txt").write_text("a caption")
+    assert "unusable" in refused(["--data", tmp_path, "--out", tmp_path / "run"], capsys)
+
+
+def test_going_on_from_python_is_as_strict_as_the_command(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "config.json").read_bytes()
+    same = TrainConfig(**read_json(run / "config.json") | {"out": run})
+    for change, words in ((dict(shift=1.0), "--shift 1.0 contradicts"), (dict(seed=9), "--seed 9 cont"),
+                          (dict(data="emoji"), "--data emoji contradicts"), (dict(out=""), "needs `out`"),
+                          (dict(out=str(tmp_path / "none")), "config.json is missing")):
+        with pytest.raises(ValueError, match=words):
+            train(dataclasses.replace(same, **change), resume=True)
+    assert (run / "config.json").read_bytes() == before and not (tmp_path / "none").exists()
+    assert train(dataclasses.replace(same, clip_length=0, t5_length=0, minutes=3.0), resume=True) == run
+    assert read_json(run / "config.json")["t5_length"] == same.t5_length            # 0 is as the run has it
+
+
+@pytest.mark.parametrize("break_it, words", [
+    (lambda run: (run / "tokenizers" / "t5" / "tokenizer.json").write_text("{}"), "the tokenizers in"),
+    (lambda run: (run / "tokenizers" / "clip" / "merges.txt").write_text("#\nxx yy\n"), "the tokenizers in"),
+    (lambda run: edit_config(run, size="big"), "size is 'big', not a number"),
+    (lambda run: edit_config(run, shift=None), "shift is None, not a number"),
+    (lambda run: (run / "config.json").unlink(), "one part of a run"),
+    (lambda run: save_part(run, "mmdit", MMDiT(dataclasses.replace(
+        load_part(run, "mmdit").config, in_channels=16))), "takes 16: the folder mixes two runs")])
+def test_a_run_whose_files_are_damaged_or_mixed_draws_nothing_and_says_why(
+        finished, tmp_path, capsys, break_it, words):
+    run = shutil.copytree(finished, tmp_path / "run")
+    break_it(run)
+    with pytest.raises(SystemExit) as end:
+        sample.main(["a star", "--model", str(run), "--device", "cpu", "--steps", "1"])
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and words in said and len(said.splitlines()) == 1
+
+
+def edit_config(run, **changes):
+    (run / "config.json").write_text(json.dumps(read_json(run / "config.json") | changes))
+
+
 # --- Published encoders ---
 
 ALL_PARTS = ["mmdit", "vae", "clip_l", "clip_g", "t5"]
