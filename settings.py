@@ -241,8 +241,8 @@ def fine_tuning(given: dict) -> dict:
     given = by_published(given)
     if not given["encoders"]:
         raise ValueError(f"{given['cache']} was made by a run's encoders, of which published weights know "
-                         f"nothing: make one with  python train.py cache --model {given['origin']} --data DIR "
-                         "--size SIDE")
+                         f"nothing: make one with  python train.py cache --model {given['origin']} "
+                         "--data DIR --size SIDE")
     c = config_of(given["origin"], "mmdit")                     # CheckpointError unless it is one of SD3
     return {"flow_rate": 1e-5, "muon_rate": 0.0, "shift": max(1.0, 3.0 * given["size"] / 1024),
             **of_adapters(given, c, 1e-4), **given, "origin": str(Path(given["origin"]).resolve())}
