@@ -268,9 +268,9 @@ def main(argv=None) -> None:
                         help="longer sides above this many times the shorter are long (default: 3)")
     parser.add_argument("--score", action="append", default=[], metavar="RULE",
                         help='keep what satisfies this: "aesthetic>=5", "nsfw<=0.1"; may be repeated')
-    parser.add_argument("--run", help="folder of a training run, whose CLIP finds more copies than thumbnails")
+    parser.add_argument("--run", help="folder of a training run, whose CLIP then also finds copies")
     parser.add_argument("--out", help="folder of the report (default: runs/check-DIR)")
-    parser.add_argument("--apply", action="store_true", help="from now on leave what is found out of training")
+    parser.add_argument("--apply", action="store_true", help="leave these pictures out of training for good")
     args = parser.parse_args(argv)
     try:
         check(args.dir, size=args.size, min_side=args.min_side, max_ratio=args.max_ratio, scores=args.score,
