@@ -492,7 +492,7 @@ def verify(folder: Path, facts: dict, rank: int = 0, world: int = 1) -> dict:
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, CheckpointError):
             raise
-        raise Damaged(f"its manifest.json is incomplete ({e})") from None
+        raise Damaged(f"its manifest.json lacks required entries ({e})") from None
     return manifest
 
 
