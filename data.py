@@ -669,7 +669,7 @@ def demo(out="runs/data.png"):
 
     start = time.perf_counter()
     pictures = load_pictures("drawn", count=1000)
-    print(f"drawn: {tuple(pictures.images.shape)}, {time.perf_counter() - start:.2f} ms a picture")  # of 1000
+    print(f"drawn: {tuple(pictures.images.shape)}, {time.perf_counter() - start:.2f} ms a picture")  # 1000
     longest = max((c for pair in pictures.captions for c in pair), key=lambda c: len(c.split()))
     assert len(longest.split()) <= 18
     print(f"longest caption: {longest!r}, {len(longest.split())} words")

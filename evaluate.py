@@ -55,7 +55,7 @@ from metrics import Job, by_prompt, error_of, seed_of
 SIDE = 64                           # pictures are measured at the size at which the world is drawn
 SMALLEST = 24                       # pixels: a third of the smallest legal object, a star of r 0.12
 SURE = 0.80                         # right ones reach 0.91 if clean, 0.84 after a poor VAE; random blobs 0.75
-NOISY = 2.0                         # of 255: smoothed first if half the border is farther from the ground
+NOISY = 2.0                         # of 255: smoothed first if half the border is this far from the ground
 FRAME = np.linspace(-1, 1, 24)      # where a view is sampled, in units of sqrt(area)
 PAINTS = np.array(list(data.COLOURS.values()), np.float32)                      # (10, 3)
 VIEWS = ((0.12, 0, 1), (0.15, 0, 1), (0.2, 0, 1), (0.3, 0, 1),      # r, blur in pixels, steepness: as drawn,

@@ -21,8 +21,8 @@ Pitfalls
 - None of this is comparable with published figures on Inception features. A run's own towers are not even
   comparable between runs: give both `--clip` with the same towers.
 - A tower that cannot tell true drawings apart says nothing about drawn ones: read a score beside what true
-  pictures get, R-precision beside its chance. That is a blind tower's; one that sees gives shuffled captions
-  less, as some rival always fits the picture better.
+  pictures get, R-precision beside chance. Chance is what a blind tower gets; one that sees gives shuffled
+  captions less, as some rival always fits the picture better.
 - The paper's FID is on CLIP features too, without saying which; here, the projected ones, all of one length.
 - FID falls with the number of pictures: with n <= D the covariance is not even of full rank. Its floor,
   another set of true pictures, as many, belongs beside it. KID has no such bias.

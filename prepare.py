@@ -82,7 +82,7 @@ def picture_size(picture) -> tuple[int, int]:
 
 def upright_size(image) -> tuple[int, int]:
     """(width, height) of a freshly opened PIL image, once it is turned as its EXIF says."""
-    # of a PNG without EXIF before its pixels, getexif would decode them all to look for some behind them
+    # if a PNG has no EXIF before its pixels, getexif would decode them all to look for some after them
     turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(0x0112, 1) >= 5
     return image.size[::-1] if turned else image.size
 
@@ -433,7 +433,7 @@ class Cache:
                              f"{len(captions)}: delete it and make it again")
         order = keys.argsort()
         found = np.searchsorted(keys, captions, sorter=order).clip(max=len(keys) - 1)
-        self.rows = order[found]                                # of all pictures' captions, in text_place
+        self.rows = order[found]                                # all pictures' captions: rows of text_place
         if not np.array_equal(keys[self.rows], captions):
             raise ValueError(f"{folder} lacks the text of some captions: delete it and make it again")
 

@@ -490,7 +490,7 @@ def prepare(args):
         return draw_folder(pipe, jobs, folder, steps, args.guidance)
 
     check_writable(out)
-    if args.measures == ["loss"]:                               # of given pictures: nothing is drawn
+    if args.measures == ["loss"]:                               # it is measured on true pictures: draw none
         return Subject(out, [], [], [], config, pipe, None, draw, args.data)
     return Subject(out, jobs, draw(jobs, args.steps), [], config, pipe, None, draw, args.data)
 

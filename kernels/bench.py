@@ -11,8 +11,8 @@ then the models, whose "triton" is by then the faster of the two attentions:
 
 It runs at least one case, starts none that would take longer than the time left, and goes on from the
 rows in --out and in kernels/results/. A case that fails becomes a row "failed" with its reason, and is not
-tried again until that row is deleted; where a failure leaves the GPU unusable, the program starts itself anew
-behind it.
+tried again until that row is deleted; if a failure leaves the GPU unusable, the program starts itself again
+and goes on after it.
 
 Rivals, all doing the whole operation, norms and concatenation counted:
 
@@ -44,7 +44,7 @@ Pitfalls
 - Launching a short kernel takes the host longer than the kernel runs. An operation is launched while the GPU
   sleeps, so its time is the GPU's alone, as where many launches are waiting; a model's includes the host.
 - PyTorch caches what it compiled under the function's code and what it noticed while tracing it: which of its
-  attentions is allowed must be said inside, or all rivals are the one that was compiled first.
+  attentions is allowed must be said inside, or every rival is the one that was compiled first.
 - Under autocast the stream of activations stays float32 beside branches of half precision: the modulations
   are measured in that mixture too, with dtype float32, forward + backward.
 - A rival that cannot run a case (flash needs half precision, say) is left out with its reason, once.
