@@ -89,7 +89,7 @@ def kept(c: MMDiTConfig, N: int, M: int, half: bool = True, checkpointing: bool 
     """Bytes that the forward pass of one picture leaves for the backward pass. half: under autocast."""
     D, small = c.width, 2 if half else 4
     norms = 3 * small + 2 * 4 if c.qk_norm else 0                       # q, k, v; q and k over their RMS
-    token = (3 + 8 + 2 + 4) * small + 4 * 4 + norms                     # of D numbers, see the table above
+    token = (3 + 8 + 2 + 4) * small + 4 * 4 + norms                     # times D, see the table above
     last = (1 + 2) * small + 2 * 4 + (2 * small + 4 if c.qk_norm else 0)    # text: only keys and values
     dual = (1 + 1 + 1 + 4) * small + norms                              # its inputs, gated, attention
     blocks = [(N + M) * token * D] * (c.depth - 1) + [(N * token + M * last) * D]

@@ -6,7 +6,7 @@ A run is a folder that `train.py` fills and `sample.py` reads:
                                      published weights, those take the place of all parts but mmdit
     tokenizers/clip, tokenizers/t5 vocab.json + merges.txt, tokenizer.json
     vae.safetensors                the four kinds of part, each finished by its own stage; the config that
-    clip_l, clip_g, clip_l_image,    shapes a part stands in its file's metadata, so a part can be loaded
+    clip_l, clip_g, clip_l_image,    shapes a part is in its file's metadata, so a part can be loaded
     clip_g_image, t5 .safetensors    without guessing
     mmdit.safetensors              the averaged (EMA) weights: what is sampled from
     checkpoints/flow-000500/       everything that the unfinished stage needs to go on from its step 500:
@@ -74,7 +74,7 @@ PARTS = {                                       # file name: (module, its config
 }
 
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum",)}
-FORMAT = 1                                      # of manifest.json and of the names in state.safetensors
+FORMAT = 1                                      # version of manifest.json and of state.safetensors' names
 KEEP = 2                                        # checkpoints
 
 
@@ -96,7 +96,7 @@ def save_tensors(path, tensors: dict, about: dict) -> None:
     """Tensors by name, with their checksums, and a JSON-able dict into one safetensors file."""
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
     told = json.dumps(about | {"crc32": {k: crc32(t) for k, t in tensors.items()}})
-    try:                                        # one entry, as safetensors writes several in random order
+    try:                                        # one entry, as safetensors writes several in any order
         write_atomically(path, lambda p: save_file(tensors, p, metadata={"about": told}))
     except SafetensorError as e:                # what it raises when the disk is full
         raise OSError(f"{path} could not be written ({e}): make room, then "
@@ -436,7 +436,7 @@ class Saver:
         self.thread = ThreadPoolExecutor(1) if ranks.world > 1 else None
 
     def save(self, state: State, facts: dict) -> None:
-        """OSError: this state could not be written, or the one before it; this one is saved all the same."""
+        """OSError: this state could not be written; or the one before it, but then this one still is."""
         if self.ranks.world == 1:
             save_state(self.run, state, facts)
             self.saved = state.stage, state.step
@@ -507,8 +507,8 @@ def read_manifest(folder: Path, facts: dict) -> dict:
 
 
 def verify(folder: Path, facts: dict, rank: int = 0, world: int = 1) -> dict:
-    """The manifest of a checkpoint, or Damaged unless every byte is as it was written. Each of `world` ranks
-    checks its share of the files."""
+    """The manifest of a checkpoint; raises Damaged unless every byte is as it was written. Each of `world`
+    ranks checks its share of the files."""
     try:
         manifest = read_manifest(folder, facts)
         for name, about in sorted(manifest["files"].items())[rank::world]:
@@ -524,7 +524,7 @@ def verify(folder: Path, facts: dict, rank: int = 0, world: int = 1) -> dict:
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, CheckpointError):
             raise
-        raise Damaged(f"its manifest.json is incomplete ({e})") from None
+        raise Damaged(f"its manifest.json lacks required entries ({e})") from None
     return manifest
 
 
@@ -713,7 +713,7 @@ def has_run(folder) -> bool:
 
 
 def last_run(root="runs", finished=False) -> Path:
-    """The newest run under `root`; finished: the newest of those that have a trained transformer."""
+    """The run under `root` with the newest config.json; finished: with the newest trained transformer."""
     marker = "mmdit.safetensors" if finished else "config.json"
     found = sorted(Path(root).glob(f"*/{marker}"), key=lambda p: p.stat().st_mtime)
     if not found:

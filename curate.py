@@ -37,11 +37,12 @@ import data
 from checkpoints import load_part, write_atomically, write_json
 from prepare import bucket_shapes, nearest_bucket, upright_size
 
-SAME_LOOK = 0.1             # thumbnails nearer than this are copies. 99 of 100 emoji are within 0.05 of their
-                            # resized, 0.06 of their JPEG of quality 40; two pairs of all 1,026 are within 0.1
+SAME_LOOK = 0.1             # thumbnails nearer than this are copies. 99 of 100 emoji are within 0.05 of
+                            # themselves resized, 0.06 of their JPEG of quality 40; of all 1,026 only two
+                            # pairs are within 0.1
 SAME_CONTENT = 0.97, 0.35   # CLIP: cosine above the first, and thumbnails nearer than the second, for a small
-                            # CLIP hardly cares where things are: alone it would call most scenes copies
-CLUSTER = 4096              # pictures; up to so many, every pair is compared
+                            # CLIP hardly sees where things are: alone it would call most scenes copies
+CLUSTER = 4096              # pictures; up to this many, every pair is compared
 ON_SHEET = 24               # pictures of each kind that the report shows
 
 
@@ -49,8 +50,8 @@ def look(picture, side: int | None = None):
     """(upright size, thumbnail as a vector, the middle as (side, side, 3) uint8 if a side is given).
 
     The vector, a perceptual hash in numbers, is 16 x 16 colours less their mean, over their deviation, and a
-    fifth of the mean: nearly deaf to brightness and contrast. (The usual hash of 63 signs of a cosine
-    transform is not steady here: of Twemoji, flat and symmetric, a twentieth lose 16 signs to JPEG.)"""
+    fifth of the mean: it hardly notices brightness and contrast. (The usual hash, 63 signs of a cosine
+    transform, is not stable here: in a twentieth of the Twemoji, flat and symmetric, JPEG flips 16 signs.)"""
     with data.opened(picture) as image:
         size = upright_size(image)
         image = data.upright(image, max(32, side or 0))
@@ -74,10 +75,10 @@ def clusters(vectors: torch.Tensor, rounds: int = 8) -> list[np.ndarray]:
 
 
 def copies(rank: np.ndarray, *spaces) -> dict[int, int]:
-    """{copy: the one that is kept}, the first by rank (n,). Copies are nearer than `limit` in all `spaces`,
+    """{copy: the one that is kept, the first by rank (n,)}. Copies are nearer than `limit` in all `spaces`,
     each (vectors (n, E), limit), and in one cluster of the first.
 
-    Each copy is near the one that stands for it: no chains, in which the ends have nothing in common."""
+    Each copy is near the one that is kept: there are no chains whose ends have nothing in common."""
     found = {}
     for members in clusters(spaces[0][0]):
         members = members[np.argsort(rank[members], kind="stable")]
@@ -96,7 +97,7 @@ def copies(rank: np.ndarray, *spaces) -> dict[int, int]:
 
 
 def passes(about: dict, rule: str):
-    """Whether a picture's score keeps `rule`, such as "aesthetic>=5"; None if it has no such score."""
+    """Whether a picture's score satisfies `rule`, such as "aesthetic>=5"; None if it has no such score."""
     name, sign, bound = parse_rule(rule)
     value = about.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
@@ -109,7 +110,7 @@ def parse_rule(rule: str) -> tuple[str, str, float]:
     try:
         return match[1], match[2], float(match[3])
     except (TypeError, ValueError):
-        raise ValueError(f'--score {rule!r} is no rule: write "aesthetic>=5" or "nsfw<=0.1"') from None
+        raise ValueError(f'--score {rule!r} is not a rule: write "aesthetic>=5" or "nsfw<=0.1"') from None
 
 
 @torch.no_grad()
@@ -143,14 +144,14 @@ def examine(listing, run=None):
 
 def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None, out=None, apply=False,
           say=print):
-    """What of a folder or tar should not be trained on, as in the paper: report, contact sheets, maybe apply.
+    """Find what in a folder or tar should not be trained on, as in the paper; report it, with contact sheets.
 
     In this order: unusable; shorter side below min_side (None: size); longer side more than max_ratio times
     the shorter; each rule of `scores`, where a picture without the score fails too; copies, of which the one
     with most pixels stays. run: a training run whose CLIP finds copies that thumbnails alone do not.
     -> {step: [(name, reason)]}. apply: add them all to the source's excluded.txt, which loading obeys."""
     if source in ("drawn", "emoji"):
-        raise ValueError(f"{source!r} comes with the project: check a folder or a .tar of yours")
+        raise ValueError(f"{source!r} comes with the project: check a folder or a .tar of your own")
     start, listing, bound = time.monotonic(), data.list_pictures(source, size), min_side or size
     entries, sizes, thumbs, embeds, lost = examine(listing, run)
     names = sorted({name for e in entries for name in e.about})
@@ -162,7 +163,7 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
     left = list(range(len(entries)))
 
     def step(name, verdict):
-        """Remove those for which verdict(i) is (reason, the picture kept instead or None)."""
+        """Remove the pictures for which verdict(i) is (reason, the picture kept instead or None)."""
         found = {i: v for i in left if (v := verdict(i))}
         left[:] = [i for i in left if i not in found]
         removed[name] = [(entries[i].name, why, i, kept) for i, (why, kept) in found.items()]
@@ -195,7 +196,7 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
 
 
 def pictures_beside(source: Path, listing) -> int:
-    """How many pictures of a folder its captions.jsonl, if it has one, passes over."""
+    """How many pictures of a folder are not named in its captions.jsonl, if it has one."""
     if not (source / "captions.jsonl").is_file():
         return 0
     named = {entry.picture for entry in listing.entries} | {source.resolve() / n for n, _ in listing.skipped}
@@ -217,7 +218,7 @@ def report(source, listing, entries, sizes, left, removed, size, out, say) -> No
     total = len(listing.entries) + len(listing.skipped)
     say(f"{source}: {total:,} entries" + f" and {listing.excluded:,} excluded" * bool(listing.excluded))
     if unnamed := pictures_beside(Path(source), listing):
-        say(f"  besides, {unnamed:,} pictures that captions.jsonl does not name: where it is, only it counts")
+        say(f"  besides, {unnamed:,} pictures that captions.jsonl does not name, which loading passes over")
     for number, (name, items) in enumerate(removed.items(), 1):
         sheet = out / f"{number}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png"
         sheet.unlink(missing_ok=True)
@@ -258,17 +259,18 @@ def contact(items, entries, title) -> Image.Image:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="data.py",
-                                     description="what of your pictures should not be trained on?")
+                                     description="which of your pictures should not be trained on?")
     parser.add_argument("command", choices=["check"])
     parser.add_argument("dir", metavar="DIR", help="a folder of captioned pictures or shards, or one .tar")
     parser.add_argument("--size", type=int, default=64, help="side of the training pictures (default: 64)")
     parser.add_argument("--min-side", type=int, help="shorter sides below this are small (default: --size)")
-    parser.add_argument("--max-ratio", type=float, default=3.0, help="of longer to shorter side (default: 3)")
+    parser.add_argument("--max-ratio", type=float, default=3.0,
+                        help="longer sides above this many times the shorter are long (default: 3)")
     parser.add_argument("--score", action="append", default=[], metavar="RULE",
-                        help='keep what obeys, such as "aesthetic>=5" or "nsfw<=0.1"; may be repeated')
-    parser.add_argument("--run", help="folder of a training run, whose CLIP finds copies; else thumbnails do")
+                        help='keep what satisfies this: "aesthetic>=5", "nsfw<=0.1"; may be repeated')
+    parser.add_argument("--run", help="folder of a training run, whose CLIP then also finds copies")
     parser.add_argument("--out", help="folder of the report (default: runs/check-DIR)")
-    parser.add_argument("--apply", action="store_true", help="leave all this out of training from now on")
+    parser.add_argument("--apply", action="store_true", help="leave these pictures out of training for good")
     args = parser.parse_args(argv)
     try:
         check(args.dir, size=args.size, min_side=args.min_side, max_ratio=args.max_ratio, scores=args.score,
@@ -281,7 +283,7 @@ def main(argv=None) -> None:
 # ------------------------------------------------------------------------------------------------------- demo
 
 def demo() -> None:
-    """A folder with faults of four kinds: all are found, and once applied they are found no more."""
+    """A folder with faults of four kinds: all are found, and after --apply none is found any more."""
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as work:

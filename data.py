@@ -179,7 +179,7 @@ def describe(things):
 
 
 def layout(count, relation=None):
-    """Centres [(x, y), ...] of so many objects, in the order in which the prompt names them."""
+    """Centres [(x, y), ...] of `count` objects, in the order in which the prompt names them."""
     left, right, top, bottom = (0.25, 0.5), (0.75, 0.5), (0.5, 0.25), (0.5, 0.75)
     if count == 1:
         return [(0.5, 0.5)]
@@ -208,7 +208,7 @@ def scene(rng, task=None):
         colours[1] = pick(PALETTE[shapes[1]])
     count = pick(list(NUMBERS)) if task == "counting" else 1
     relation = pick(list(RELATIONS)) if task == "position" else None
-    named = task in ("colors", "color_attr") or (task == "position" and rng.random() < 0.5)     # colours told
+    named = task in ("colors", "color_attr") or (task == "position" and rng.random() < 0.5)     # its colours
 
     radii = rng.uniform(*RADIUS[task], kinds).tolist() * count                  # counting: one size for all
     spots = layout(kinds * count, relation)
@@ -257,7 +257,7 @@ def prompts(task, n, seed=0):
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
-            ".avif", ".heic"}       # what Pillow may lack a decoder for, so that it is skipped and told
+            ".avif", ".heic"}       # these even if Pillow has no decoder: then they are skipped and listed
 MAX_PIXELS = 64_000_000             # by the header, before decoding: 256 MB as RGBA
 MAX_CAPTION = 2_000                 # characters; the text encoders cut far earlier
 MAX_CAPTION_FILE = 1_000_000        # bytes of a name.txt or name.json
@@ -279,14 +279,14 @@ class Entry(NamedTuple):
     name: str                       # its file, or shard.tar/file
     picture: object                 # Path, Member, PIL image, or a function: size -> (size, size, 3) uint8
     captions: tuple[str, ...]       # the original first, then the synthetic ones
-    about: dict                     # what else captions.jsonl or name.json tells: scores
+    about: dict                     # whatever else captions.jsonl or name.json says: scores
 
 
 class Listing(NamedTuple):
-    """All that a source holds, in an order that does not change between two calls."""
+    """All that a source holds, in an order that is the same in every call."""
     entries: list[Entry]
     skipped: list[tuple[str, str]]  # what cannot be used: (file, or captions.jsonl:line, and the reason)
-    excluded: int                   # how many excluded.txt names: `python data.py check --apply` writes it
+    excluded: int                   # how many excluded.txt leaves out (`python data.py check --apply` adds)
 
 
 @dataclass
@@ -301,9 +301,9 @@ class Pictures:
 def load_pictures(source, size=64, *, count=None, seed=0, listing=None):
     """Captioned pictures, size x size, from any source (see `list_pictures`), in memory.
 
-    Pictures are resized until their shorter side is `size`; the centre is kept. listing: of the same
-    arguments, where there is one already.
-    -> Pictures; what could not be used stands in `skipped`.
+    Pictures are resized until their shorter side is `size`; the centre is kept. listing: what `list_pictures`
+    returns for the same arguments, if it has been called already.
+    -> Pictures; what could not be used is listed in `skipped`.
     Raises ValueError: what `list_pictures` and `each` raise, more than half unusable, a bad size."""
     entries, skipped, excluded = listing or list_pictures(source, size, count=count, seed=seed)
     skipped = list(skipped)
@@ -325,7 +325,7 @@ def load_pictures(source, size=64, *, count=None, seed=0, listing=None):
 
 
 def list_pictures(source, size=64, *, count=None, seed=0):
-    """Everything that can be known of a source without decoding a picture. -> Listing
+    """Everything that can be known about a source without decoding a picture. -> Listing
 
     source: "drawn", "emoji", a folder (./drawn if it has such a name) of pictures or of .tar shards, or one
     .tar. count: how many drawings (None: 24,000), drawing i depends on (seed, i) alone; otherwise the most
@@ -348,10 +348,10 @@ def list_pictures(source, size=64, *, count=None, seed=0):
 
 
 def each(function, entries, patience=PATIENCE):
-    """Yields (entry, function(entry.picture), "") in order, or (entry, None, reason) where that raised.
+    """Yields (entry, function(entry.picture), "") in order, or (entry, None, reason) if that raised.
 
-    In threads, a little ahead: decoders give up Python's lock. ValueError after `patience` failures in a row
-    (None: never), since then not the pictures are at fault but the disk, the network or the listing."""
+    In threads, a little ahead: decoders release the GIL. ValueError after `patience` failures in a row (None:
+    never): then the fault is not in the pictures but in the disk, the network or the listing."""
     entries, ahead, bad, pool = iter(entries), deque(), 0, ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         while True:
@@ -378,7 +378,7 @@ def refuse_if_mostly_bad(source, good, skipped):
     """ValueError if more than half of a source is unusable, with the first causes."""
     if not good or len(skipped) > good:
         causes = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
-        raise ValueError(f"{source}: {len(skipped)} of {len(skipped) + good} entries are unusable, mend or "
+        raise ValueError(f"{source}: {len(skipped)} of {len(skipped) + good} entries are unusable, repair or "
                          f"remove them ({causes}), or {FORMAT}")
 
 
@@ -407,8 +407,8 @@ def read_picture(picture, size):
 
 @contextmanager
 def opened(picture, whole=False):
-    """A PIL image of which no more than the header was read, and which is small enough to decode. whole: in
-    a PNG the checksums are compared first, which Pillow's decoder does not do: a wrong bit may look right."""
+    """A PIL image that is small enough to decode, of which only the header has been read. whole: a PNG's
+    checksums are verified first, which Pillow's decoder does not do: a wrong bit may go unnoticed there."""
     if isinstance(picture, Path) and not picture.is_file():
         raise ValueError("a folder" if picture.is_dir() else "no such file")    # or a pipe, to wait for
     if isinstance(picture, Image.Image):
@@ -429,7 +429,7 @@ def opened(picture, whole=False):
 
 
 def whole_picture(path):
-    """All of a picture, as `upright` gives it. ValueError, with the reason, for what is none."""
+    """All of a picture, as `upright` gives it. ValueError, with the reason, if it is not a picture."""
     try:
         with opened(Path(path), whole=True) as image:
             return upright(image, max(image.size))
@@ -460,12 +460,12 @@ def upright(image, side):
 
 
 def _excluded(root):
-    """The names in excluded.txt: one a line, of a folder, or beside a single shard."""
+    """The names in excluded.txt, one a line: in the folder, or beside a single shard."""
     path = (root if root.is_dir() else root.parent) / "excluded.txt"
     try:
         return set(path.read_text(encoding="utf-8-sig").splitlines()) if path.is_file() else set()
     except ValueError as e:
-        raise ValueError(f"{path} is no UTF-8 text ({e}): save it as such") from None
+        raise ValueError(f"{path} is not UTF-8 text ({e}): save it as such") from None
 
 
 def _listing(root):
@@ -474,7 +474,7 @@ def _listing(root):
         raw, skipped = _shard(root.name, root)
     elif not root.is_dir():
         raise ValueError(f'{root}: no such folder; a source is "drawn", "emoji", a folder or a .tar')
-    elif (root / "captions.jsonl").is_file():       # lines in bytes: broken UTF-8 spoils one of them only
+    elif (root / "captions.jsonl").is_file():       # lines in bytes: broken UTF-8 spoils only one of them
         lines = (root / "captions.jsonl").read_bytes().splitlines()
         raw = [(f"captions.jsonl:{n}", None, None, line) for n, line in enumerate(lines, 1) if line.strip()]
         skipped = []
@@ -485,7 +485,7 @@ def _listing(root):
         try:
             if (printed := name.encode("utf-8", "backslashreplace").decode()) != name:
                 name = printed
-                raise ValueError("its name is no UTF-8 text: rename it")
+                raise ValueError("its name is not UTF-8 text: rename it")
             entry = _entry(real, name, *parts)
             if entry.name in seen:
                 raise ValueError("listed before: a picture has all its captions in one place")
@@ -499,7 +499,7 @@ def _listing(root):
 
 
 def _files(root):
-    """A folder's pictures and those of its shards: [(name, picture, .txt, .json)], and what is lost."""
+    """A folder's pictures and those of its shards: [(name, picture, .txt, .json)], and [(name, reason)]."""
     raw, skipped = [], []
     for path in sorted(p.relative_to(root) for p in root.rglob("*")):
         name = path.as_posix()
@@ -518,9 +518,9 @@ def _files(root):
 
 
 def _shard(name, path):
-    """A tar in the WebDataset layout, where files of one stem are a sample: as `_files`.
+    """Like `_files`, for a tar in the WebDataset layout, where the files with one stem are a sample.
 
-    Read once from front to back, passing over the pictures; those are read later, in any order."""
+    It is read once from front to back, passing over the pictures; those are read later, in any order."""
     samples, skipped, length = {}, [], path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
@@ -553,7 +553,7 @@ def _shard(name, path):
 
 
 def _entry(root, name, picture, text, row):
-    """One Entry out of a sample's files, or of a line of captions.jsonl (then picture is None)."""
+    """One Entry from a sample's files, or from a line of captions.jsonl (then picture is None)."""
     line = _content(root, row)
     about = {} if line is None else json.loads(line.decode("utf-8-sig"))
     about = dict(about) if isinstance(about, dict) else {}
@@ -585,7 +585,7 @@ def _content(root, file):
 
 
 def _inside(root, name):
-    """root (resolved) / name, links followed; refuses other places: a listing could name private files."""
+    """root (resolved) / name, links followed; no place outside: a listing could name private files."""
     path = Path(os.path.realpath(root / name))
     if not path.is_relative_to(root):
         raise ValueError("the path leads out of the folder")
@@ -669,7 +669,7 @@ def demo(out="runs/data.png"):
 
     start = time.perf_counter()
     pictures = load_pictures("drawn", count=1000)
-    print(f"drawn: {tuple(pictures.images.shape)}, {time.perf_counter() - start:.2f} ms a picture")  # of 1000
+    print(f"drawn: {tuple(pictures.images.shape)}, {time.perf_counter() - start:.2f} ms a picture")  # 1000
     longest = max((c for pair in pictures.captions for c in pair), key=lambda c: len(c.split()))
     assert len(longest.split()) <= 18
     print(f"longest caption: {longest!r}, {len(longest.split())} words")

@@ -55,7 +55,7 @@ from metrics import Job, by_prompt, error_of, seed_of
 SIDE = 64                           # pictures are measured at the size at which the world is drawn
 SMALLEST = 24                       # pixels: a third of the smallest legal object, a star of r 0.12
 SURE = 0.80                         # right ones reach 0.91 if clean, 0.84 after a poor VAE; random blobs 0.75
-NOISY = 2.0                         # of 255: smoothed first if half the border is farther from the ground
+NOISY = 2.0                         # of 255: smoothed first if half the border is this far from the ground
 FRAME = np.linspace(-1, 1, 24)      # where a view is sampled, in units of sqrt(area)
 PAINTS = np.array(list(data.COLOURS.values()), np.float32)                      # (10, 3)
 VIEWS = ((0.12, 0, 1), (0.15, 0, 1), (0.2, 0, 1), (0.3, 0, 1),      # r, blur in pixels, steepness: as drawn,
@@ -123,7 +123,7 @@ def around(a):
 
 
 def connected(mask, smallest):
-    """The 8-connected pieces of a mask that have at least so many pixels. -> list of (H, W) bool"""
+    """The 8-connected pieces of a mask that have at least `smallest` pixels. -> list of (H, W) bool"""
     label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:                     # take the highest label around, then that cell's label: reach doubles
         new = np.where(mask, around(label).max(axis=0), 0)
@@ -134,7 +134,7 @@ def connected(mask, smallest):
 
 
 def grow(pieces, within, steps):
-    """Pieces widened by some pixels inside a mask; where they meet, each keeps its own. -> list of masks"""
+    """Pieces widened by `steps` pixels within a mask; where they meet, each keeps its own. -> list of bool"""
     owner = np.zeros(within.shape, int)
     for i, piece in enumerate(pieces, 1):
         owner[piece] = i
@@ -198,7 +198,7 @@ def known_views():
 # --- Judging ----------------------------------------------------------------------------------------------
 
 def relations(a, b):
-    """GenEval's rule: in which of data.RELATIONS Found a stands to Found b; diagonally these may be two.
+    """GenEval's rule: in which of data.RELATIONS Found a stands to Found b; two, if it stands diagonally.
 
     The offset of the box centres, less a tenth of the boxes' sizes, over its length, must exceed 0.5."""
     a, b = np.reshape(a.box, (2, 2)), np.reshape(b.box, (2, 2))                 # two corners (x, y)
@@ -277,7 +277,7 @@ def tally(jobs, found):
     -> {"score", "strict": {task: share right, ..., "overall": mean of the tasks}
         "any":      likewise, the share of prompts with any right picture
         "shuffled": likewise, the share right if each picture is judged by other prompts of its task: chance
-        "error":    the standard error of score, were other prompts and seeds drawn
+        "error":    the standard error of score, over the choice of prompts and seeds
         "seen", "unseen":  share right of colors and color_attr prompts whose pairs training has (never) shown
         "shape", "colour": share right of the most confident objects, where a single one was asked for
         "confusion": {"shape" | "colour" | "count" | "relation": {asked for: {seen: how often}}}
@@ -321,7 +321,7 @@ def tally(jobs, found):
 
 
 def shares(records):
-    """Of one task: shares right, strictly, and of prompts with any right picture; the first's error."""
+    """For one task: shares right, right strictly, of prompts with any right picture; the first's error."""
     hits, numbers = [r["correct"] for r in records], [r["number"] for r in records]
     means = by_prompt(hits, numbers)
     n, p = len(records), sum(r["correct"] for r in records) / len(records)
@@ -332,7 +332,7 @@ def shares(records):
 
 
 def shuffled(jobs, found, pairs=2000):
-    """The share right if pictures are judged by other prompts of the same task; None if there is but one."""
+    """The share right if pictures are judged by other prompts of the same task; None if there is only one."""
     rng, n = np.random.default_rng(0), len(jobs)
     picks = [(int(i), int(j)) for i, j in rng.integers(0, n, (pairs, 2)) if jobs[i].number != jobs[j].number]
     hits = [judge(found[i], jobs[j].metadata)[0] for i, j in picks]
@@ -376,7 +376,7 @@ def variants(metadata, classes=data.SHAPES):
         m = data.request(task, clauses, relation)
         return m | {"prompt": photo + m["prompt"]}
 
-    def changed(k, options):        # each clause's k-th word by each that no clause has
+    def changed(k, options):        # put each option that no clause has for each clause's k-th word
         others = [o for o in options if o not in [c[k] for c in clauses]]
         return [told([c[:k] + [o] + c[k + 1:] if j == i else c for j, c in enumerate(clauses)], relation)
                 for i in range(len(clauses)) for o in others]
@@ -428,7 +428,7 @@ def foreign(metadata, classes=data.SHAPES):
         if not isinstance(c, dict) or not known(c.get("class"), classes):
             return f"unknown class {c.get('class') if isinstance(c, dict) else c!r}"
         if type(c.get("count")) is not int or c["count"] < 1:
-            return f"count {c.get('count')!r} is no number of objects"
+            return f"count {c.get('count')!r} is not a number of objects"
         if "color" in c and not known(c["color"], data.COLOURS):
             return f"unknown colour {c['color']!r}"
         place = c.get("position")
@@ -481,7 +481,7 @@ def acceptance(spoil, n, seed=0, size=SIDE):
 # --- Demo -------------------------------------------------------------------------------------------------
 
 def demo(n=50):
-    """True captions must be accepted and false ones rejected, of clean drawings and of spoilt ones."""
+    """True captions must be accepted and false ones rejected, for clean drawings and for spoilt ones."""
     print(f"{6 * n} drawings   true accepted   strictly   false accepted   CPU ms a picture")
     for name, spoil in SPOILS.items():
         true, strict, false, ms = acceptance(spoil, n)

@@ -41,15 +41,15 @@ import flow
 from layouts import describe, mmdit_folder, same_names
 from tensor_files import CheckpointError, open_safetensors, write_safetensors
 
-# Of keys: layer.lora_A.weight and its other spellings; what may stand before a layer's name; text encoders'.
+# Keys: layer.lora_A.weight and its other spellings; what may precede a layer's name; those of text encoders.
 FACTOR = re.compile(r"(.+?)\.(?:lora_([AB])|lora[_.](down|up))(?:\.default)?\.weight")
 PREFIX = re.compile(r"^(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.|lora_unet_|"
                     r"lora_transformer_|lycoris_)?")
 OF_TEXT = re.compile(r"^(lora_te\d?_|text_encoder)")
 OTHERS = (                  # other ways of changing weights, by their keys
-    (r"\.(dora_scale|lora_magnitude_vector)", "a DoRA, which changes lengths of weights, too"),
+    (r"\.(dora_scale|lora_magnitude_vector)", "a DoRA, which also changes the lengths of weights"),
     (r"\.(hada_w|lokr_w)\d", "a LoHa or LoKr, whose factors are multiplied in another way"),
-    (r"\.(diff|diff_b|lora_mid\.weight|oft_blocks)$", "no plain LoRA"))
+    (r"\.(diff|diff_b|lora_mid\.weight|oft_blocks)$", "not a plain LoRA"))
 
 
 # ------------------------------------------------------------------------------------------------- learning
@@ -87,11 +87,11 @@ def add(weight, A, B, scale) -> None:
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float | None = None, seed: int = 0) -> nn.Module:
-    """An MMDiT of which only adapters learn, one for each Linear of its joint blocks, as in the paper. alpha:
-    rank unless given. Until they have learned something it computes what it did. Returns the model."""
+    """Give each Linear in an MMDiT's joint blocks an adapter, as in the paper; only adapters learn. alpha:
+    rank unless given. Until they have learned something the model computes what it did. Returns the model."""
     widest = min(min(p.shape) for p in model.joint_blocks.parameters() if p.ndim > 1)
     if not 1 <= rank <= widest:
-        raise ValueError(f"the adapters' rank is {rank}: needed is 1 to {widest}, that of the weights")
+        raise ValueError(f"the adapters' rank is {rank}: it must be 1 to {widest}, that of the weights")
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     dead = f"joint_blocks.{len(model.joint_blocks) - 1}.context_block.attn.qkv"
@@ -120,7 +120,7 @@ def without_lora(model):
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
-    """The adapters become part of the weights they belong to. Returns the model."""
+    """Make the adapters part of the weights they belong to. Returns the model."""
     for name, layer in adapters(model).items():
         model.set_submodule(name, layer.merged())
     return model
@@ -139,11 +139,11 @@ def save_lora(model: nn.Module, path) -> None:
 # ------------------------------------------------------------------------------------------------ preferences
 
 def dpo_loss(model, better, worse, *, t, noise, beta, **cond) -> torch.Tensor:
-    """How much the model, with its adapters, does not yet prefer `better` to `worse` (DPO for flows).
+    """How far the model, with its adapters, still is from preferring `better` to `worse` (DPO for flows).
 
     better, worse (B, C, H, W): latents of two pictures of the same prompts; t (B,), noise (B, C, H, W) and
-    cond, (B, ...) each: of both. beta: the larger, the nearer it stays to the model without adapters.
-    -> (B,): log 2 where it prefers neither more than that model does, near 0 where it does so clearly."""
+    cond, (B, ...) each: shared by both. beta: the larger, the nearer it stays to the model without adapters.
+    -> (B,): log 2 where it prefers `better` no more than that model does, near 0 where it clearly does."""
     both = {k: torch.cat([x, x]) for k, x in {"t": t, "noise": noise, **cond}.items()}
     x0, B = torch.cat([better, worse]), len(better)
     with torch.no_grad(), without_lora(model):
@@ -156,9 +156,9 @@ def dpo_loss(model, better, worse, *, t, noise, beta, **cond) -> torch.Tensor:
 
 class Lora:
     """An adapter in a file. `find` its places in a model first, from names and shapes alone, then `change`
-    the model's tensors one by one. CheckpointError if it is something else, or of another model.
+    the model's tensors one by one. CheckpointError if it is something else, or for another model.
 
-    strength: of what it says; 0: nothing. left_out: how many of its keys are for text encoders."""
+    strength: a factor on its changes; 0: none. left_out: how many of its keys are for text encoders."""
 
     def __init__(self, path, strength: float = 1.0):
         self.path, self.strength = Path(path), strength
@@ -187,11 +187,11 @@ class Lora:
                                   "it out")
         known = found.keys() | {f"{stem}.alpha" for stem in self.factors}
         if unknown := [key for key in keys if key not in known and not OF_TEXT.match(key)]:
-            raise CheckpointError(f"{path} has an unknown {unknown[0]}: it is no plain LoRA")
+            raise CheckpointError(f"{path} has an unknown {unknown[0]}: it is not a plain LoRA")
 
     def scale(self, stem, tensors, about, rank) -> float:
-        """What the product of the factors is multiplied with: alpha / rank. Where alpha is no tensor, peft
-        has written it elsewhere, for all layers and for those that match a pattern."""
+        """What the product of the factors is multiplied by: alpha / rank. If alpha is not a tensor, peft has
+        written it elsewhere, for all layers and for those that match a pattern."""
         beside = self.path.with_name("adapter_config.json")
         try:
             if f"{stem}.alpha" in tensors:
@@ -238,7 +238,7 @@ class Lora:
 
     @torch.no_grad()
     def change(self, name: str, t: torch.Tensor) -> None:
-        """Adds to the tensor of this name, in place, what the adapter says about it."""
+        """Add the adapter's change to the tensor of this name, in place."""
         for stem, i, recipe in self.places.get(name, ()):
             A, B, scale = self.factors[stem]
             B = B.roll(len(B) // 2, 0) if recipe.op == "swap" else B
@@ -248,7 +248,7 @@ class Lora:
 
 
 def change_all(model: nn.Module, loras) -> nn.Module:
-    """The model with what these say; nothing is changed unless all of them fit it. Returns the model."""
+    """Make these adapters' changes to the model, or none unless all of them fit it. Returns the model."""
     tensors = model.state_dict()
     for lora in loras:
         lora.find({name: t.shape for name, t in tensors.items()}, len(model.joint_blocks))
@@ -261,8 +261,8 @@ def change_all(model: nn.Module, loras) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------ demo
 
 def demo() -> None:
-    """A small model has learned the mean of two pictures for each of two prompts. An adapter teaches it which
-    picture belongs to which, from the pictures, and another one from what is preferred to what."""
+    """A small model has learned the mean of two pictures for each of two prompts. One adapter teaches it
+    which picture belongs to which prompt, from the pictures; another one, from which is preferred."""
     from copy import deepcopy
     from tempfile import TemporaryDirectory
 
@@ -296,7 +296,7 @@ def demo() -> None:
     print(f"{few:,} numbers learn beside {sum(p.numel() for p in base.parameters()):,} that stay")
     for what, model in (("before", base), ("taught", taught), ("DPO, beta 100", preferring),
                         ("DPO, beta 10", loose)):
-        print("{:14s} squared error of the own picture {:.3f}, of the other one {:.3f}".format(
+        print("{:14s} squared error of its own picture {:.3f}, of the other one {:.3f}".format(
             what, *errors(model)))
     assert errors(taught)[0] < 0.5 * errors(base)[0] and errors(preferring)[0] < 0.9 * errors(preferring)[1]
     assert errors(loose)[0] > errors(base)[0]

@@ -168,7 +168,7 @@ def t5_other_name(name) -> Recipe:
 
 NAMES = {"mmdit": "an SD3 transformer", "vae": "an autoencoder (VAE)", "clip_l": "CLIP-L's text encoder",
          "clip_g": "bigG's text encoder", "t5": "a T5 encoder"}
-PREFIXES = {                # of a part's keys in a single file; parts that stand alone have none
+PREFIXES = {                # what a part's keys begin with in a single file; stand-alone parts have no prefix
     "mmdit": ("model.diffusion_model.",), "vae": ("first_stage_model.", "vae."),
     "clip_l": ("text_encoders.clip_l.transformer.",), "clip_g": ("text_encoders.clip_g.transformer.",),
     "t5": ("text_encoders.t5xxl.transformer.",)}

@@ -21,8 +21,8 @@ Pitfalls
 - None of this is comparable with published figures on Inception features. A run's own towers are not even
   comparable between runs: give both `--clip` with the same towers.
 - A tower that cannot tell true drawings apart says nothing about drawn ones: read a score beside what true
-  pictures get, R-precision beside its chance. That is a blind tower's; one that sees gives shuffled captions
-  less, as some rival always fits the picture better.
+  pictures get, R-precision beside chance. Chance is what a blind tower gets; one that sees gives shuffled
+  captions less, as some rival always fits the picture better.
 - The paper's FID is on CLIP features too, without saying which; here, the projected ones, all of one length.
 - FID falls with the number of pictures: with n <= D the covariance is not even of full rank. Its floor,
   another set of true pictures, as many, belongs beside it. KID has no such bias.
@@ -68,8 +68,8 @@ def together(height, width):
 
 
 def fingerprint(path):
-    """Twelve hex digits of a file's content; of more than 64 MB only its size and 64 blocks, which training
-    changes."""
+    """Twelve hex digits that stand for a file's content; beyond 64 MB only for its size and 64 blocks, which
+    training changes."""
     digest, size, block = hashlib.sha256(), Path(path).stat().st_size, 2 ** 20
     digest.update(str(size).encode())
     with open(path, "rb") as f:
@@ -87,7 +87,7 @@ class Towers:
     image: nn.Module
     text: nn.Module
     tokenizer: object
-    name: str                       # with what the file holds, for reports and for the cache
+    name: str                       # with the file's fingerprint, for reports and for the cache
 
     @torch.no_grad()
     def look(self, pictures, batch=BATCH):
@@ -121,7 +121,7 @@ def fit(picture, side):
 def load_towers(path, device="cpu"):
     """A run's larger pair, or a CLIP in transformers' layout: model.safetensors, config.json and a tokenizer.
 
-    Raises CheckpointError where the folder has neither."""
+    Raises CheckpointError if the folder has neither."""
     path = Path(path)
     if (path / "clip_g_image.safetensors").is_file():
         image, text = load_part(path, "clip_g_image"), load_part(path, "clip_g")
@@ -138,8 +138,8 @@ def load_towers(path, device="cpu"):
 
 
 def load_clip_pair(path):
-    """Both towers of one file, such as openai/clip-vit-large-patch14, strictly. The tensors tell the sizes,
-    config.json what tensors cannot: heads and activation (else heads of 64 and quick_gelu)."""
+    """Both towers from one file, such as openai/clip-vit-large-patch14, strictly. The tensors tell the sizes,
+    config.json what tensors cannot: heads and activation (without it heads of 64 and quick_gelu)."""
     tensors, _ = load_tensors(path / "model.safetensors")
     config = read_json(path / "config.json")
     rest = ("logit_scale", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
@@ -173,7 +173,7 @@ def load_clip_pair(path):
     tokenizer = load_clip_tokenizer(path, length=length)
     if tokenizer.eos != towers[1].eos:
         raise CheckpointError(f"{path}: the tokenizer ends a text with {tokenizer.eos}, this CLIP with "
-                              f"{towers[1].eos}: put the one beside it that it was trained with")
+                              f"{towers[1].eos}: use the tokenizer that it was trained with")
     return *towers, tokenizer
 
 
@@ -191,7 +191,7 @@ def retrieval(image, texts):
 # --- Distances between two sets of pictures ---------------------------------------------------------------
 
 class Statistics:
-    """Mean and covariance of features that come in batches and are not kept, but for the first KEPT of them.
+    """Mean and covariance of features that come in batches; only the first KEPT of them are kept.
 
     Float64: in float32 the differences that FID consists of would be lost. Exact up to rounding, whatever the
     batches (Chan, Golub and LeVeque 1979)."""
@@ -218,7 +218,7 @@ class Statistics:
     @property
     def covariance(self):
         if self.n < 2:
-            raise ValueError(f"a covariance needs two pictures or more, here are {self.n}")
+            raise ValueError(f"a covariance needs two pictures or more, not {self.n}")
         return self.scatter / (self.n - 1)
 
 
@@ -234,14 +234,14 @@ def fid(a, b):
 
 def kid(x, y):
     """Unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3. (n, D), (m, D) -> float, and
-    its standard error as to x, by leaving out a tenth of it in turn.
+    its standard error over the choice of x, by leaving out each tenth of it in turn.
 
     Unbiased: a picture is not compared with itself, so that equal sets give 0 on average, and half of the
     time less."""
     x, y = x.double(), y.double()
     n, m, D = len(x), len(y), x.shape[1]
     if min(n, m) < 3:
-        raise ValueError(f"KID needs three pictures or more on each side, here are {n} and {m}")
+        raise ValueError(f"KID needs three pictures or more on each side, not {n} and {m}")
     xx, yy, xy = ((p @ q.T / D + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
 
     def inside(k):
@@ -256,7 +256,7 @@ def kid(x, y):
 
 def reference(towers, images, cache):
     """Statistics of pictures (n, 3, S, S) uint8, read from the folder `cache` if they were taken before: the
-    file is named by what towers and pictures hold. A cache file that cannot be read is made anew."""
+    file's name is a digest of towers and pictures. A cache file that cannot be read is written again."""
     digest = hashlib.sha256(towers.name.encode() + str(tuple(images.shape)).encode())
     digest.update(images.contiguous().numpy().data)
     path, stats = Path(cache, f"reference-{digest.hexdigest()[:16]}.safetensors"), Statistics()
@@ -267,7 +267,7 @@ def reference(towers, images, cache):
                 about["n"], saved["mean"], saved["scatter"], saved["kept"])
             return stats
         except (CheckpointError, KeyError) as e:
-            print(f"the cached statistics are taken anew: {e}")
+            print(f"the cached statistics are taken again: {e}")
     for features in towers.look(images.permute(0, 2, 3, 1).numpy()):
         stats.update(features)
     about = {"n": stats.n, "towers": towers.name}
@@ -281,7 +281,7 @@ def reference(towers, images, cache):
 def validation_loss(pipe, images, captions, levels=LEVELS, batch=None):
     """Flow-matching loss of pictures (n, 3, S, S) uint8 with a caption each -> (levels, n), on the CPU.
 
-    Picture i has the same noise every time and at every t, and its own: the batch does not matter."""
+    Picture i has noise of its own, the same every time and at every t: the batch size does not matter."""
     device, rows, batch = pipe.places.device, [], batch or together(*images.shape[2:])
     with bar(len(images), "validation loss") as progress:
         for start in range(0, len(images), batch):
@@ -349,7 +349,7 @@ class Job(NamedTuple):
 
 
 def seed_of(*words):
-    """The seed of a picture, from whole numbers that tell which one it is."""
+    """The seed of a picture, from whole numbers that say which one it is."""
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
@@ -366,7 +366,7 @@ COCO = tuple(name.replace("_", " ") for name in COCO.split())       # what GenEv
 
 def geneval_prompts(n=100, seed=43):
     """GenEval's metadata by its published rules: n prompts a task, repetitions left out. n 100 and seed 43
-    are the 553 that everybody uses, byte for byte; the draws stand in its order."""
+    give the 553 that everybody uses, byte for byte, as random draws are made in GenEval's order."""
     rng, colours, relations = np.random.default_rng(seed), tuple(data.COLOURS), tuple(data.RELATIONS)
     drawn = [("single_object", [(COCO[i], None, 1)]) for i in rng.choice(80, size=80, replace=False)]
 
@@ -395,14 +395,14 @@ def read_prompts(path):
     is not JSON with a prompt."""
     rows = []
     if not Path(path).is_file():
-        raise ValueError(f"{path} is no file: give one with GenEval's metadata, one JSON object a line")
+        raise ValueError(f"{path} is not a file: give one with GenEval's metadata, one JSON object a line")
     for i, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         try:
             rows.append(metadata_in(line))
         except ValueError as e:
-            raise ValueError(f"{path}:{i} is no metadata ({e}): mend or remove the line") from None
+            raise ValueError(f"{path}:{i} is not metadata ({e}): repair or remove the line") from None
     if not rows:
         raise ValueError(f"{path} is empty: give a file with one JSON object a line, each with a prompt")
     return rows
@@ -413,12 +413,12 @@ def picture_path(folder, job):
 
 
 def open_picture(path):
-    """-> (H, W, 3) uint8, as a viewer shows it on white. ValueError, with the reason, for no picture."""
+    """-> (H, W, 3) uint8, as a viewer shows it on white. ValueError, with the reason, if it is no picture."""
     return np.array(data.whole_picture(path))
 
 
 def by_prompt(values, numbers):
-    """The mean of each prompt's pictures, by its number: they are right or wrong together."""
+    """The mean of each prompt's pictures, by its number: these tend to be right or wrong together."""
     groups = {}
     for value, number in zip(values, numbers):
         groups.setdefault(number, []).append(value)
@@ -426,13 +426,13 @@ def by_prompt(values, numbers):
 
 
 def error_of(values, numbers):
-    """The standard error of a mean over pictures, were other prompts drawn."""
+    """The standard error of a mean over pictures, over the choice of prompts."""
     means = by_prompt(values, numbers)
     return float(np.std(means) / math.sqrt(len(means)))
 
 
 def name_of(path):
-    """Of a picture in GenEval's layout: as it is called from its folder."""
+    """The path of a picture in GenEval's layout, within its folder."""
     return "/".join(Path(path).parts[-3:])
 
 
@@ -455,16 +455,16 @@ def metadata_in(text):
 def read_folder(folder):
     """Everything in GenEval's layout. -> [Job, ...], [path, ...], [(name, reason it is skipped), ...]
 
-    Raises ValueError where nothing can be used."""
+    Raises ValueError if nothing can be used."""
     jobs, paths, skipped, prompts, folder, seen = [], [], [], [], Path(folder), {}
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give one with 00000/metadata.jsonl and 00000/samples/*.png")
+        raise ValueError(f"{folder} is not a folder: give one with 00000/metadata.jsonl, 00000/samples/*.png")
     for p in sorted(folder.iterdir()):
         picture = p.is_file() and p.suffix.lower() in data.SUFFIXES and p.name != "scores.png"
         if p.is_dir() and is_number(p.name):
             prompts.append(p)
         elif picture or (p / "samples").is_dir():
-            skipped.append((p.name, "no folder with a number for a name: not of GenEval's layout"))
+            skipped.append((p.name, "not a folder with a number for a name, as GenEval's are"))
     prompts.sort(key=lambda p: (int(p.name), p.name))
     with bar(len(prompts), "reading") as progress:
         for sub in prompts:
@@ -485,7 +485,7 @@ def read_folder(folder):
             for path in there:
                 try:
                     if not (is_number(path.stem) and path.suffix == ".png"):
-                        raise ValueError("not called by a number and .png, as GenEval's are")
+                        raise ValueError("its name is not a number and .png, as GenEval's are")
                     open_picture(path)
                 except ValueError as e:
                     skipped.append((name_of(path), str(e)))
@@ -502,8 +502,8 @@ def read_folder(folder):
 def draw_folder(pipe, jobs, folder, steps, guidance):
     """Draw what is asked for and not there yet, in GenEval's layout. -> [path, ...], in the order of the jobs
 
-    Each PNG holds its settings, its seed and the length of its path from noise, and appears whole or not. One
-    of another prompt or seed is drawn anew: what the i-th prompt is may change with its source."""
+    Each PNG holds its settings, its seed and the length of its path from noise, and appears whole or not at
+    all. One of another prompt or seed is drawn again: what the i-th prompt is may change with its source."""
     from pipeline import save_picture, settings_of, to_pil  # here: the measures themselves need no pipeline
 
     def is_drawn(job):
@@ -516,7 +516,7 @@ def draw_folder(pipe, jobs, folder, steps, guidance):
     todo = [job for job in jobs if not is_drawn(job)]
     batch = together(*pipe.size)
     if todo:
-        print(f"drawing {len(todo)} pictures in {steps} steps; {len(jobs) - len(todo)} are there", flush=True)
+        print(f"drawing {len(todo)} pictures in {steps} steps; {len(jobs) - len(todo)} exist", flush=True)
     with bar(len(jobs), "drawing") as progress:
         progress.update(len(jobs) - len(todo))
         for start in range(0, len(todo), batch):

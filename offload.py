@@ -105,7 +105,7 @@ class BlockStream:
             offset += (t.nbytes + 255) // 256 * 256
         try:
             flat = torch.empty(offset, dtype=torch.uint8, pin_memory=self.cuda)
-        except RuntimeError:                # Windows and WSL can lock only a part: slower, but not wrong
+        except RuntimeError:                # Windows and WSL lock only part of memory: slower, not wrong
             flat = torch.empty(offset, dtype=torch.uint8)
         for t, start, n in views:
             view = flat[start:start + n].view(t.dtype).view(t.shape)
@@ -338,7 +338,7 @@ def check_main_memory(name, configs, free, int8=False, works=False, locked=False
 
     if free is None or (taken := most([])) <= free:
         return
-    own = how.get("text_dtype")             # of a run, whose --dtype is that of autocast
+    own = how.get("text_dtype")             # given for a run, whose --dtype is that of autocast
     flags = (["--dtype bfloat16"] * (how["dtype"] == torch.float32 and not own) + ["--int8"] * (not int8)
              + ["--drop-t5"] * ("t5" in configs))
     raise ValueError(f"{name} needs {taken / GB:.1f} GB of main memory in {short(how['dtype'])}, and "
@@ -363,7 +363,7 @@ def cheaper(flags, taken, measure) -> list[str]:
 
 
 def is_out_of_memory(e: RuntimeError) -> bool:
-    """CUDA has an exception for it; Metal, main memory and page locking only tell it in the message."""
+    """CUDA has an exception for it; Metal, main memory and page locking only say so in the message."""
     return isinstance(e, torch.OutOfMemoryError) or bool(
         re.search("out of memory|not enough memory|allocate memory", str(e)))
 

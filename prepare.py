@@ -81,14 +81,14 @@ def picture_size(picture) -> tuple[int, int]:
 
 
 def upright_size(image) -> tuple[int, int]:
-    """Of a freshly opened PIL image, once it is turned as its EXIF says."""
-    # a PNG without the mark in its header would be decoded by getexif, to look for one behind the pixels
+    """(width, height) of a freshly opened PIL image, once it is turned as its EXIF says."""
+    # if a PNG has no EXIF before its pixels, getexif would decode them all to look for some after them
     turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(0x0112, 1) >= 5
     return image.size[::-1] if turned else image.size
 
 
 class Order:
-    """Which pictures make up the batch of a step: each once an epoch, all of one bucket, no state.
+    """Which pictures make up the batch of a step: each once an epoch, a batch of one bucket, no state.
 
     A bucket's pictures are an endless row of shuffled rounds, cut into batches; an epoch shuffles the batches
     that end in it. So nothing is left over or repeated to fill a batch, a bucket smaller than a batch works,
@@ -167,7 +167,7 @@ def identify(picture) -> tuple[tuple[int, int], str]:
 
 
 def files_fingerprint(paths) -> str:
-    """Of the encoders: every byte of the files from which they are loaded."""
+    """A digest of encoders: of every byte of the files from which they are loaded."""
     h = hashlib.blake2b(digest_size=16)
     for path in sorted(map(Path, paths)):
         h.update(path.name.encode())
@@ -178,8 +178,8 @@ def files_fingerprint(paths) -> str:
 
 
 def tensors_fingerprint(source) -> str:
-    """Of a published part (a weights.Source): names, shapes and the first numbers of each tensor, so that
-    10 GB need not be read. Training changes them all."""
+    """A digest of a published part (a weights.Source): of names, shapes and the first numbers of each tensor,
+    so that 10 GB need not be read. Training changes them all."""
     told = []
     for name, (_, *kind) in sorted(source.index.items()):
         some = source.read(name).flatten()[:1024].contiguous()
@@ -209,12 +209,12 @@ class Survey:
 # ------------------------------------------------------------------------------------------------- the cache
 
 def source_of(c) -> dict:
-    """Where the pictures of a cache come from, in the words of TrainConfig; a folder by its whole path."""
+    """Where the pictures of a cache come from, in the terms of TrainConfig; a folder by its absolute path."""
     where = c.data if c.data in ("drawn", "emoji") else str(Path(c.data).resolve())
     return {"data": where, "pictures": c.pictures, "buckets": c.buckets}
 
 
-SHARD = 1024                # pictures or captions in a file, at about most: what an interruption may cost
+SHARD = 1024                # pictures or captions in a file, at most (about): what an interruption may cost
 FORMAT = 1
 
 
@@ -224,7 +224,7 @@ def key(text: str) -> int:
 
 
 def _shards(texts) -> list[tuple[int, list[int]]]:
-    """[(shard, numbers of texts)]: by key, so that a new or a lost one concerns a single shard."""
+    """[(shard, numbers of texts)]: by key, so that a new or a removed one changes a single shard."""
     shards = 1
     while shards * SHARD < len(texts):
         shards *= 2
@@ -252,7 +252,7 @@ def _plan(survey, vae_print, text_print, t5_length, clip_length):
 
 
 def _about(path) -> dict | None:
-    """What a shard tells of itself; None if there is none, or not a whole one."""
+    """What a shard says about itself; None if it is missing or not a whole file."""
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {}).get("about", "{}"))
@@ -270,8 +270,8 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
     published weights that the encoders came from.
     device: where to encode; the autoencoder and the text encoders visit it in turn, and only if they are
     needed (None: they stay where they are). batch: pictures of up to 256 x 256 at a time, fewer of larger
-    ones. Each of `world` ranks calls this and makes every world-th file; no rank waits for another.
-    Interrupted, it goes on at the unfinished file.
+    ones. Each of `world` ranks calls this and makes every world-th file; no rank waits for another. After an
+    interruption the next call goes on at the unfinished file.
     -> [(picture, reason)]: what this call could not decode (Cache.skipped: all calls). ValueError for NaN and
     for a hundred unreadable pictures in a row.
     """
@@ -312,7 +312,7 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
 
 
 def _replace_index(folder, index, say) -> None:
-    """Write index.json, telling what has changed since the last, and delete files that no longer belong."""
+    """Write index.json, say what has changed since the last one, and delete files that no longer belong."""
     try:
         old = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         for what, made in (("data", "of other pictures or captions"), ("vae", "by another autoencoder"),
@@ -367,7 +367,7 @@ def _encode_pictures(path, mark, survey, part, vae, batch, autocast) -> list:
 
 
 def _encode_captions(path, mark, survey, part, encoders, t5_length, batch, autocast) -> None:
-    """A shard of text: what the encoders say of each caption, less the zeros that pad CLIP to T5's width."""
+    """A shard of text: the encoders' features of each caption, less the zeros that pad CLIP to T5's width."""
     captions, wide, made = [survey.captions[i] for i in part], sum(encoders.widths[:2]), []
     for k in range(0, len(captions), batch):
         with autocast():
@@ -385,7 +385,7 @@ def _save(path, tensors, about) -> None:
     try:
         save_tensors(path, tensors, about)
     except (SafetensorError, OSError) as error:
-        raise OSError(f"{path} cannot be written ({error}): make room, then give the command again") from None
+        raise OSError(f"{path} cannot be written ({error}): make room, then repeat the command") from None
 
 
 def _refuse_nan(tensor, path, who) -> None:
@@ -395,9 +395,9 @@ def _refuse_nan(tensor, path, who) -> None:
 
 
 class Cache:
-    """What write_cache made, read at random: pictures by number, grouped by bucket, without any encoder.
+    """Reads what write_cache made, in any order: pictures by number, grouped by bucket, without any encoder.
 
-    Files are mapped into memory, so that opening one costs nothing and reading costs what is read.
+    Files are mapped into memory, so that opening one costs nothing and reading only what is read.
     ValueError if the cache is unfinished, damaged, of another version or lacks most of its pictures.
     """
 
@@ -419,7 +419,7 @@ class Cache:
         stale = [name for name, mark in marks if about[name].get("fingerprint") != mark]
         if stale:
             raise ValueError(f"{folder} is not finished: {len(stale)} of {len(marks)} files are missing, cut "
-                             f"short or out of date ({stale[0]}): give the command that makes it again")
+                             f"short or out of date ({stale[0]}): repeat the command that makes it")
         self.names, self.skipped, buckets = [], [], []
         for name in self.files["latents"]:
             self.names += about[name]["names"]
@@ -438,12 +438,12 @@ class Cache:
                              f"{len(captions)}: delete it and make it again")
         order = keys.argsort()
         found = np.searchsorted(keys, captions, sorter=order).clip(max=len(keys) - 1)
-        self.rows = order[found]                                # of all pictures' captions, in text_place
+        self.rows = order[found]                                # all pictures' captions: rows of text_place
         if not np.array_equal(keys[self.rows], captions):
             raise ValueError(f"{folder} lacks the text of some captions: delete it and make it again")
 
     def _column(self, kind, name):
-        """A tensor of all shards in one row, and for each of its values (shard, place in it)."""
+        """A tensor of all shards, joined, and for each of its values (shard, place in it)."""
         parts = [self._map(file)[name].numpy() for file in self.files[kind]]
         places = [np.stack([np.full(len(x), s), np.arange(len(x))], 1) for s, x in enumerate(parts)]
         return np.concatenate(parts), np.concatenate(places)
@@ -483,7 +483,7 @@ class Cache:
         return context, pooled
 
     def _gather(self, kind, place, name):
-        """Rows (shard, place in it) of a tensor that lies in several files -> (B, ...)."""
+        """Rows (shard, place in it) of a tensor that is spread over several files -> (B, ...)."""
         out = None
         for shard in np.unique(place[:, 0]):
             at = np.flatnonzero(place[:, 0] == shard)
@@ -500,7 +500,7 @@ class Cache:
 
 
 class Batches:
-    """The flow model's input at any step, or some rows of it: those of a rank (parallel.py)."""
+    """The flow model's input at any step, or only a rank's rows of it (parallel.py)."""
 
     def __init__(self, cache: Cache, batch: int, seed: int, *, synthetic: float = 0.5):
         """batch: of all ranks together. synthetic: how often a synthetic caption is taken if there is one."""

@@ -82,7 +82,7 @@ class Subject:
         return known
 
     def training(self, count=None, most=10_000):
-        """Training pictures, up to so many, `most` pixels a side. -> data.Pictures, what they are"""
+        """Up to `count` training pictures, at most `most` pixels a side. -> data.Pictures, what they are"""
         c, size = self.config, min(self.size, most)
         if not c:
             return data.load_pictures(self.source, size, count=count), self.source
@@ -90,7 +90,7 @@ class Subject:
         return data.load_pictures(c["data"], size, count=count, seed=c["seed"]), "training pictures"
 
     def heldout(self, count, most=10_000):
-        """Pictures that training has not seen: fresh drawings, or --data. (None, "") where there are none."""
+        """Pictures that training has not seen: fresh drawings, or --data. (None, "") if there are none."""
         size = min(self.size, most)
         if self.source and self.config:
             return data.load_pictures(self.source, size, count=count), self.source
@@ -135,7 +135,7 @@ def true_drawings(jobs, size):
 
 @torch.no_grad()
 def through_vae(pipe, images):
-    """Pictures encoded and decoded by the pipeline's VAE, the most that its latents can hold."""
+    """Pictures encoded and decoded by the pipeline's VAE: the best that its latents allow."""
     out = []
     with pipe.places.at_work(pipe.vae):
         for start in range(0, len(images), 16):
@@ -187,7 +187,7 @@ def measure_drawn(s):
 
 
 def measure_loss(s):
-    """The paper's validation loss, on pictures that training has not seen where there are such."""
+    """The paper's validation loss, on pictures that training has not seen if there are any."""
     pictures, of = s.heldout(HELDOUT)
     if pictures is None:
         pictures, of = s.training(HELDOUT)
@@ -204,7 +204,7 @@ def measure_loss(s):
 
 
 def rivals(metadata, prompts, rng, most=31):
-    """Captions that differ from a prompt in one thing, up to `most`; of unknown prompts, other prompts."""
+    """Captions that differ from a prompt in one thing, up to `most`; for unknown prompts, other prompts."""
     if foreign(metadata) is None:
         options = [m["prompt"] for ms in variants(metadata).values() for m in ms]
     elif foreign(metadata, COCO) is None:
@@ -216,7 +216,7 @@ def rivals(metadata, prompts, rng, most=31):
 
 
 def measure_clip(s):
-    """CLIP score and R-precision; of true drawings too, for what the towers cannot see they cannot score."""
+    """CLIP score and R-precision; of true drawings too, since towers cannot score what they cannot see."""
     towers, prompts = s.towers, [job.metadata["prompt"] for job in s.jobs]
     candidates = [[m["prompt"], *rivals(m, prompts, np.random.default_rng((2, number)))]
                   for number, _, _, m in s.jobs]
@@ -247,7 +247,7 @@ def measure_clip(s):
 
 
 def measure_fid(s):
-    """FID and KID of the pictures and of true ones, as many, to training pictures, on CLIP's features."""
+    """FID and KID to training pictures, on CLIP's features: of the pictures, and of as many true ones."""
     towers, side = s.towers, s.towers.image.config.image_size       # no larger than what the towers see
     training, of = s.training(REFERENCE, most=side)
     stats = reference(towers, training.images, s.out / "pictures")
@@ -304,7 +304,7 @@ def measure_steps(s):
 
 
 def measure_memory(s):
-    """Is it remembered? The nearest training picture of each, beside how near true new pictures come."""
+    """Copied from memory? Each picture's nearest training picture, beside how near true new ones come."""
     training, of = s.training(most=COMPARED)
     order = sorted(range(len(s.jobs)), key=lambda i: (s.jobs[i].k, s.jobs[i].number))[:256]
     size = training.images.shape[-1]
@@ -417,7 +417,7 @@ MEASURES = {"drawn": measure_drawn, "loss": measure_loss, "clip": measure_clip, 
 
 
 def weights_of(path, pipe):
-    """A fingerprint of what draws: the files of the five parts, and the tokenizers' words."""
+    """A fingerprint of what draws: the files of the five parts, and the tokenizers' vocabularies."""
     home = home_of_encoders(path)
     files = []
     for part in ("mmdit", "vae", *ENCODERS):
@@ -491,13 +491,13 @@ def prepare(args):
         return draw_folder(pipe, jobs, folder, steps, args.guidance)
 
     check_writable(out)
-    if args.measures == ["loss"]:                               # of given pictures: nothing is drawn
+    if args.measures == ["loss"]:                               # it is measured on true pictures: draw none
         return Subject(out, [], [], [], config, pipe, None, draw, args.data)
     return Subject(out, jobs, draw(jobs, args.steps), [], config, pipe, None, draw, args.data)
 
 
 def measure(args):
-    """Everything that the command line does, but for its errors."""
+    """Everything that the command line does, except for reporting errors."""
     device, towers = pick_device(args.device), None
     if {"clip", "fid", "steps"} & set(args.measures):
         towers = load_towers(args.clip or args.run, device)
@@ -509,12 +509,13 @@ def measure(args):
     elif not names and (args.clip or args.run):
         s.towers, names = load_towers(args.clip or args.run, device), ["clip"]
     elif len(names) > 1 and "drawn" in names and not of_this_world:
-        names, lines = [n for n in names if n != "drawn"], ["drawn is left out: no prompt is of it", ""]
+        names, lines = [n for n in names if n != "drawn"], [
+            "drawn is left out: no prompt is of the drawn world", ""]
     report, panels, failed = {"settings": vars(args)}, [], []
     for name in [name for name in MEASURES if name in names]:
         try:
             result, more, pictures = MEASURES[name](s)
-        except ValueError as e:                                 # the others' work shall not be lost
+        except ValueError as e:                                 # the work of the others must not be lost
             failed.append(f"{name} could not be measured: {e}")
             continue
         report |= result if name == "drawn" else {name: result}
@@ -556,16 +557,16 @@ def parse(argv=None):
     p.add_argument("--model", help="published weights: draws GenEval's prompts")
     p.add_argument("--images", help="a folder of pictures in GenEval's layout, whoever drew them")
     p.add_argument("--measures",
-                   help=f"all, or some of {','.join(MEASURES)} (default: drawn, where prompts are of it)")
+                   help=f"all, or some of {','.join(MEASURES)} (default: drawn, if it suits the prompts)")
     p.add_argument("-n", type=int, help="prompts a task (default: 25; all of a file's or of GenEval's)")
-    p.add_argument("--pictures", type=int, default=4, help="of each prompt (default: 4)")
+    p.add_argument("--pictures", type=int, default=4, help="pictures of each prompt (default: 4)")
     p.add_argument("--steps", type=int, help="sampling steps (default: the model's; 20 for a run)")
     p.add_argument("--guidance", type=float, help="guidance scale (default: the model's; 3 for a run)")
-    p.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: 0)")
+    p.add_argument("--seed", type=int, default=0, help="seed of prompts and noise (default: 0)")
     p.add_argument("--prompts", help="a file of metadata, one JSON object a line, to use as prompts")
     p.add_argument("--clip", help="folder of a CLIP, or of a run, whose towers score (default: the run's)")
-    p.add_argument("--data", help="true pictures, drawn, emoji or a folder; to a run unknown ones")
-    p.add_argument("--out", help="where the report goes (default: into the run's or the pictures' folder)")
+    p.add_argument("--data", help="true pictures: drawn, emoji or a folder; for a run, ones new to it")
+    p.add_argument("--out", help="folder for the report (default: the run's or the pictures' own)")
     p.add_argument("--device", default="auto", help="auto | cuda | mps | cpu (default: auto)")
     p.error = refuse
     args = p.parse_args(argv)
@@ -589,7 +590,7 @@ def parse(argv=None):
         if name in lacking:
             raise ValueError(f"the measure {name} needs {lacking[name]}: add it, or leave {name} out")
     if args.guidance is not None and not math.isfinite(args.guidance):
-        raise ValueError(f"--guidance {args.guidance} is no number: 1 for none")
+        raise ValueError(f"--guidance {args.guidance} is not a number: give 1 for none")
     if args.data:
         data.list_pictures(args.data, SIDE, count=1)
     if args.seed < 0:
@@ -603,15 +604,15 @@ def refuse(message: str):
 
 def main(argv=None):
     try:
-        if hasattr(sys.stdout, "reconfigure"):          # a console that cannot write a prompt
+        if hasattr(sys.stdout, "reconfigure"):          # for a console that cannot show every prompt
             sys.stdout.reconfigure(errors="backslashreplace")
         measure(parse(argv))
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with what is drawn")
+        sys.exit("stopped; the same command goes on from what has been drawn")
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        print(f"evaluate.py: memory was not enough ({str(error).splitlines()[0]}): what is drawn stays; "
+        print(f"evaluate.py: not enough memory ({str(error).splitlines()[0]}): what is drawn stays; "
               "sample.py --dry-run says what a model takes", file=sys.stderr)
         sys.exit(2)
     except (ValueError, FloatingPointError, OSError) as error:
@@ -622,7 +623,7 @@ def main(argv=None):
 # --- Demo -------------------------------------------------------------------------------------------------
 
 def demo():
-    """A folder of true drawings is all right; a damaged picture is left out and named."""
+    """In a folder of true drawings all are right; a damaged picture is left out and named."""
     from tempfile import TemporaryDirectory
     with TemporaryDirectory() as folder:
         for job in (jobs := requests(3, per_prompt=2)):

@@ -6,8 +6,8 @@ each setting once. The flags are the fields of TrainConfig, with their help.
     python train.py ...             flags, then defaults                       parse
     python train.py --resume        the run's config.json; flags only in FREE  parse
     python train.py --from RUN ...  flags, then that run's, then defaults      second_phase
-    python train.py --cache DIR ... flags, then what the cache is of           by_published
-    ... --from WEIGHTS --cache DIR  flags, then that and what suits learning on fine_tuning
+    python train.py --cache DIR ... flags, then the cache's own settings       by_published
+    ... --from WEIGHTS --cache DIR  flags, then those and small steps          fine_tuning
     python train.py cache ...       flags of their own                         parse_cache
 
 What to know
@@ -57,7 +57,7 @@ class TrainConfig:
     synthetic: float = flag(0.5, "share of synthetic captions, where a picture has some beside the original")
     buckets: bool = flag(False, "the transformer learns pictures in their own shapes, not as squares")
     cache: str = flag("", "a folder that  train.py cache  made, for the transformer to learn from")
-    encoders: str = flag("", "published weights whose encoders made the cache; default: as the cache says")
+    encoders: str = flag("", "published weights whose encoders made the cache; default: those the cache names")
     model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
     origin: str = flag(
         "", "a finished run to go on from: its parts are kept, its transformer is trained further; or "
@@ -65,10 +65,10 @@ class TrainConfig:
     lora: int = flag(0, "with --from: train only adapters of this rank (finetune.py); 0: train all weights")
     out: str = flag("", "folder of the run; default: a new one under runs/")
     device: str = flag("auto", "auto | cuda | mps | cpu")
-    dtype: str = flag("auto", "auto | bfloat16 | float32, of matrix products")
+    dtype: str = flag("auto", "dtype of matrix products: auto | bfloat16 | float32")
     seed: int = flag(0, "the same seed repeats a run on the same machine")
     minutes: float = flag(
-        20.0, "limit for the whole run: if it is too slow, stages get fewer steps; 0: no limit")
+        20.0, "limit for the whole run, which takes 3 or so at least: stages get fewer steps; 0: none")
     vae_steps: int = flag(700, "steps of the autoencoder", "how long and how fast, by stage")
     vae_batch: int = flag(16, "pictures a step")
     vae_rate: float = flag(2e-3, "peak learning rate")
@@ -328,7 +328,7 @@ def parse_cache(argv) -> argparse.Namespace:
                         "taken (default: 0)")
     parser.add_argument("--buckets", action="store_true", help="pictures in their own shapes, not as squares")
     parser.add_argument("--device", default="auto", help="auto | cuda | mps | cpu (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto | bfloat16 | float32, of matrix products")
+    parser.add_argument("--dtype", default="auto", help="of matrix products: auto | bfloat16 | float32")
     args = parser.parse_args(argv)
     if args.size is not None and args.size < 16:
         parser.error(f"--size {args.size}: at least 16")

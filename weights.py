@@ -93,7 +93,7 @@ def locate(path, part):
         largest = [p for p in sorted(beside) if p.stat().st_size == most]
         for p in largest[1:]:
             if not filecmp.cmp(largest[0], p, shallow=False):
-                raise CheckpointError(f"{largest[0]} and {p} have one size but differ: keep only one there")
+                raise CheckpointError(f"{largest[0]} and {p} have one size but differ: keep one of them")
         found = [beside[p] for p in largest[:1]]
     if len(found) > 1:
         names = " and ".join(sorted(source.path.name for source, _ in found)[:3])

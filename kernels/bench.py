@@ -11,8 +11,8 @@ then the models, whose "triton" is by then the faster of the two attentions:
 
 It runs at least one case, starts none that would take longer than the time left, and goes on from the
 rows in --out and in kernels/results/. A case that fails becomes a row "failed" with its reason, and is not
-tried again until that row is deleted; where a failure leaves the GPU unusable, the program starts itself anew
-behind it.
+tried again until that row is deleted; if a failure leaves the GPU unusable, the program starts itself again
+and goes on after it.
 
 Rivals, all doing the whole operation, norms and concatenation counted:
 
@@ -44,7 +44,7 @@ Pitfalls
 - Launching a short kernel takes the host longer than the kernel runs. An operation is launched while the GPU
   sleeps, so its time is the GPU's alone, as where many launches are waiting; a model's includes the host.
 - PyTorch caches what it compiled under the function's code and what it noticed while tracing it: which of its
-  attentions is allowed must be said inside, or all rivals are the one that was compiled first.
+  attentions is allowed must be said inside, or every rival is the one that was compiled first.
 - Under autocast the stream of activations stays float32 beside branches of half precision: the modulations
   are measured in that mixture too, with dtype float32, forward + backward.
 - A rival that cannot run a case (flash needs half precision, say) is left out with its reason, once.
@@ -77,7 +77,7 @@ MODELS = "sd3-medium", "sd3.5-medium", "sd3.5-large"
 TEXT, HD = 154, 64
 SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 PASSES = ("forward", "forward+backward")
-SECONDS = {"attention": 45, "modul": 12, "model": 120}  # one pass of a case: a guess, raised on the way
+SECONDS = {"attention": 45, "modul": 12, "model": 120}  # one pass of a case: a guess, raised if it took more
 
 
 def cases(pixels=(512, 1024), batches=(1, 2, 4, 8), smoke=False) -> list[dict]:
@@ -185,7 +185,7 @@ def model_rivals(case, device) -> dict:
     dtype, c = getattr(torch, case["dtype"]), model_config(case)
     how = dict(dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
     with torch.device(device):
-        torch.set_default_dtype(dtype)                              # float32 first: twice the memory
+        torch.set_default_dtype(dtype)                              # by way of float32: twice the memory
         try:
             model = MMDiT(c).to(dtype).eval()
         finally:
@@ -218,7 +218,7 @@ def model_rivals(case, device) -> dict:
 
 
 def compiled_blocks(model, name, how):
-    """The same model, of the same parameters, whose blocks are compiled."""
+    """The same model, with the same parameters, whose blocks are compiled."""
     kept = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     twin = copy.deepcopy(model, kept)                               # what is in `kept` counts as copied
     for block in getattr(twin, name):
@@ -323,7 +323,7 @@ def exact(case):
         h = None
         if gated:
             h = x + gated[1] * gated[0]
-            x = h + (h.to(getattr(torch, case["dtype"])).to(h.dtype) - h).detach()     # is stored in between
+            x = h + (h.to(getattr(torch, case["dtype"])).to(h.dtype) - h).detach()     # h is stored between
         n = x - x.mean(-1, keepdim=True)
         return h, n / (n.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
 
@@ -346,7 +346,7 @@ def error(function, args, case, backward) -> float:
 
 
 def model_operations(c: MMDiTConfig, B, M, N) -> int:
-    """Of one forward pass: 2 for each weight and token, and the attentions."""
+    """Operations of one forward pass: 2 for each weight and token, and the attentions."""
     D, out = c.width, c.patch_size ** 2 * c.in_channels
     tokens = D * (2 * N * out + M * c.context_dim) + D * (256 + c.pooled_dim) + 2 * D * D
     for i in range(c.depth):
@@ -386,7 +386,7 @@ def peaks(device) -> tuple[float, float]:
 
 
 def measure(case, backward, device, peak, skipped) -> list[dict]:
-    """One row a rival that can run the case."""
+    """One row for each rival that can run the case."""
     args, rows, runs = inputs(case, device), [], {}
     torch.compiler.reset()
     functions = rivals(case, device)
@@ -430,7 +430,7 @@ def in_short(e) -> str:
 
 
 def usable(device) -> bool:
-    """After a write to a wrong address a process gets nothing more out of its GPU."""
+    """Whether the GPU still works: after a write to a wrong address a process gets nothing more out of it."""
     try:
         if device == "cuda":
             torch.cuda.synchronize()
@@ -495,7 +495,7 @@ def measured_before(folders, gpu, versions) -> list[dict]:
 
 
 def append(path, rows) -> list[dict]:
-    """rows, after they were written to the CSV at path."""
+    """Append rows to the CSV at `path`. -> rows"""
     with path.open("a", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, rows[0])
         if f.tell() == 0:
@@ -514,11 +514,12 @@ def arguments(argv):
     p = argparse.ArgumentParser(description="Times the kernels against what PyTorch has, on this GPU.")
     p.add_argument("--pixels", type=int, nargs="+", default=[512, 1024])
     p.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8])
-    p.add_argument("--operation", default="", help="only those whose name contains this; model: whole ones")
+    p.add_argument("--operation", default="",
+                   help="only operations whose name contains this; model: only whole models")
     p.add_argument("--model", default="", choices=("", *MODELS), help="only this model's shapes")
-    p.add_argument("--minutes", type=float, default=math.inf, help="begin nothing that would end later")
+    p.add_argument("--minutes", type=float, default=math.inf, help="start nothing that would end later")
     p.add_argument("--out", type=Path, default=kernels.RESULTS)
-    p.add_argument("--smoke", action="store_true", help="tiny shapes on any device; needs --out elsewhere")
+    p.add_argument("--smoke", action="store_true", help="tiny shapes on any device; needs another --out")
     a = p.parse_args(argv)
     a.device = "cuda" if torch.cuda.is_available() else "cpu"
     if a.device == "cpu" and not a.smoke:
@@ -537,7 +538,7 @@ def arguments(argv):
 
 
 def attempt(case, name, a, peak, skipped) -> list[dict]:
-    """The rows of a case; of one that fails a single row, which says why."""
+    """The rows of a case; if it fails, a single row that says why."""
     try:
         rows = measure(case, name == PASSES[1], a.device, peak, skipped)
         table(case, name, rows)

@@ -34,7 +34,7 @@ def quantise(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """Takes the place of a nn.Linear for drawing. No gradients reach the weights."""
+    """Takes the place of an nn.Linear for drawing. No gradients reach the weights."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -45,14 +45,14 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
-        # sums of x times up to 127 would leave float16's range; to divide by a power of two is exact
+        # sums of x times up to 127 would leave float16's range; dividing by a power of two is exact
         y = F.linear(x * 2**-7, self.weight.to(x.dtype))                        # under autocast in its dtype
         y = y * (self.scale.to(y.dtype) * 2**7)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def quantise_linears(module: nn.Module, keep=()) -> nn.Module:
-    """Replace every nn.Linear in `module`, one at a time, so that the whole is never there twice.
+    """Replace every nn.Linear in `module`, one at a time, so that the whole is never in memory twice.
 
     keep: names of layers to leave as they are. Returns the module.
     """
@@ -65,8 +65,8 @@ def quantise_linears(module: nn.Module, keep=()) -> nn.Module:
 def quantise_mmdit(mmdit: nn.Module) -> nn.Module:
     """The joint blocks of an MMDiT, which are 99 % of it.
 
-    The last block's text projection stays: its queries are dead, and SelfAttention.project_kv cuts them off
-    the weight itself. So do the embedders, which are small.
+    The last block's text projection stays as it is: its queries are dead, and SelfAttention.project_kv cuts
+    them off the weight itself. The embedders, which are small, stay too.
     """
     quantise_linears(mmdit.joint_blocks, keep={f"{len(mmdit.joint_blocks) - 1}.context_block.attn.qkv"})
     return mmdit

@@ -54,7 +54,7 @@ def candidates(step: str, own: tuple) -> list[tuple]:
 
 @contextmanager
 def cut(step: str, way: tuple):
-    """Inside, this step is cut so; the others as ever."""
+    """Inside, this step is cut this way; the others as usual."""
     module = importlib.import_module("kernels.joint_attention")     # kernels.joint_attention is the function
     usual = module.tiles
     module.tiles = lambda s, x: usual(s, x) | (dict(zip(NAMES, way)) if s == step else {})
@@ -65,7 +65,7 @@ def cut(step: str, way: tuple):
 
 
 def problem(M, N, nh, hd, dtype, device):
-    """-> {step: call} on random activations: M text and N image tokens, with norms."""
+    """-> {step: call} on random activations of M text and N image tokens, with norms."""
     g = torch.Generator(device).manual_seed(0)
     six = [torch.randn(1, L, nh, hd, generator=g, device=device).to(dtype) for L in (M, M, M, N, N, N)]
     weights = [torch.rand(hd, generator=g, device=device).to(dtype) + 0.5 for _ in range(4)]
@@ -111,8 +111,8 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description="time joint attention with other tiles", allow_abbrev=False)
     p.add_argument("--head-dim", type=int, default=64)
     p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    p.add_argument("--tokens", type=int, default=4096, help="of the picture (default: 4096)")
-    p.add_argument("--minutes", type=float, default=9, help="for all three steps (default: 9)")
+    p.add_argument("--tokens", type=int, default=4096, help="tokens of the picture (default: 4096)")
+    p.add_argument("--minutes", type=float, default=9, help="time for all three steps (default: 9)")
     p.add_argument("--smoke", action="store_true", help="tiny, on a CPU in Triton's interpreter")
     args = p.parse_args(argv)
     device = "cpu" if args.smoke else "cuda"

@@ -42,7 +42,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main(argv=None) -> None:
     p = flags("score against the share of synthetic captions")
-    p.add_argument("--steps", type=int, default=1500, help="of the transformer (default: 1500)")
+    p.add_argument("--steps", type=int, default=1500, help="steps of the transformer (default: 1500)")
     args = p.parse_args(argv)
     with told_in_one_line():
         rows = []

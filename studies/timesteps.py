@@ -38,7 +38,7 @@ def row(density: str, steps: int, found: dict) -> dict:
 def plot(rows: list[dict], shift: float, path: Path) -> None:
     fig, panels = figure(1, 3, figsize=(13, 3.8))
     t = torch.linspace(0.005, 0.995, 199)
-    before = flow.shift_t(t, 1 / shift)                                     # where the shift found it
+    before = flow.shift_t(t, 1 / shift)                                     # t before the shift
     slope = (1 / shift) / (1 + (1 / shift - 1) * t) ** 2                    # d before / d t
     levels = [name.removeprefix("loss_") for name in rows[0] if name.startswith("loss_0")]
     steps = [name.removeprefix("score_") for name in rows[0] if name.startswith("score_")]
@@ -60,8 +60,8 @@ def plot(rows: list[dict], shift: float, path: Path) -> None:
 
 def main(argv=None) -> None:
     p = flags("score and loss against the density of training times")
-    p.add_argument("--steps", type=int, default=1500, help="of the transformer (default: 1500)")
-    p.add_argument("--shift", type=float, help="of times in training and sampling (default: RUN's)")
+    p.add_argument("--steps", type=int, default=1500, help="steps of the transformer (default: 1500)")
+    p.add_argument("--shift", type=float, help="shift of times in training and sampling (default: RUN's)")
     args = p.parse_args(argv)
     with told_in_one_line():
         shift = read_json(args.run / "config.json")["shift"] if args.shift is None else args.shift

@@ -34,11 +34,11 @@ from watch import read_metrics  # noqa: E402
 
 
 def trained(run: Path, folder: Path, **changes) -> Path:
-    """The run `folder`, finished or trained now, with RUN's settings but for the changes. Its encoders are
-    RUN's, unless its seed is another."""
+    """The run `folder`, trained now if it is not finished, with RUN's settings except for the changes. Its
+    encoders are RUN's, unless its seed differs."""
     saved = read_json(run / "config.json")
     if not (folder / "config.json").is_file():
-        partly = folder.with_name(folder.name + ".part")            # a copy that was interrupted is none
+        partly = folder.with_name(folder.name + ".part")            # an interrupted copy does not count
         shutil.rmtree(partly, ignore_errors=True)
         partly.mkdir(parents=True)
         if changes.get("seed", saved["seed"]) == saved["seed"]:
@@ -57,7 +57,7 @@ def trained(run: Path, folder: Path, **changes) -> Path:
 
 
 def scores(folder: Path, prompts: int, measures: str = "drawn,loss") -> dict:
-    """What scores.json says, which is made where it is missing, lacks a measure or is of other prompts."""
+    """What scores.json says; made if it is missing, lacks a measure or has another number of prompts."""
     path = folder / "scores.json"
     found = read_json(path) if path.is_file() else {}
     wanted = {"score" if name == "drawn" else name for name in measures.split(",")}
@@ -87,7 +87,7 @@ def plot(rows: list[dict], path: Path) -> None:
     first = seeds[0]
     line = [r for r in rows if r["seed"] == first]
     for panel, key, error in ((panels[0], "loss", "loss_error"), (panels[1], "overall", "error")):
-        for seed in seeds[:1] if key == "loss" else seeds:      # of other latents losses do not compare
+        for seed in seeds[:1] if key == "loss" else seeds:      # losses on other latents do not compare
             own = [r for r in rows if r["seed"] == seed]
             panel.errorbar([r["steps"] for r in own], [r[key] for r in own], [r[error] for r in own],
                            fmt="o-" if seed == first else "x", capsize=2, label=f"seed {seed}")
@@ -127,7 +127,7 @@ def write_table(rows: list[dict], path: Path) -> None:
 
 
 def flags(what: str) -> argparse.ArgumentParser:
-    """Those that all studies have."""
+    """The flags that all studies have."""
     p = argparse.ArgumentParser(description=what)
     p.add_argument("run", type=Path, help="a finished run of drawn pictures, whose encoders are used")
     p.add_argument("-n", type=int, default=64, help="prompts a task (default: 64)")
@@ -136,7 +136,7 @@ def flags(what: str) -> argparse.ArgumentParser:
 
 @contextmanager
 def told_in_one_line():
-    """What goes wrong inside, with exit code 2."""
+    """Inside, an error ends the program with one line and exit code 2."""
     try:
         yield
     except (ValueError, FloatingPointError, OSError) as e:
@@ -146,8 +146,9 @@ def told_in_one_line():
 
 def main(argv=None) -> None:
     p = flags("score and loss against the length of training")
-    p.add_argument("--steps", type=int, nargs="+", default=[750, 1500, 3000, 8000], help="of the transformer")
-    p.add_argument("--seeds", type=int, nargs="+", help="default: RUN's own")
+    p.add_argument("--steps", type=int, nargs="+", default=[750, 1500, 3000, 8000],
+                   help="steps of the transformer (default: 750 1500 3000 8000)")
+    p.add_argument("--seeds", type=int, nargs="+", help="seeds to train with (default: RUN's own)")
     args = p.parse_args(argv)
     with told_in_one_line():
         for seed in args.seeds or [read_json(args.run / "config.json")["seed"]]:

@@ -177,7 +177,7 @@ def test_the_command_reports_and_errors_are_one_line_with_exit_code_2(tmp_path, 
     out = capsys.readouterr().out
     assert "kept                      12 100.0 %" in out and "buckets for --size 32: " in out
     assert (tmp_path / "runs" / "check-pics" / "report.json").is_file()
-    for wrong, message in ((["gone"], "no such folder"), (["pics", "--score", "x>>2"], "is no rule"),
+    for wrong, message in ((["gone"], "no such folder"), (["pics", "--score", "x>>2"], "is not a rule"),
                            (["pics", "--score", "x>=2"], "no scores at all"),
                            (["emoji"], "comes with the project"),
                            (["pics", "--size", "50"], "not a multiple of 16"),

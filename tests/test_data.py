@@ -742,10 +742,10 @@ def test_names_that_are_no_text_linked_and_hidden_folders_are_skipped_and_told(t
     (folder / "excluded.txt").write_text("a.png\n", encoding="utf-8-sig")
     got = data.list_pictures(folder, 8)
     assert not got.entries and got.excluded == 1
-    assert sorted(got.skipped) == [("caf\\udce9.png", "its name is no UTF-8 text: rename it"), (
+    assert sorted(got.skipped) == [("caf\\udce9.png", "its name is not UTF-8 text: rename it"), (
         "link", "a link to a folder, which is not followed: put the folder itself there")]
     (folder / "excluded.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="excluded.txt is no UTF-8 text"):
+    with pytest.raises(ValueError, match="excluded.txt is not UTF-8 text"):
         data.list_pictures(folder, 8)
 
 

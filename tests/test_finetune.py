@@ -82,7 +82,7 @@ def test_beside_the_weights_inside_them_and_in_a_file_an_adapter_means_the_same(
 
 @pytest.mark.parametrize("rank", [0, -1, 17])
 def test_a_rank_that_is_none_is_refused(rank):
-    with pytest.raises(ValueError, match="needed is 1 to 16"):
+    with pytest.raises(ValueError, match="it must be 1 to 16"):
         add_lora(model(), rank)
 
 

@@ -340,13 +340,13 @@ def test_metadata_is_read_from_a_file_and_a_bad_line_is_named(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in metrics.geneval_prompts()), encoding="utf-8")
     assert metrics.read_prompts(path) == metrics.geneval_prompts()
-    for text, message in (('{"prompt": "a"}\n{"prompt": \n', "jsonl:2 is no metadata"),
+    for text, message in (('{"prompt": "a"}\n{"prompt": \n', "jsonl:2 is not metadata"),
                           ('{"tag": "x"}', ':1 .*no "prompt"'), ("\n\n", "is empty"),
                           ("[1]", ':1 .*no "prompt"'), ("[" * 200_000, ":1 .*nested")):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             metrics.read_prompts(path)
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         metrics.read_prompts(tmp_path)
 
 
@@ -480,7 +480,7 @@ def test_pictures_of_another_prompt_or_seed_are_drawn_anew(tmp_path):
 def test_a_folder_without_pictures_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such folders"):
         metrics.read_folder(tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         metrics.read_folder(tmp_path / "nowhere")
     (tmp_path / "00000" / "samples").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "00000" / "samples" / "00000.png")

@@ -409,7 +409,7 @@ def test_damaged_and_foreign_caches_are_refused_with_the_way_out_and_mended(tmp_
         whole = (folder / name).read_bytes()
         for broken in (whole[:-10], whole[:4], b"", whole + b"xx"):
             (folder / name).write_bytes(broken)
-            with pytest.raises(ValueError, match=f"not finished: 1 of .*{name}.*makes it again"):
+            with pytest.raises(ValueError, match=f"not finished: 1 of .*{name}.*repeat the command"):
                 Cache(folder)
         encoders.write(folder, survey)
         assert (folder / name).read_bytes() == whole

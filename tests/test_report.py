@@ -288,7 +288,7 @@ def test_large_pictures_of_others_are_scored_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ((), "give --run, --model or --images"), (("--frob",), "see python evaluate.py --help"),
-    (("--images", "full", "--run", "x"), "exclude each other"), (("--images", "nowhere"), "is no folder"),
+    (("--images", "full", "--run", "x"), "exclude each other"), (("--images", "nowhere"), "is not a folder"),
     (("--images", "empty"), "no such folders"), (("--images", "foreign"), "unknown class 'bench'"),
     (("--images", "full", "--measures", "beauty"), "no measure 'beauty'"),
     (("--images", "full", "--measures", "loss", "--data", "drawn"), "loss needs --run or --model"),
@@ -299,7 +299,7 @@ def test_large_pictures_of_others_are_scored_as_they_are(tmp_path):
     (("--run", "empty", "--pictures", "0"), "at least 1"), (("--run", "empty", "-n", "0"), "at least 1"),
     (("--run", "empty", "--steps", "0"), "at least 1"), (("--run", "empty", "--seed", "-1"), "0 or more"),
     (("--run", "empty", "-n", "few"), "invalid int"),
-    (("--model", "empty", "--prompts", "nowhere"), "is no file"),
+    (("--model", "empty", "--prompts", "nowhere"), "is not a file"),
     (("--images", "full", "--device", "gpu7"), "device"), (("--run", "list"), "config.json cannot be read"),
     (("--run", "else"), "not a run of train.py"),
     (("--run", "empty", "--guidance", "nan"), "no number"), (("--images", "full", "--out", "file"), "--out"),
