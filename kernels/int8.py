@@ -1,7 +1,7 @@
 """Weights in eight bits: what does half of the memory cost?
 
     w (out, in)  ~  q (out, in) int8, from -127 to 127, times s (out,): one scale for each output channel
-    x w^T        ~  (x / 128) q^T * (128 s)
+    x w^T        ~  x (q / 128)^T * (128 s)
 
 Only weights are rounded; activations and sums stay as they were. The int8 numbers are turned into x's dtype
 one layer at a time, right before the product: 16 bits hold them exactly, so the only error is the rounding to
@@ -45,8 +45,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
-        # sums of x times up to 127 would leave float16's range; dividing by a power of two is exact
-        y = F.linear(x * 2**-7, self.weight.to(x.dtype))                        # under autocast in its dtype
+        # Sums of x times up to 127 would leave float16's range. Weights over 128 are exact; small x over 128
+        # would not be. The scalar is a tensor for its dtype: one pass turns int8 into that.
+        w = self.weight * torch.tensor(2**-7, dtype=x.dtype)                    # (out, in) in x's dtype
+        y = F.linear(x, w)                                                      # under autocast in its dtype
         y = y * (self.scale.to(y.dtype) * 2**7)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
