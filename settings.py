@@ -51,7 +51,7 @@ class TrainConfig:
     synthetic: float = flag(0.5, "share of synthetic captions, where a picture has some beside the original")
     buckets: bool = flag(False, "the transformer learns pictures in their own shapes, not as squares")
     cache: str = flag("", "a folder that  train.py cache  made, for the transformer to learn from")
-    encoders: str = flag("", "published weights whose encoders made the cache; default: those the cache names")
+    encoders: str = flag("", "published weights whose encoders made the cache; default: those it names")
     model: str = flag("tiny", "MMDiT preset that gives depth and width (mmdit.py)")
     origin: str = flag(
         "", "a finished run to go on from: its parts are kept, its transformer is trained further; or "
