@@ -113,7 +113,8 @@ class TrainConfig:
             raise ValueError("published encoders only make caches: add --cache DIR, made by  python train.py "
                              f"cache --model {self.encoders} --data DIR --size SIDE")
         if self.lora < 0 or self.lora and not self.origin:
-            raise ValueError(f"--lora {self.lora} needs a rank above 0; adapters change what --from names")
+            raise ValueError(f"--lora {self.lora}: the rank must be above 0, and adapters change "
+                             "what --from names: add --from")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed is {self.seed}: it must be from 0 to {2**31 - 1:,}")
         if self.lora and self.muon_rate:
