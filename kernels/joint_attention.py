@@ -350,7 +350,7 @@ def load_row(at, rows, count, other, ALL: tl.constexpr):
 def walk_queries(dk, dv, k, v, q_at, q_row, do_at, do_row, lse_at, delta_at, queries, factor,
                  ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                  DOT: tl.constexpr):
-    """Walk over the queries of one stream; everything is transposed, (keys, queries), so that p and ds are the
+    """Walk over the queries of one stream; everything is transposed, (keys, queries), so that p and ds are
     left factors of the next products, which may stay in registers."""
     for start in range(0, queries, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)

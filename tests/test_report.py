@@ -302,7 +302,8 @@ def test_large_pictures_of_others_are_scored_as_they_are(tmp_path):
     (("--model", "empty", "--prompts", "nowhere"), "is not a file"),
     (("--images", "full", "--device", "gpu7"), "device"), (("--run", "list"), "config.json cannot be read"),
     (("--run", "else"), "not a run of train.py"),
-    (("--run", "empty", "--guidance", "nan"), "not a number"), (("--images", "full", "--out", "file"), "--out"),
+    (("--run", "empty", "--guidance", "nan"), "not a number"),
+    (("--images", "full", "--out", "file"), "--out"),
     (("--images", "full", "--measures", "memory", "--data", "empty"), "empty")])
 def test_bad_input_ends_in_one_line_that_names_the_remedy(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
