@@ -4,8 +4,9 @@
     python kernels/bench.py                        everything that kernels/results/ does not hold yet
     python kernels/bench.py --pixels 1024 --batch 1 --operation attention --model sd3.5-large
 
-For half an hour on a GPU, in pieces of 9 minutes, type the same line three times; the operations come first,
-then the models, whose "triton" is by then the faster of the two attentions:
+With half an hour on a GPU, first find its tiles (kernels/sweep.py, 4 minutes), then type this line again and
+again, with --out in a folder that is kept; the operations come first, then the models, whose "triton" is by
+then the faster of the two attentions:
 
     python kernels/bench.py --pixels 1024 --batch 1 --minutes 9
 

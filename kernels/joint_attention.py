@@ -246,7 +246,7 @@ def attend_keys(out, total, top, q, k_at, k_row, v_at, v_row, keys, factor, ALL:
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if not ALL:
             scores = tl.where((n < keys)[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)           # as in attend_simple, in powers of 2
         p = tl.exp2(scores * factor - new_top[:, None])
         smaller = tl.exp2(top - new_top)
         total = total * smaller + tl.sum(p, 1)
@@ -700,7 +700,12 @@ def joint_attention_triton(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weight
 
 def check_joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, text_lengths, eps) -> None:
     """ValueError that names the argument, before anything runs."""
-    if q_img.dim() != 4:
+    given = {"q_txt": q_txt, "k_txt": k_txt, "v_txt": v_txt, "q_img": q_img, "k_img": k_img, "v_img": v_img,
+             "text_lengths": text_lengths}
+    for name, x in given.items():
+        if not isinstance(x, Tensor) and (x is not None or name.endswith("img")):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    if q_img.dim() != 4 or 0 in q_img.shape[2:]:
         raise ValueError(f"q_img must be (B, N, nh, hd), got {tuple(q_img.shape)}")
     B, N, nh, hd = q_img.shape
     if (k_txt is None) != (v_txt is None) or k_txt is None and q_txt is not None:

@@ -1,4 +1,4 @@
-"""Which tiles are fastest on this GPU? Times joint attention's three steps, cut in many ways.
+"""Which tiles are fastest on this GPU? Times attention's three steps and the modulations, cut in many ways.
 
     python kernels/sweep.py --minutes 9                         sd3.5-large at 1024 pixels, head dim 64
     python kernels/sweep.py --head-dim 128 --dtype float16
@@ -12,6 +12,8 @@ and the line to put there.
     forward   the whole forward pass
     keys      a backward pass, in which only the kernel for dK and dV is cut otherwise
     queries   a backward pass, in which only the kernel for dQ is
+    modulate  both modulations forward: rows a program and warps, beside a copy of the same bytes. What wins
+              goes into `tile` in kernels/adaln.py
 
 Pitfalls
 - A way that the GPU has no room for, or that computes something else than the table's own, is left out and
@@ -28,12 +30,14 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as a file: `kernels` is beside this
 
+from kernels import adaln  # noqa: E402
 from kernels.bench import in_short, milliseconds, usable  # noqa: E402
 from kernels.joint_attention import launch_backward, launch_forward, tiles  # noqa: E402
 
@@ -107,6 +111,29 @@ def sweep(step: str, call, own: tuple, ways: list[tuple], device: str, seconds: 
     return [(times[way], way) for way in best + others], left_out
 
 
+def modulations(D: int, L: int, dtype, device: str) -> None:
+    """Prints the time of every way to cut the two modulations of one picture, and of a copy."""
+    g = torch.Generator(device).manual_seed(0)
+    x, y = (torch.randn(1, L, D, generator=g, device=device).to(dtype) for _ in range(2))
+    vectors = [torch.randn(1, D, generator=g, device=device).to(dtype) for _ in range(3)]
+    usual = adaln.tile
+    for name, more, copied in (("modulate", (), (x,)), ("gate_residual_modulate", (y, vectors[2]), (x, y))):
+        times = {}
+        for rows, warps in itertools.product((1, 2, 4), (4, 8, 16)):
+            adaln.tile = lambda D: dict(ROWS=rows, num_warps=warps)
+            try:
+                call = partial(adaln.launch_forward, x, *vectors[:2], 1e-6, *more)
+                times[rows, warps] = milliseconds(call, device)[1]
+            finally:
+                adaln.tile = usual
+        copy = milliseconds(lambda: [t.clone() for t in copied], device)[1]
+        print(f"{name}: a copy of the same bytes takes {copy:.4f} ms; ROWS, num_warps")
+        for way in sorted(times, key=times.get):
+            own = usual(D) == dict(ROWS=way[0], num_warps=way[1])
+            print(f"  {times[way]:9.4f}  {copy / times[way]:5.0%} of the copy's speed  {way}"
+                  + "  the table's own" * own, flush=True)
+
+
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description="time joint attention with other tiles", allow_abbrev=False)
     p.add_argument("--head-dim", type=int, default=64)
@@ -138,6 +165,7 @@ def main(argv=None) -> None:
         for why in left_out[:3]:
             print(f"  left out {why}")
         print(f'  "{step}": {found[0][1]}', flush=True)
+    modulations(*(48, 9) if args.smoke else (2432, args.tokens), dtype, device)
 
 
 if __name__ == "__main__":

@@ -715,6 +715,9 @@ def test_the_sweep_cuts_each_step_of_both_passes_in_other_ways(capsys, monkeypat
     assert cuts == {(("forward", 32),), (("forward", 16),), (("keys", 32), ("queries", 32)),
                     (("keys", 16), ("queries", 32)), (("keys", 32), ("queries", 16))}
     assert module.tiles is usual
+    for name in ("modulate", "gate_residual_modulate"):
+        assert f"\n{name}: a copy of the same bytes takes" in said
+    assert said.count("of the copy's speed") == 2 * 9 and adaln.tile(2432) == dict(ROWS=1, num_warps=8)
 
 
 def test_the_sweep_names_the_fastest_way_that_computes_the_same_and_what_it_left_out(monkeypatch):
