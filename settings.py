@@ -35,7 +35,7 @@ from stages import STAGES, encoder_prints
 from weights import config_of
 
 # settings that say what is trained, and by what
-SHAPING = ("model", "size", "clip_length", "t5_length", "vae_critic", "muon_rate", "lora")
+SHAPING = ("model", "size", "clip_length", "t5_length", "vae_channels", "vae_critic", "muon_rate", "lora")
 # what a resumed run may change
 FREE = ("minutes", "accumulate", "fsdp", "compile", "encoders", "preview_every", "save_every")
 
@@ -72,6 +72,7 @@ class TrainConfig:
     vae_steps: int = flag(700, "steps of the autoencoder", "how long and how fast, by stage")
     vae_batch: int = flag(16, "pictures a step")
     vae_rate: float = flag(2e-3, "peak learning rate")
+    vae_channels: int = flag(8, "channels of a latent; SD3 has 16")
     vae_critic: float = flag(0.0, "weight of the patch discriminator; 0: none")
     clip_steps: int = flag(700, "steps of the two CLIP pairs")
     clip_batch: int = flag(64, "pictures and captions a step")
@@ -110,7 +111,7 @@ class TrainConfig:
                 raise ValueError(f"{f.name} is {value!r}: it must be of type {f.type.__name__}")
             if f.type is float and not math.isfinite(value):
                 raise ValueError(f"{f.name} is {value}: it must be finite")
-        positive = ["size", "pictures", "accumulate", "warmup", "clip_norm", "save_every"]
+        positive = ["size", "pictures", "vae_channels", "accumulate", "warmup", "clip_norm", "save_every"]
         positive += [f"{s}_{k}" for s in STAGES for k in ("steps", "batch", "rate")]
         for name in positive:
             if not getattr(self, name) > 0:
@@ -245,10 +246,10 @@ def second_phase(given: dict) -> dict:
         raise ValueError(f"--from {run}: no finished run there, it would have config.json and "
                          "mmdit.safetensors: finish it with  python train.py --resume --out, or name another")
     saved = read_run(run)
-    for name in ("model", "clip_length", "t5_length"):
-        if given.get(name, saved[name]) != saved[name]:
-            raise ValueError(f"{flag_of(name)} {given[name]} contradicts {run}/config.json ({saved[name]}): "
-                             "what is taken over keeps its shape; leave the flag out")
+    for name in ("model", "clip_length", "t5_length", "vae_channels"):
+        if name in given and given[name] != saved.get(name):
+            raise ValueError(f"{flag_of(name)} {given[name]} contradicts {run}/config.json "
+                             f"({saved.get(name)}): what is taken over keeps its shape; leave the flag out")
     if given.get("cache"):
         cache, told = checked_cache(given)
         cache.compare(*encoder_prints(given.get("encoders", run)))

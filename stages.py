@@ -101,7 +101,7 @@ def build(c, tokenizers: dict, later=nullcontext()) -> dict[str, nn.Module]:
         bare = bare_encoders(c.encoders)
         configs = (bare[name].config for name in ("vae", *ENCODERS))
         return bare | ({} if c.origin else {"mmdit": build_mmdit(c, *configs, later)})
-    vae = AutoencoderKL(VAEConfig.preset("tiny"))
+    vae = AutoencoderKL(VAEConfig.preset("tiny", z_channels=c.vae_channels))
     clip_l = CLIPTextConfig.preset(
         "tiny_l", vocab_size=tokenizers["clip_l"].vocab_size, context_length=c.clip_length)
     clip_g = CLIPTextConfig.preset(

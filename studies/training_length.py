@@ -35,16 +35,18 @@ from watch import read_metrics  # noqa: E402
 
 def trained(run: Path, folder: Path, **changes) -> Path:
     """The run `folder`, trained now if it is not finished, with RUN's settings except for the changes. Its
-    encoders are RUN's, unless its seed differs."""
+    encoders are RUN's, unless its seed differs; so is its autoencoder, unless vae_channels is among the
+    changes."""
     saved = read_json(run / "config.json")
     if not (folder / "config.json").is_file():
         partly = folder.with_name(folder.name + ".part")            # an interrupted copy does not count
         shutil.rmtree(partly, ignore_errors=True)
         partly.mkdir(parents=True)
         if changes.get("seed", saved["seed"]) == saved["seed"]:
-            for name in (*PARTS_OF["vae"], *PARTS_OF["clip"], *PARTS_OF["t5"]):
+            shared = ("clip", "t5") if "vae_channels" in changes else ("vae", "clip", "t5")
+            for name in (name for stage in shared for name in PARTS_OF[stage]):
                 shutil.copy(run / f"{name}.safetensors", partly)
-            for name in ("tokenizers", "cache"):
+            for name in ("tokenizers", *["cache"] * ("vae" in shared)):
                 if (run / name).is_dir():
                     shutil.copytree(run / name, partly / name)
         known = {k: v for k, v in saved.items() if k not in ("origin", "cache")}

@@ -9,7 +9,8 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT))
 
-from studies import captions, timesteps, training_length  # noqa: E402
+from checkpoints import load_part  # noqa: E402
+from studies import captions, channels, timesteps, training_length  # noqa: E402
 
 
 @pytest.fixture
@@ -74,7 +75,20 @@ def test_each_share_of_synthetic_captions_trains_its_own_transformer(run, monkey
     assert "100 % synthetic" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("study", [training_length, timesteps, captions])
+def test_each_number_of_channels_trains_its_own_autoencoder_and_transformer_on_the_same_text(
+        run, monkeypatch, capsys):
+    monkeypatch.setattr(channels, "CHANNELS", (4, 16))
+    channels.main([str(run), "-n", "1", "--steps", "2"])
+    rows = table(run / "channels.csv")
+    assert [r["channels"] for r in rows] == ["4", "16"] and rows[0]["psnr"] != rows[1]["psnr"]
+    made = sorted((run / "channels").iterdir())
+    assert [load_part(folder, "mmdit").config.in_channels for folder in made] == [16, 4]
+    assert [load_part(folder, "vae").config.z_channels for folder in made] == [16, 4]
+    assert all((f / "t5.safetensors").read_bytes() == (run / "t5.safetensors").read_bytes() for f in made)
+    assert "16 channels  PSNR" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("study", [training_length, timesteps, captions, channels])
 def test_a_folder_without_a_run_is_named(study, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         study.main([str(tmp_path)])
