@@ -10,7 +10,7 @@ from PIL import Image
 sys.path.insert(0, str(ROOT))
 
 from checkpoints import load_part  # noqa: E402
-from studies import captions, channels, timesteps, training_length  # noqa: E402
+from studies import captions, channels, timesteps, training_length, without_encoders  # noqa: E402
 
 
 @pytest.fixture
@@ -88,7 +88,20 @@ def test_each_number_of_channels_trains_its_own_autoencoder_and_transformer_on_t
     assert "16 channels  PSNR" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("study", [training_length, timesteps, captions, channels])
+def test_a_run_is_scored_without_each_encoder_and_what_is_scored_is_kept(run, monkeypatch, capsys):
+    asked, call = [], without_encoders.Pipeline.__call__
+    monkeypatch.setattr(without_encoders.Pipeline, "__call__", lambda self, prompts, **how: asked.append(
+        how["drop"]) or call(self, prompts, **how, steps=1))
+    monkeypatch.setattr(without_encoders, "DROPS", ((), ("t5",)))
+    flags = [str(run), "-n", "1", "--pictures", "1"]
+    without_encoders.main(flags)
+    without_encoders.main(flags)
+    assert asked == [(), ("t5",)]                               # once each
+    assert [r["without"] for r in table(run / "without.csv")] == ["none", "t5"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("without t5")
+
+
+@pytest.mark.parametrize("study", [training_length, timesteps, captions, channels, without_encoders])
 def test_a_folder_without_a_run_is_named(study, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         study.main([str(tmp_path)])
