@@ -273,7 +273,7 @@ class Plan:
 
 
 def gradients(run: Run, stage: Stage, step: int, forward, pause) -> tuple[torch.Tensor, dict]:
-    """Fills in the whole batch's gradients, from all ranks in --accumulate pieces each -> its loss and log."""
+    """Fills in the whole batch's gradients, of all ranks and --accumulate pieces -> its loss and log."""
     c, ranks, pieces = run.config, run.ranks, []
     count = c.accumulate if stage.name == "flow" else 1
     for k in range(count):
