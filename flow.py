@@ -51,7 +51,7 @@ from torch import nn
 DENSITIES = ("uniform", "logit_normal", "mode", "cosmap")
 METHODS = ("euler", "heun", "dpmpp_2m", "sde")
 
-# ---- time: how often training meets each t, and the shift for large pictures ------------------------------
+# ---- time: how often training draws each t, and the shift for large pictures ------------------------------
 
 
 def sample_t(density, n, *, m=0.0, s=1.0, mode_scale=1.29, generator=None, device=None):
@@ -206,7 +206,7 @@ def sample(model, noise, ts, *, method="euler", callback=None, generator=None, *
         dt = t_next - t  # below 0
         if callback is not None:
             callback(i, t, x, x0)
-        if t_next == 0:  # every method ends with this Euler step: training never meets t = 0
+        if t_next == 0:  # every method ends with this Euler step: training never draws t = 0
             x = x0
         elif method == "euler" or method == "dpmpp_2m" and i == 0:  # 2M has no earlier x0 yet
             x = x + dt * v
@@ -360,7 +360,7 @@ def _draw(out, path, data):
         left.plot(t, t_density(density, t), color=colour, lw=2, label=density)
     shifted = t_density("logit_normal", t, m=math.log(3))
     left.plot(t, shifted, color="#2a6fbb", lw=2, ls=":", label="logit_normal, shift 3")
-    left.set(xlim=(0, 1), ylim=(0, 4.2), title="how often training meets t")
+    left.set(xlim=(0, 1), ylim=(0, 4.2), title="how often training draws t")
     left.set(xlabel="t", xticks=(0, 0.25, 0.5, 0.75, 1), xticklabels=("0\ndata", 0.25, 0.5, 0.75, "1\nnoise"))
     left.legend(frameon=False)
 

@@ -73,7 +73,7 @@ class Stage:
 
 def make_tokenizers(folder: Path, c, captions: list[str], short: list[str], kept=True) -> dict:
     """CLIP's two (one vocabulary, different padding) and T5's, trained on the captions
-    unless the folder has them and they are to be kept.
+    unless the folder has them and `kept` is true.
 
     Also sets clip_length and t5_length where they are 0: attention to padding is not free, so CLIP gets as
     many tokens as the short captions need and T5 as many as all captions need, up to SD3's 77. Longer ones

@@ -452,7 +452,7 @@ def compile_blocks(model: MMDiT, device: torch.device) -> None:
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
     except (RuntimeError, ImportError) as e:
-        print(f"--compile: no working compiler here ({str(e).strip().splitlines()[0]}): it goes on without")
+        print(f"--compile: no working compiler here ({str(e).strip().splitlines()[0]}): going on without")
         return
     for block in model.joint_blocks:
         block.compile()
@@ -537,7 +537,7 @@ def time_stages(run: Run, parts, todo, stages) -> dict[str, float]:
 def new_folder(c: TrainConfig) -> Path:
     """Where a new run goes. It never touches the folder of another."""
     if c.out and has_run(c.out):
-        raise ValueError(f"{c.out} holds a run already: go on with it by  --resume --out {c.out}  "
+        raise ValueError(f"{c.out} holds a run already: continue it with  --resume --out {c.out}  "
                          "or choose another --out")
     parts = [name for names in PARTS_OF.values() for name in names]
     left = [name for name in (*(f"{name}.safetensors" for name in parts), "checkpoints")

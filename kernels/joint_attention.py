@@ -3,8 +3,8 @@
     out = softmax(n(q) n(k)^T / sqrt(hd)) v       over the M + N tokens [text, image], for each of nh heads
     n(x) = x / sqrt(mean(x^2) + eps) * w          RMSNorm of a head, w (hd,) differs between text and image
 
-PyTorch's attention wants one q, one k and one v, so around it stand three concatenations, four norms and two
-slices. What they move, at M = 154, N = 4096, 24 heads of 64 in bfloat16, where one activation is 13 MB:
+PyTorch's attention takes one q, one k and one v, so three concatenations, four norms and two slices surround
+it. What is moved, at M = 154, N = 4096, 24 heads of 64 in bfloat16, where one activation is 13 MB:
 
                               chain of PyTorch calls                     here
     norms of q, k             read 2, write 2 (if each is one pass)      read 1, write 1 (only k)

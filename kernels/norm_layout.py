@@ -1,7 +1,7 @@
 """Norm and layout in one pass: what is left to save around an attention that is fast already?
 
 PyTorch's attention on Hopper is cuDNN's, written for that card by its maker, and a kernel in Triton may not
-beat it. But it wants one q, one k and one v, so the chain of calls around it moves more data than it does.
+beat it. But it takes one q, one k and one v, so the chain of calls around it moves more data than it does.
 Here everything in front of it is one kernel, and nothing follows it:
 
     q_txt k_txt v_txt                           q = [n(q_txt), n(q_img)]                  out_txt = out[:, :M]
