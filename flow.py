@@ -5,18 +5,18 @@
     x   <- x + (t_next - t) model(x, t)      start as pure noise, follow the velocity, arrive at a picture
 
     data, t = 0  |======================================================|  t = 1, noise
-                   training meets every t, as often as a density pi(t) says
+                   training draws t from a density pi(t)
                    <------------------------------------ sampling walks from 1 to 0
 
-Many lines cross in one point z, and the best answer there is their mean velocity E[eps - x0 | z_t = z].
+Many lines cross at any one point z, and the best answer there is their mean velocity E[eps - x0 | z_t = z].
 So the loss has a floor above zero (the lines disagree), and the paths that sampling follows are curved
 although every line was straight: a single step from t = 1 lands on the mean of all pictures.
 
 Which t to train on (paper, sec. 3.1): the ends are easy (the best answer is eps - mean(x0) at t = 1, and
-mean(eps) - x0 at t = 0), the middle is hard. So SD3 draws t as the sigmoid of a normal number: logit-normal.
+mean(eps) - x0 at t = 0), the middle is hard. So SD3 draws t as the sigmoid of a Gaussian: logit-normal.
 
 Which t for large pictures (sec. 5.3.2): neighbouring pixels agree, and averaging them removes noise. With m
-pixels in place of n the same t destroys less, so t moves towards noise, by alpha = sqrt(m / n):
+pixels instead of n the same t destroys less, so t moves towards noise, by alpha = sqrt(m / n):
 
     shift_t(t) = alpha t / (1 + (alpha - 1) t)        that is: logit(t) grows by log(alpha)
 
@@ -25,15 +25,16 @@ pixels in place of n the same t destroys less, so t moves towards noise, by alph
     x, v        (B, ...)  the current state and its velocity
     t           (B,)      float32 in [0, 1]
 
-This file knows no network; `model` is anything called as model(x, t, **cond) -> v. It gets float32 and may
-compute in any dtype; its answer is cast to float32, as are the path, the loss and every step of the samplers.
+This file contains no network; `model` is anything that can be called as model(x, t, **cond) -> v. It gets
+float32 and may compute in any dtype; its output is cast to float32, the dtype of the path, the loss and every
+step of the samplers.
 
 Pitfalls
 - The network's sinusoid sees 1000 t. That factor lives in the network; t is in [0, 1] everywhere else.
-- Weights trained with a shift are sampled with it: 3.0 for SD3 at 1024 x 1024, chosen with human raters;
-  sqrt(m / n) from 256 x 256 would be 4.
+- Weights trained with a shift must be sampled with the same: 3.0 for SD3 at 1024 x 1024, which human raters
+  preferred; sqrt(m / n) from 256 x 256 would be 4.
 - A logit-normal m > 0 and a shift alpha > 1 mean more noise. In code whose t = 1 is data they mean less.
-- Guidance needs a model that has seen dropped captions; they are dropped where training feeds it, not here.
+- Guidance needs a model that was trained with some captions dropped; stages.py drops them, not this file.
 - DIFFERS: the default schedule is that of the public implementation, whose low end is shifted twice.
 - DIFFERS: the paper samples with Euler steps; heun, dpmpp_2m and sde are additions.
 
@@ -50,7 +51,7 @@ from torch import nn
 DENSITIES = ("uniform", "logit_normal", "mode", "cosmap")
 METHODS = ("euler", "heun", "dpmpp_2m", "sde")
 
-# ---- time: how often training meets each t, and the shift for large pictures ------------------------------
+# ---- time: how often training draws each t, and the shift for large pictures ------------------------------
 
 
 def sample_t(density, n, *, m=0.0, s=1.0, mode_scale=1.29, generator=None, device=None):
@@ -106,8 +107,9 @@ def _check_density(density, s, mode_scale):
 def shift_t(t, alpha):
     """Move t, a float or tensor, towards noise: alpha t / (1 + (alpha - 1) t). Paper, section 5.3.2.
 
-    alpha = sqrt(m / n) carries a time that suits n pixels to m pixels. 0 and 1 stay; shifts multiply; and a
-    logit-normal t stays logit-normal, its m larger by log(alpha). Raises ValueError unless alpha > 0.
+    alpha = sqrt(m / n) carries a time that suits n pixels over to m pixels. 0 and 1 stay fixed; the alphas of
+    successive shifts multiply; a logit-normal t stays logit-normal, its location larger by log(alpha). Raises
+    ValueError unless alpha > 0.
     """
     if not alpha > 0:
         raise ValueError(f"the shift is {alpha}: it must be above 0 (1 changes nothing, SD3 uses 3)")
@@ -124,15 +126,15 @@ def interpolate(x0, eps, t):
 
 
 def velocity(x0, eps):
-    """dz_t / dt, the same all along a line. Given z_t and v, back again: x0 = z_t - t v, eps = x0 + v."""
+    """dz_t / dt, constant along a line. Conversely, from z_t and v: x0 = z_t - t v, eps = x0 + v."""
     return eps - x0
 
 
 def loss(model, x0, *, t=None, noise=None, **cond):
-    """Squared error of the model's velocity, averaged over each sample: (B,) float32. Paper, sections 2, 3.
+    """Squared error of the model's velocity, averaged within each sample: (B,) float32. Paper, sections 2, 3.
 
     t (B,): if None, logit-normal(0, 1). noise (B, ...): if None, standard normal. Not averaged over B, so
-    that a log can sort it by t: it varies more with t than with progress. ValueError where shapes disagree.
+    that a log can bin it by t: it varies more with t than over training. ValueError if shapes disagree.
     """
     x0 = x0.float()
     t = sample_t("logit_normal", len(x0), device=x0.device) if t is None else t.float()
@@ -146,7 +148,7 @@ def loss(model, x0, *, t=None, noise=None, **cond):
 
 def _predict(model, x, t, cond):
     v = model(x, t, **cond).float()
-    if v.shape != x.shape:  # (B, 1) against (B, D) would broadcast into a wrong loss without a word
+    if v.shape != x.shape:  # (B, 1) against (B, D) would silently broadcast into a wrong loss
         raise ValueError(f"the model maps {tuple(x.shape)} to {tuple(v.shape)}: it must keep the shape")
     return v
 
@@ -158,22 +160,22 @@ def schedule(steps, shift=3.0, kind="reference"):
     """The times that sampling visits: (steps + 1,) float32 on the CPU, falling to 0.
 
     "clean": equal steps from 1 to 0, all shifted once.
-    "reference": what the public SD3 code does, for the same picture from the same noise. It takes equal steps
-    between end points that are shifted already, 1 and shift_t(0.001), shifts them all, then appends 0. At
-    shift 3 its last step starts at 0.0089; 0.001 shifted once is 0.0030. ValueError for a bad argument.
+    "reference": as in the public SD3 code, so that the same noise gives the same picture. Takes equal steps
+    between end points that are already shifted, 1 and shift_t(0.001), shifts all of them again, then appends
+    0. At shift 3 its last step starts at 0.0089; 0.001 shifted once is 0.0030. ValueError for a bad argument.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}: sampling needs at least 1")
     if kind == "clean":
         ts = shift_t(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
     elif kind == "reference":
-        low = torch.tensor(shift_t(0.001, shift), dtype=torch.float32).item()  # as rounded there
+        low = torch.tensor(shift_t(0.001, shift), dtype=torch.float32).item()  # rounded as it is there
         ts = torch.linspace(1, low, steps, dtype=torch.float64)  # DIFFERS: shifted once more below
         ts = torch.cat([shift_t(ts, shift), ts.new_zeros(1)]).float()
     else:
         raise ValueError(f"unknown schedule {kind!r}: choose from reference, clean")
     if not (ts[1:] < ts[:-1]).all():
-        raise ValueError(f"the shift is {shift}: so far from 1 that of {steps} steps some round to one time")
+        raise ValueError(f"the shift is {shift}: so far from 1 that some of {steps} steps coincide")
     return ts
 
 
@@ -182,14 +184,14 @@ def sample(model, noise, ts, *, method="euler", callback=None, generator=None, *
     """Follow the velocity from noise (B, ...) at time ts[0] to data at time 0: returns (B, ...) float32.
 
     ts: falling times that end in 0, see schedule(). If ts[0] < 1, pass interpolate(x0, eps, t) as noise.
-    method, with the model calls for n steps and how the error falls:
+    method, with its model calls for n steps and how its error falls:
       euler     n       1 / n    straight steps, as in the paper
       heun      2n - 1  1 / n^2  the mean of the velocities at both ends of a step
       dpmpp_2m  n       ~1/n^2   DPM-Solver++ (arXiv 2211.01095) as in k-diffusion's 2M, with lambda = -log(t)
       sde       n       1 / n    removes more noise than the step asks for, adds fresh noise; same marginals
     callback(i, t, x, x0) is called before step i with the float t, the state and the x0 predicted from it.
     generator: for sde's noise, see draw_noise. cond goes to every model call.
-    Raises ValueError for a bad method or ts, FloatingPointError where the model's answer is not finite.
+    Raises ValueError for a bad method or ts, FloatingPointError if the model's output is not finite.
     """
     ts = [float(t) for t in ts]
     if method not in METHODS:
@@ -204,9 +206,9 @@ def sample(model, noise, ts, *, method="euler", callback=None, generator=None, *
         dt = t_next - t  # below 0
         if callback is not None:
             callback(i, t, x, x0)
-        if t_next == 0:  # every method ends with this Euler step: training never meets t = 0
+        if t_next == 0:  # every method ends with this Euler step: training never draws t = 0
             x = x0
-        elif method == "euler" or method == "dpmpp_2m" and i == 0:  # whose first step has none before it
+        elif method == "euler" or method == "dpmpp_2m" and i == 0:  # 2M has no earlier x0 yet
             x = x + dt * v
         elif method == "heun":
             x = x + dt * (v + _finite(model, x + dt * v, t_next, cond)) / 2
@@ -223,11 +225,11 @@ def sample(model, noise, ts, *, method="euler", callback=None, generator=None, *
 
 
 def _finite(model, x, t, cond):
-    """The velocity at a time t (float) that all samples share. FloatingPointError unless it is finite: it
-    would end as a black picture."""
+    """The velocity at a time t (float) that all samples share. FloatingPointError unless it is finite:
+    otherwise the picture would come out black."""
     v = _predict(model, x, x.new_full((len(x),), t), cond)
     if not v.isfinite().all():
-        raise FloatingPointError(f"the model's answer is not finite at t = {t:.4f}: check the weights, the "
+        raise FloatingPointError(f"the model's output is not finite at t = {t:.4f}: check the weights, the "
                                  "guidance and the autocast dtype (float16 overflows; try bfloat16)")
     return v
 
@@ -248,12 +250,12 @@ def draw_noise(shape, generator=None, device=None):
 def guided(model, scale, cond, uncond, weaker=None):
     """Classifier-free guidance (arXiv 2207.12598): the model v_u + scale (v_c - v_u), on all channels.
 
-    cond, uncond: dicts of tensors (B, ...) for the model, alike in names and shapes, else ValueError. One
-    pass over 2B samples, [cond, uncond], answers both; scale 1 is cond alone, in one pass over B. Guiding x0
-    in place of v would give the same, as x0 is linear in v.
-    weaker: (scale, (low, high), kwargs) adds, where low < t < high, scale (v_c - v_w), v_w being cond with
-    these kwargs too: away from what a handicapped model says. SD3.5-medium's leaves out layers, by
-    skip_layers (skip-layer guidance).
+    cond, uncond: dicts of tensors (B, ...) for the model, equal in names and shapes, else ValueError. One
+    pass over 2B samples, [cond, uncond], gives both; scale 1 is cond alone, in one pass over B. Guiding x0
+    instead of v would give the same, as x0 is linear in v.
+    weaker: (scale, (low, high), kwargs) adds scale (v_c - v_w) where low < t < high. v_w is the velocity for
+    cond with these kwargs as well: guidance away from a handicapped model. For SD3.5-medium that model leaves
+    out layers, by skip_layers (skip-layer guidance).
     """
     if scale != 1:
         shapes = [{k: tuple(v.shape) for k, v in side.items()} for side in (cond, uncond)]
@@ -277,12 +279,12 @@ def guided(model, scale, cond, uncond, weaker=None):
 
 
 def part_way(ts, strength):
-    """The last part of a schedule, to change a picture x0: begin at interpolate(x0, eps, ts[0]).
+    """The last part of a schedule, for changing a picture x0: begin at interpolate(x0, eps, ts[0]).
 
-    strength in (0, 1]: the share of the steps that is left; at 1 nothing of x0 is. Else ValueError.
+    strength in (0, 1], else ValueError: the share of the steps that is kept; at 1, nothing is left of x0.
     """
     if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}: it must be above 0 (the picture as it is) and at most 1")
+        raise ValueError(f"strength is {strength}: it must be above 0 (the unchanged picture) and at most 1")
     left = math.ceil((len(ts) - 1) * strength - 1e-9)  # 0.07 * 100 is 7.000000000000001
     return ts[len(ts) - 1 - max(1, left):]
 
@@ -293,8 +295,8 @@ def part_way(ts, strength):
 def mixture_velocity(x, t, means, std):
     """E[eps - x0 | z_t = x] if the data are K equal blobs N(mean_k, std^2 I). (B, D), (B,), (K, D) -> (B, D).
 
-    For one blob z_t is N((1 - t) mean_k, var I) and the answer is linear in x; several are averaged with the
-    probabilities that x came from each.
+    For one blob z_t is N((1 - t) mean_k, var I) and the answer is linear in x; several are averaged, weighted
+    by the probability that x came from each.
     """
     t = t[:, None, None]
     var = ((1 - t) * std) ** 2 + t**2  # (B, 1, 1)
@@ -338,8 +340,8 @@ def demo(out="runs/flow.png"):
     x = sample(model, noise, schedule(50, shift=1), callback=lambda i, t, x, x0: path.append(x))
     distance, blob = torch.cdist(x, means).min(1)
     share, inside = blob.bincount(minlength=8) / len(x), (distance < 4 * std).float().mean().item()
-    print(f"velocity  {100 * off:.1f} % from the exact one (root mean square)")
-    print(f"loss      {learned:.3f}, and the exact velocity itself gets {floor:.3f}: no model can do better")
+    print(f"velocity  {100 * off:.1f} % off the exact one (root mean square)")
+    print(f"loss      {learned:.3f}, and the exact velocity gets {floor:.3f}: no model can do better")
     print(f"samples   {100 * inside:.1f} % inside a blob, {share.min():.3f} to {share.max():.3f} in each")
     _draw(out, torch.stack([*path, x]), data(4000))
     assert off < 0.12 and floor < learned < 1.01 * floor
@@ -358,7 +360,7 @@ def _draw(out, path, data):
         left.plot(t, t_density(density, t), color=colour, lw=2, label=density)
     shifted = t_density("logit_normal", t, m=math.log(3))
     left.plot(t, shifted, color="#2a6fbb", lw=2, ls=":", label="logit_normal, shift 3")
-    left.set(xlim=(0, 1), ylim=(0, 4.2), title="how often training meets t")
+    left.set(xlim=(0, 1), ylim=(0, 4.2), title="how often training draws t")
     left.set(xlabel="t", xticks=(0, 0.25, 0.5, 0.75, 1), xticklabels=("0\ndata", 0.25, 0.5, 0.75, "1\nnoise"))
     left.legend(frameon=False)
 
@@ -380,11 +382,11 @@ def _draw(out, path, data):
 
 
 # Exercises, in demo()
-# 1. Sample with schedule(1): the points crowd round the mean of the data, (0, 0), where no data are.
+# 1. Sample with schedule(1): the points crowd round the mean of the data, (0, 0), where there are no data.
 # 2. Let model() return (net(...) - x) / (1 - t[:, None]), so that net learns eps. It trains, but sampling
-#    stops at its first step with FloatingPointError: at t = 1 the velocity cannot be read from eps.
+#    stops at its first step with FloatingPointError: at t = 1, eps does not determine the velocity.
 # 3. Sample with model=exact and compare with 1000 heun steps from the same noise: 50 euler steps end 0.02
-#    away on average, 25 heun steps, which call the model as often, 0.002.
+#    away on average; 25 heun steps, which call the model as often, 0.002.
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="train a toy flow and compare it with the exact one")

@@ -1,8 +1,8 @@
 r"""MMDiT, the multimodal diffusion transformer: who predicts the velocity?
 
 Text and image are two streams of tokens with separate weights everywhere, which meet in one place only: they
-attend to each other as one sequence (paper section 4, figure 2). One joint block, with c the sum of the
-timestep's and the prompt's vector:
+attend to each other as one sequence (paper section 4, figure 2). One joint block, where c is the sum of
+the timestep's and the prompt's vectors:
 
         text (B,M,D)                               image (B,N,D)
     h = modulate(LN(.), c)                     h = modulate(LN(.), c)      shift, scale from Linear(SiLU(c))
@@ -19,16 +19,16 @@ and the whole model, `MMDiT.forward`, which is the place to begin:
     timestep, pooled (B,pool) -> two MLPs, added -> c --->                         (the text stream ends here)
 
 Unusual things
-- One number, the depth d, sets the size: width D = 64 d and d heads of 64. (The miniature is slimmer.)
-- LayerNorms learn nothing; every block has 6 vectors (shift, scale, gate; twice) per stream made from c
-  instead. They start at zero (adaLN-Zero), so at initialisation each block is the identity and the model
+- One number, the depth d, sets the size: width D = 64 d, d heads of width 64. (The miniature is slimmer.)
+- LayerNorms have no weights. Instead, each block computes 6 vectors per stream (shift, scale, gate; twice)
+  from c. They start at zero (adaLN-Zero), so at initialisation each block is the identity and the model
   predicts 0.
-- The last block's text stream gives only keys and values: its queries, projection and MLP could influence
-  nothing. (Its ln_q is in the checkpoints all the same, and never gets a gradient.)
-- Text tokens carry no positions here: their order is what the text encoders put into them.
+- The last block's text stream gives only keys and values: its queries, projection and MLP could affect
+  nothing. (Its ln_q is in the checkpoints all the same, but never gets a gradient.)
+- Text tokens get no positions here: the text encoders have already put their order into them.
 - Positions are a fixed table of sines and cosines larger than any picture; a picture takes the centre of it
-  (`crop_positions`).
-  Half of the channels encode the column, the other half the row: column first, contrary to expectation.
+  (`crop_positions`). Half of the channels encode the column, the other half the row: column first, contrary
+  to expectation.
 - SD3.5-medium's first 13 blocks have a second attention among image tokens alone, with its own three
   modulation vectors.
 
@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import gate_residual_modulate, joint_attention, modulate       # these two hold the LayerNorms
+from kernels import gate_residual_modulate, joint_attention, modulate       # modulations hold the LayerNorms
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class MMDiTConfig:
     pooled_dim: int = 2048                  # CLIP-L 768 + bigG 1280
     pos_max: int = 192                      # side of the position table, in tokens: the largest picture
     pos_sample: int = 64                    # tokens along a picture of the training size (64: 1024 pixels)
-    pos_base: int = 16                      # their coordinates run over 0 .. pos_base (16: once 256 pixels)
+    pos_base: int = 16                      # their coordinates run over 0 .. pos_base (16: 256 pixels)
     qk_norm: bool = True                    # RMSNorm of queries and keys per head; SD3-medium has none
-    dual_blocks: int = 0                    # so many first blocks have the second, image-only attention
+    dual_blocks: int = 0                    # this many first blocks also have an image-only attention
 
     @property
     def num_heads(self) -> int:
@@ -74,7 +74,7 @@ class MMDiTConfig:
 
     @staticmethod
     def preset(name: str, **changes) -> "MMDiTConfig":
-        """The row of numbers that makes this code a published model, or the miniature for a laptop."""
+        """The row of numbers that turns this code into a published model, or the miniature for a laptop."""
         presets = {                                                                    # trainable parameters
             "tiny": MMDiTConfig(4, heads=3, in_channels=8, context_dim=192,            # 5,129,376
                                 pooled_dim=160, pos_max=32, pos_sample=4, pos_base=4),
@@ -93,8 +93,8 @@ def position_table(width: int, pos_max: int, pos_sample: int, pos_base: int) -> 
     """Sine and cosine positions of a pos_max x pos_max grid of tokens -> (1, pos_max^2, width), float32.
 
     Paper, section 5.3.2 and appendix B: the coordinates of the centre pos_sample cells run over
-    [0, pos_base), so a model that was first trained at pos_base tokens a side finds its positions again,
-    interpolated; cells further out extend them, below zero too. Any aspect ratio is a crop of the centre.
+    [0, pos_base), so a model that was first trained at pos_base tokens a side finds its old positions
+    again, interpolated; cells further out extend them, also below zero. Any aspect ratio is a centre crop.
     """
     p = (torch.arange(pos_max, dtype=torch.float64) - (pos_max - pos_sample) / 2) * pos_base / pos_sample
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -132,7 +132,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x):
         x = self.proj(x).flatten(2).transpose(1, 2)                         # (B, N, D), row by row
-        return x.contiguous()               # the stream keeps this layout: a view slows every LayerNorm
+        return x.contiguous()               # the stream keeps this layout; transposed, it slows LayerNorms
 
 
 class VectorEmbedder(nn.Module):
@@ -149,7 +149,7 @@ class VectorEmbedder(nn.Module):
 # ------------------------------------------------------------------------------------------------ the block
 
 class RMSNormWeight(nn.Module):
-    """Only holds the weight (hd,): the norm happens inside `joint_attention`, where a kernel can fuse it."""
+    """Holds only the weight (hd,): the norm happens inside `joint_attention`, where a kernel can fuse it."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -174,7 +174,7 @@ class SelfAttention(nn.Module):
         return self.qkv(x).view(B, L, 3, self.nh, D // self.nh).unbind(2)
 
     def project_kv(self, x):
-        """The same without queries, for a stream whose outputs nobody reads: a third of the work is saved."""
+        """The same without queries, for a stream whose output is not used: this saves a third of the work."""
         B, L, D = x.shape
         kv = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:])            # (B, L, 2D)
         return kv.view(B, L, 2, self.nh, D // self.nh).unbind(2)
@@ -195,7 +195,7 @@ class Mlp(nn.Module):
 
 class StreamBlock(nn.Module):
     """One stream's weights in a joint block: attention, optional second attention, MLP, and the modulation of
-    them all."""
+    all of these."""
 
     def __init__(self, config: MMDiTConfig, last_text: bool = False, dual: bool = False):
         super().__init__()
@@ -215,7 +215,7 @@ class StreamBlock(nn.Module):
         return self.adaLN_modulation(c).split(D, dim=-1)
 
     def post_attention(self, x, attended, gate, shift_mlp, scale_mlp, gate_mlp):
-        """Attention's output (B, L, nh, hd) into the residual stream x (B, L, D), then the MLP."""
+        """Adds the attention's output (B, L, nh, hd) to the residual stream x (B, L, D), then the MLP's."""
         x, h = gate_residual_modulate(x, self.attn.proj(attended.flatten(2)), gate, shift_mlp, scale_mlp)
         return x + gate_mlp.unsqueeze(1) * self.mlp(h)
 
@@ -368,7 +368,7 @@ def demo():
     count = sum(p.numel() for p in model.parameters())
     print(f"untrained: {count:,} parameters, blocks are the identity, velocity {tuple(v.shape)} exactly 0")
 
-    # All four start from one noise at t = 1, without pooled text: only tokens say which picture is meant.
+    # All four start from the same noise at t = 1, without pooled text: only tokens say which picture to draw.
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
     for step in range(90):
         loss = F.mse_loss(model(noise, t, context, pooled), noise - x0)     # d/dt of (1 - t) x0 + t noise
@@ -385,11 +385,11 @@ def demo():
 
 
 # Exercises, in demo(). (1) Leave final_layer.linear out of `zeros` in initialize_weights, and the assertion
-# that v is 0: blocks still are the identity, but the first loss is about 4 instead of 2, the price of
-# predicting nothing. (2) Give all four captions the same context: the loss stops near 0.75, the variance
-# among the four pictures, since the best velocity is then their mean. (3) Multiply the MLP's gate by zero in
-# StreamBlock.post_attention: attention alone still learns the batch, a little later (loss 0.0050 instead of
-# 0.0036 at step 60).
+# that v is 0: blocks are still the identity, but the first loss is about 4, where predicting nothing costs 2.
+# (2) Give all four captions the same context: the loss stops near 0.75, the variance among the four pictures,
+# since the best prediction is then their mean. (3) Multiply the MLP's gate by zero in
+# StreamBlock.post_attention: attention alone still learns the batch, a little more slowly (loss 0.0050
+# instead of 0.0036 at step 60).
 
 if __name__ == "__main__":
     demo()

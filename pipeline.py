@@ -8,26 +8,25 @@ r"""What happens between a prompt and a picture? Kept apart from sample.py, whic
     guidance   v = v_uncond + w (v_cond - v_uncond), on all channels; costs a second pass a step;
                w = 1 switches it off
     cost       steps x 2 passes of the transformer (4 with heun), then one of the decoder
-    shift      belongs to the weights: a run's is read from its config.json, the PNG's settings tell it
-    a picture  may take the place of the prompt's first steps: it is given noise up to some t < 1, and
-               sampling begins there
+    shift      belongs to the weights: a run's is read from its config.json; the PNG's settings include it
+    a picture  may replace the first steps: noise is added to it up to some t < 1, and sampling begins there
 
 Weights are a folder that train.py wrote, or published ones: SD3-medium, SD3.5-medium, SD3.5-large or its
-turbo, as Stability's single file or a diffusers folder (weights.py). Steps and guidance then are those of
-Stability's own scripts (DEFAULTS). Weights of the published models are bfloat16 on a card; where they live
-while they are not needed is offload.py's business.
+turbo, as Stability's single file or a diffusers folder (weights.py). Published models take steps and
+guidance from Stability's own scripts (DEFAULTS), and their weights are bfloat16 on a card. Where weights wait
+while they are not needed is offload.py's concern.
 
 Each picture has its own generator on the CPU, seeded with its own number: picture i does not depend on the
 batch it is drawn in or on the device (up to the rounding of the device's arithmetic).
 
-A dropped encoder is zeros, as in training. There is a second convention, ComfyUI's, which gives another
-picture (left_out): a dropped T5 has no tokens, nor has CLIP where both are dropped; one of them is zeros.
+A dropped encoder gives zeros, as in training. A second convention, ComfyUI's (left_out), leads to another
+picture: a dropped T5 gives no tokens, nor do the CLIPs if both are dropped; one alone gives zeros.
 
-DIFFERS: for runs trained here the empty prompt means zeros in the place of all text, since that is what
+DIFFERS: for runs trained here the empty prompt means zeros in place of all text, since that is what
 dropped text was in training; released SD3 weights are given the encoded empty string.
 DIFFERS: a given picture becomes the mean of its posterior, not a sample: it needs no seed of its own.
 DIFFERS: all models are sampled with Euler steps, as in the paper and in diffusers; Stability's own script
-takes dpmpp_2m for SD3.5 (method="dpmpp_2m").
+uses dpmpp_2m for SD3.5 (method="dpmpp_2m").
 
 Run `python pipeline.py`: checks on an untrained pipeline that seeds, batches and sizes behave as promised.
 """
@@ -61,7 +60,7 @@ DEFAULTS = {                # of Stability's own scripts. skip_layers: see Pipel
     "sd3.5-medium": {"steps": 50, "guidance": 5.0, "skip_layers": (2.5, (7, 8, 9), 0.01, 0.2)},
     "sd3.5-large": {"steps": 40, "guidance": 4.5},
     "sd3.5-large-turbo": {"steps": 4, "guidance": 1.0}}
-T5_LONGEST = 256            # tokens that a long prompt gets, as SD3.5 was trained with
+T5_LONGEST = 256            # tokens that a long prompt gets, as in SD3.5's training
 
 
 def pick_device(name: str) -> torch.device:
@@ -77,15 +76,15 @@ def pick_device(name: str) -> torch.device:
 
 
 class Pipeline:
-    """The whole of SD3, ready to draw: text encoders, transformer, autoencoder
-    and how they were trained to be used.
+    """The whole of SD3, ready to draw: text encoders, transformer, autoencoder, and the settings that they
+    were trained for.
 
     t5_length: tokens of T5; longer prompts get more, up to t5_longest (None: no more).
     shift, kind: of the sampling schedule (flow.schedule). size: (height, width) by default.
     zero_empty: an empty prompt is zeros in all text features, not an encoded "".
     dtype: of autocast; None: none, parts compute in the dtype of their weights.
-    skip_layers: (scale, layers, start, end): from start to end, shares of the steps, the picture is led away
-        from what the transformer says without these layers (flow.guided); None: it is not.
+    skip_layers: (scale, layers, start, end): from start to end, shares of the steps, guidance also leads away
+        from the transformer without these layers (flow.guided); None: it does not.
     offload, device: where the parts are while they rest (offload.py), and where they work.
     """
 
@@ -105,12 +104,12 @@ class Pipeline:
         """A run's folder, as train.py leaves it, or published weights (see the top of this file).
 
         device: None picks the best. dtype: for a run, of autocast, None for none; else of the weights, None
-        for bfloat16 on a card and float32 elsewhere. drop: encoders in whose place zeros stand; published
-        ones are not even loaded; t5=False drops "t5". offload: one of offload.MODES; "auto": the fastest that
-        fits the card, for so many pictures of `size` (see at_once). int8: transformer and T5 in 8 bits (see
+        for bfloat16 on a card and float32 elsewhere. drop: encoders to replace with zeros; published ones are
+        not even loaded; t5=False drops "t5". offload: one of offload.MODES; "auto": the fastest that fits the
+        card, for this many `pictures` of `size` (see at_once). int8: transformer and T5 in 8 bits (see
         kernels/int8.py). tokenizers: a folder, if the model's has none. loras: adapters that change the
         transformer (finetune.Lora).
-        Raises CheckpointError where the folder is neither, ValueError where it does not fit.
+        Raises CheckpointError if the folder is neither, ValueError if something does not fit.
         """
         drop = {*([drop] if isinstance(drop, str) else drop), *(() if t5 else ("t5",))}
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -132,8 +131,8 @@ class Pipeline:
         noise (B, C, H/8, W/8) replaces the seeds' (only the sde method draws more).
         Sides are multiples of 16 pixels.
         t5_length: tokens of T5. drop: names of encoders that give zeros, or no tokens if left_out.
-        image: begin with this picture (PIL, or a tensor (1 or B, 3, H, W) in [0, 1]) under noise; of the
-            steps the share `strength` is left.
+        image: begin with this picture (PIL, or a tensor (1 or B, 3, H, W) in [0, 1]) under noise, and do
+            only the share `strength` of the steps.
         output: "pil": list of images; "tensor": (B, 3, H, W) in [0, 1]; "latent": what the VAE's from_latent
             takes.
         callback(i, t, x, x0): see flow.sample.
@@ -171,39 +170,39 @@ class Pipeline:
         return images if output == "tensor" else to_pil(images)
 
     def conditions(self, prompts, negatives, *how) -> list[dict]:
-        """What the transformer is given for the prompts and for the negatives: encoded together, once."""
-        said = vars(self.encode(prompts + negatives, *how))
-        return [dict(zip(said, half)) for half in zip(*(x.split(len(prompts)) for x in said.values()))]
+        """The transformer's text inputs for the prompts and for the negatives, encoded together, once."""
+        text = vars(self.encode(prompts + negatives, *how))
+        return [dict(zip(text, half)) for half in zip(*(x.split(len(prompts)) for x in text.values()))]
 
     def encode(self, prompts: list[str], t5_length=None, drop=(), left_out=False) -> Conditioning:
-        """Prompts -> Conditioning on the transformer's device. Equal texts are encoded once, also when they
-        come again in the next call."""
+        """Prompts -> Conditioning on the transformer's device. Equal texts are encoded once, and the
+        result is kept for a next call with the same texts."""
         texts, drop = list(dict.fromkeys(prompts)), (drop,) if isinstance(drop, str) else tuple(drop)
         absent = {name for name in ENCODERS if name in drop or getattr(self.encoders, name) is None}
         length = self.t5_tokens(texts, drop) if t5_length is None else t5_length
         length = 0 if left_out and "t5" in absent else length
         if self.encoded[0] != (asked := (texts, length, drop, left_out, self.zero_empty)):
-            overflows = self.dtype == torch.float16                             # T5 does in it
+            overflows = self.dtype == torch.float16                             # as T5 does
             with torch.autocast(self.places.device.type, enabled=False) if overflows else nullcontext():
-                said = self.encoders(texts, length, drop)
+                text = self.encoders(texts, length, drop)
             if left_out and length and absent == {"clip_l", "clip_g"}:
-                said = Conditioning(said.context[:, self.encoders.clip_length:], said.pooled)
+                text = Conditioning(text.context[:, self.encoders.clip_length:], text.pooled)
             if self.zero_empty:
-                filled = torch.tensor([bool(p.strip()) for p in texts], device=said.context.device)
-                said = Conditioning(said.context * filled[:, None, None], said.pooled * filled[:, None])
-            self.encoded = asked, said
-        rows, said = [texts.index(p) for p in prompts], self.encoded[1]
-        return Conditioning(*(x[rows].to(self.places.device) for x in (said.context, said.pooled)))
+                filled = torch.tensor([bool(p.strip()) for p in texts], device=text.context.device)
+                text = Conditioning(text.context * filled[:, None, None], text.pooled * filled[:, None])
+            self.encoded = asked, text
+        rows, text = [texts.index(p) for p in prompts], self.encoded[1]
+        return Conditioning(*(x[rows].to(self.places.device) for x in (text.context, text.pooled)))
 
     def t5_tokens(self, texts, drop=()) -> int:
-        """As many as they need, between t5_length and t5_longest."""
+        """How many T5 tokens the texts get: as many as they need, between t5_length and t5_longest."""
         tokenizer, lengths = self.encoders.tokenizers[2], range(self.t5_length, self.t5_longest)
         if tokenizer is None or "t5" in drop:
             return self.t5_length
         return next((n for n in lengths if not any(tokenizer.truncated(texts, n))), self.t5_longest)
 
     def latent_of(self, image, B, height, width) -> torch.Tensor:
-        """A picture as the flow model sees it: PIL of any size, which is cut to shape in its middle, or
+        """A picture as the flow model sees it. image: PIL of any size, whose middle is cut to shape, or
         (1 or B, 3, height, width) in [0, 1]."""
         if not isinstance(image, (torch.Tensor, Image.Image)):
             raise ValueError(f"image is a {type(image).__name__}: give a PIL image or a tensor")
@@ -211,20 +210,20 @@ class Pipeline:
             image = ImageOps.fit(image.convert("RGB"), (width, height), Image.LANCZOS)
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
         if image.ndim != 4 or image.shape[1:] != (3, height, width) or len(image) not in (1, B):
-            raise ValueError(f"image {tuple(image.shape)}: needed is (1 or {B}, 3, {height}, {width})")
+            raise ValueError(f"image {tuple(image.shape)}: it must be (1 or {B}, 3, {height}, {width})")
         with self.places.at_work(self.vae):
             pieces = self.few_at_once(image.to(self.places.device) * 2 - 1, self.vae.config.factor)
             x0 = torch.cat([self.vae.to_latent(self.vae.encode(piece).mean) for piece in pieces])
         return x0.expand(B, -1, -1, -1)
 
     def decode(self, latent) -> torch.Tensor:
-        """(B, C, H/8, W/8) -> (B, 3, H, W), about [-1, 1]. FloatingPointError where it is not finite: as
+        """(B, C, H/8, W/8) -> (B, 3, H, W), about [-1, 1]. FloatingPointError if it is not finite: as
         pixels, NaN would be black."""
         with self.places.at_work(self.vae):
             images = torch.cat([self.vae.decode(z).float()
                                 for z in self.few_at_once(self.vae.from_latent(latent), 1)])
         if not images.isfinite().all():
-            raise FloatingPointError("the decoder's pictures hold NaN or infinity: "
+            raise FloatingPointError("the decoded pictures contain NaN or infinity: "
                                      "decode in float32 or bfloat16, not float16")
         return images
 
@@ -233,7 +232,7 @@ class Pipeline:
         return x.split(max(1, TILE ** 2 // (x.shape[2] // cell * (x.shape[3] // cell))))
 
     def notice(self, prompt: str, t5_length=None, what="prompt") -> str | None:
-        """One line if some encoder does not see the whole prompt, or not its every sign."""
+        """One line if some encoder does not see the whole prompt or know all its characters."""
         lengths = (self.encoders.clip_length, self.encoders.clip_length, t5_length or self.t5_longest)
         there = [(name, length, tokenizer)
                  for name, length, tokenizer in zip(ENCODERS, lengths, self.encoders.tokenizers)
@@ -241,9 +240,9 @@ class Pipeline:
         cut = [f"{name} ({length} tokens)" for name, length, tokenizer in there
                if tokenizer.truncated([prompt], length)[0]]
         signs = [sign for name, _, tokenizer in there if name == "t5" for sign in unknown(tokenizer, prompt)]
-        said = [f"the end of the {what} is not seen by {', '.join(cut)}: it is too long"] * bool(cut)
-        said += [f"T5 does not know {' '.join(map(repr, signs[:8]))}"] * bool(signs)
-        return f"notice: {'; '.join(said)}" if said else None
+        notes = [f"the end of the {what} is not seen by {', '.join(cut)}: it is too long"] * bool(cut)
+        notes += [f"T5 does not know {' '.join(map(repr, signs[:8]))}"] * bool(signs)
+        return f"notice: {'; '.join(notes)}" if notes else None
 
 
 def unknown(tokenizer, text: str) -> list[str]:
@@ -259,7 +258,7 @@ def unknown(tokenizer, text: str) -> list[str]:
 def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, loras=()) -> dict:
     """The arguments of Pipeline for a run's folder."""
     if tokenizers:
-        raise ValueError(f"{path} knows its tokenizers: leave out --tokenizers {tokenizers}")
+        raise ValueError(f"{path} has its own tokenizers: leave out --tokenizers {tokenizers}")
     config, configs = read_run(path), run_configs(path, drop)
     text_dtype = text_dtype_of(path, device)
     height, width = (given or config["size"] for given in size or (None, None))
@@ -283,21 +282,21 @@ def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, 
 
 
 def text_dtype_of(run, device) -> torch.dtype:
-    """Of a run's text encoders: its own stay float32, published ones are bfloat16 on a card."""
+    """The dtype of a run's text encoders: its own stay float32, published ones are bfloat16 on a card."""
     published = not is_run(home_of_encoders(run))
     return torch.bfloat16 if published and device.type == "cuda" else torch.float32
 
 
 def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, loras=()) -> dict:
-    """The arguments of Pipeline for published weights. What may be missing is looked for first, the largest
-    files are read last."""
+    """The arguments of Pipeline for published weights. Looks first for what may be missing; reads the largest
+    files last."""
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     configs = published_configs(path, drop)
     if loras:
         load_mmdit(path, device="meta", loras=loras)                # do they fit?
     (name, how), side = recognise(configs["mmdit"], path), side_of(configs)
     height, width = (given or side for given in size or (None, None))
-    # room for guidance and long prompts: whether they come is not known yet
+    # room for guidance and long prompts: whether they will be used is not known yet
     about = dict(height=height, width=width, t5_length=T5_LONGEST, dtype=dtype,
                  pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
     mode = place(mode, name, configs, device, int8, about)
@@ -305,7 +304,7 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
     scheduler = path / "scheduler" / "scheduler_config.json"
     shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
     if not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
-        raise CheckpointError(f"{scheduler}: shift is {shift!r}, no number above 0: get the file again")
+        raise CheckpointError(f"{scheduler}: shift is {shift!r}, not a number above 0: get the file again")
     encoders = load_text_encoders(
         path, device=home, dtype=offload.of_encoders(dtype), tokenizers=tokenizers,
         drop=drop, int8=int8, widths=text_widths(configs))
@@ -316,8 +315,8 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
 
 
 def place(mode, name, configs, device, int8, about) -> str:
-    """One of offload.MODES, "auto" decided, before anything large is read. about: how, see offload.need.
-    ValueError where memory is too small, the card's or the main one."""
+    """One of offload.MODES; decides "auto", before anything large is read. about: more for offload.need.
+    ValueError if the card's memory or main memory is too small."""
     if device.type == "cuda":
         mode = offload.choose(mode, name, configs, free_memory(device), int8, **about)
     mode = "none" if mode == "auto" else mode
@@ -329,24 +328,24 @@ def place(mode, name, configs, device, int8, about) -> str:
 
 
 def published_configs(path, drop=()) -> dict:
-    """The configs of the five parts but those in `drop`, from names and shapes alone; CheckpointError unless
+    """The configs of all five parts but those in `drop`, from names and shapes alone; CheckpointError unless
     they fit each other."""
     refuse_part(path)
     configs = {part: config_of(path, part) for part in ("mmdit", "vae", *ENCODERS) if part not in drop}
     c, t5 = configs["mmdit"], configs.get("t5")
     if sum(text_widths(configs)[:2]) != c.pooled_dim or (t5 and t5.width != c.context_dim):
-        raise CheckpointError(f"{path}: the text encoders do not fit the transformer, which wants "
-                              f"{c.pooled_dim} pooled numbers and tokens {c.context_dim} wide: they are of "
-                              "another model")
+        raise CheckpointError(f"{path}: the text encoders do not fit the transformer, which needs "
+                              f"{c.pooled_dim} pooled numbers and tokens {c.context_dim} wide: they are "
+                              "from another model")
     if configs["vae"].z_channels != c.in_channels:
         raise CheckpointError(f"{path}: the autoencoder has {configs['vae'].z_channels} channels, the "
-                              f"transformer {c.in_channels}: they are of different models")
+                              f"transformer {c.in_channels}: they are from different models")
     return configs
 
 
 def text_widths(configs) -> tuple[int, int, int]:
-    """Of CLIP-L's, bigG's and T5's features; a dropped one takes what the others leave of the transformer's.
-    """
+    """The widths of CLIP-L's, bigG's and T5's features; a dropped one's is what the others leave of the
+    transformer's."""
     c, (l, g) = configs["mmdit"], (configs.get(name) for name in ("clip_l", "clip_g"))
     l, g = (clip and (clip.projection_dim or clip.width) for clip in (l, g))
     l = max(0, c.pooled_dim - (g or 0)) if l is None else l
@@ -354,13 +353,13 @@ def text_widths(configs) -> tuple[int, int, int]:
 
 
 def side_of(configs) -> int:
-    """Pixels: 1024, or as many as a smaller model has positions for."""
+    """Pixels a side: 1024, or as many as a smaller model has positions for."""
     return min(1024, configs["mmdit"].pos_max * configs["mmdit"].patch_size * configs["vae"].factor)
 
 
 def recognise(c, path) -> tuple[str, dict]:
     """Which published model this is -> its name and its row of DEFAULTS. Turbo has the shapes of the large
-    one: only names tell it, the path's own, what it links to, or that of a folder of Hugging Face's."""
+    one and is known by name alone: the path's, its link target's, a Hugging Face folder's, its config's."""
     real = Path(path).resolve()
     names = [Path(path).name, real.name, *(p for p in real.parts if p.startswith("models--")),
              str(read_config(Path(path, "transformer")).get("_name_or_path"))]
@@ -384,24 +383,24 @@ def initial_noise(shape, seed, noise):
 
 
 def seeds_of(seed, n) -> list[int]:
-    """One for each of n pictures: from `seed` on, or those of the list `seed`."""
+    """One for each of n pictures: counted up from `seed`, or those of the list `seed`."""
     try:
         seeds = [operator.index(s) for s in seed] if hasattr(seed, "__iter__") else [
             operator.index(seed) + i for i in range(n)]
-    except TypeError:                                               # no whole number
+    except TypeError:                                               # not a whole number
         seeds = []
     if len(seeds) != n or not all(0 <= s < 2**63 for s in seeds):
-        raise ValueError(f"seed is {seed}: needed is a number from 0 to 2^63 - {n}, or a list of {n}")
+        raise ValueError(f"seed is {seed}: give a number from 0 to 2^63 - {n}, or a list of {n}")
     return seeds
 
 
 def at_once(height, width, factor) -> int:
-    """How many pictures to draw in one batch: not more than memory for one of TILE^2 cells has room for."""
+    """How many pictures to draw in one batch: at most 16, and no more cells than one picture of TILE^2."""
     return max(1, min(16, TILE ** 2 * factor ** 2 // max(1, height * width)))
 
 
 def skipping(ts, scale, layers, begin, end):
-    """Skip-layer guidance at the steps i with begin < i / steps < end, as flow.guided wants it."""
+    """Skip-layer guidance at the steps i with begin < i / steps < end, as flow.guided takes it."""
     steps = len(ts) - 1
     there = [i for i in range(steps) if begin * steps < i < end * steps]
     if not there:
@@ -444,13 +443,13 @@ def save_picture(image, path, settings: dict) -> None:
 
 
 def settings_of(path) -> dict:
-    """What save_picture wrote there. ValueError for what is missing, not whole, or of another program."""
+    """What save_picture wrote there. ValueError if it is missing, incomplete, or by another program."""
     try:
         with data.opened(Path(path), whole=True) as image:
             image.load()
             return json.loads(image.info["parameters"])
     except Exception as e:              # decoders fail in many ways
-        raise ValueError(f"{path} is no picture with settings that were written here ({e!r})") from None
+        raise ValueError(f"{path} is not a picture with settings written here ({e!r})") from None
 
 
 def demo() -> None:
@@ -478,7 +477,7 @@ def demo() -> None:
           f"sizes {tuple(three.shape[2:])} and {tuple(wide.shape[2:])} drawn")
 
 
-# Exercises. (1) guidance 0, 1, 3, 8 with one seed: from anything, over the prompt, to over-saturated colours.
+# Exercises. (1) guidance 0, 1, 3, 8 with one seed: from anything to the prompt to over-saturated colours.
 # (2) steps=1: the picture is the mean of all that fit the prompt. How many steps until it is sharp?
 # (3) Use the encoded "" in place of zeros (zero_empty=False) on a run: how much does guidance lose?
 

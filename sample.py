@@ -2,22 +2,22 @@
 
     python sample.py "a red star left of a blue ring"
     python sample.py "a red star" -n 4 --seed 7 --steps 50 --guidance 4 --method heun
-    python sample.py "a red star" "a blue ring" "three hearts"      several, for which weights are read once
+    python sample.py "a red star" "a blue ring" "three hearts"      several: weights are read once
     python sample.py "a lighthouse at dusk, oil on canvas" --model sd3.5_large.safetensors --int8
     python sample.py "the same in winter" --model sd3.5_large.safetensors --image dusk.png --strength 0.7
     python sample.py "the same in winter" --model sd3.5_large.safetensors --lora style.safetensors=0.8
-    python sample.py --like samples/a-red-star-7.png --steps 100       the same again, but for what flags say
-    python sample.py --dry-run --model sd3.5-large              what it takes, without any weights
+    python sample.py --like samples/a-red-star-7.png --steps 100       the same again, except for given flags
+    python sample.py --dry-run --model sd3.5-large              what it would take; needs no weights
 
 pipeline.py does the work. Here are the flags, the files and what may go wrong:
 - What can be checked without weights is checked before 20 GB of them are read.
 - Nothing is overwritten, and a picture appears whole or not at all.
-- What does not work ends with one line that tells the remedy, and with exit code 2.
-- Standard output has the pictures' paths and nothing else; notices and progress go to standard error.
+- A failure ends with one line that names the remedy, and with exit code 2.
+- Standard output gets the pictures' paths and nothing else; notices and progress go to standard error.
 - The settings of a picture are JSON in its PNG's text chunk "parameters"; --like reads them.
 
---model is a folder that train.py wrote, or published weights. Of these a dropped encoder is not even loaded;
-zeros take its place, as in training, or, with --left-out, what ComfyUI does (see pipeline.py).
+--model is a folder that train.py wrote, or published weights, of which a dropped encoder is not even loaded.
+Zeros take its place, as in training, or with --left-out what ComfyUI does (see pipeline.py).
 """
 import argparse
 import itertools
@@ -50,7 +50,7 @@ REPEATED = ("negative", "seed", "steps", "guidance", "height", "width", "method"
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description="draw what a prompt says", allow_abbrev=False)
-    p.add_argument("prompt", nargs="*", help='such as "a red star left of a blue ring"; several: one by one')
+    p.add_argument("prompt", nargs="*", help='such as "a red star left of a blue ring"; several: in turn')
     p.add_argument("--model", help="folder of a run, or published weights: a .safetensors file or a "
                    "diffusers folder; default: the last run under runs/")
     p.add_argument("-n", type=int, default=1,
@@ -75,8 +75,8 @@ def parse(argv=None):
     p.add_argument("--lora", nargs="+", action="extend", metavar="FILE",
                    help="adapters that change the model, each FILE or FILE=STRENGTH (default: 1)")
     p.add_argument("--out", help="file to write, or a folder (default: a new name under samples/)")
-    p.add_argument("--like", metavar="PNG", help="a picture that was drawn here: its settings count where no "
-                   "flag says otherwise")
+    p.add_argument("--like", metavar="PNG", help="a picture drawn by sample.py: its settings apply where "
+                   "no flag says otherwise")
     text = p.add_argument_group("text")
     text.add_argument("--t5-length", type=int, help="tokens of T5 (default: a run's own; for published "
                       "weights 77, and up to 256 where the prompt needs them)")
@@ -96,20 +96,20 @@ def parse(argv=None):
                         "wait for their turn, see offload.py (default: auto, the fastest that fits the card)")
     memory.add_argument("--int8", action=argparse.BooleanOptionalAction, default=False,
                         help="transformer and T5 in 8 bits: half the memory")
-    memory.add_argument("--dry-run", action="store_true", help="only say what it takes; --model may also be "
-                        f"one of {', '.join(offload.PRESETS)}")
+    memory.add_argument("--dry-run", action="store_true", help="only say what it would take; --model can be "
+                        f"one of {', '.join(offload.PRESETS)}, too")
     p.error = refuse
     args = p.parse_args(argv)
     if args.like:
-        told, prompt = flags_of(args.like, args)
+        flags, prompt = flags_of(args.like, args)
         argv = sys.argv[1:] if argv is None else argv
-        args = p.parse_args([*told, *argv, *([] if args.prompt else ["--", prompt])])
-        args.strength = args.strength if args.image else None           # --image "" does without
+        args = p.parse_args([*flags, *argv, *([] if args.prompt else ["--", prompt])])
+        args.strength = args.strength if args.image else None           # --image "" removes it
     args.lora, args.drop = args.lora or [], args.drop or []
     args.dtype = args.dtype and getattr(torch, args.dtype)
     args.drop = tuple(dict.fromkeys(args.drop + ["t5"] * args.drop_t5))
     if args.left_out and "t5" not in args.drop and len(args.drop) < 2:
-        p.error("--left-out is about encoders that are dropped: add --drop-t5, or --drop clip_l clip_g")
+        p.error("--left-out is for dropped encoders: add --drop-t5, or --drop clip_l clip_g")
     return args
 
 
@@ -124,14 +124,14 @@ def number(text: str) -> float:
 
 
 def file_and_strength(lora: str) -> tuple[str, float]:
-    """Of --lora; a file's own name may have an "=" in it."""
+    """Splits a value of --lora; a file's own name may contain "="."""
     name, _, strength = lora.rpartition("=")
     if not name or Path(lora).exists():
         return lora, 1.0
     try:
         return name, number(strength)
     except ValueError:
-        raise ValueError(f"--lora {lora}: {strength!r} is no strength, give a number such as 0.8") from None
+        raise ValueError(f"--lora {lora}: the strength {strength!r} is not a number, such as 0.8") from None
 
 
 def encoder(name: str) -> str:
@@ -141,13 +141,13 @@ def encoder(name: str) -> str:
 
 
 def check(args) -> None:
-    """ValueError for what is wrong whatever the weights: better now than when they have been read."""
+    """ValueError for what is wrong whatever the weights: better now than after reading them."""
     if not args.prompt and not args.dry_run:
         raise ValueError('no prompt: say what to draw, such as python sample.py "a red star"')
     if not 1 <= args.n <= 10_000:
         raise ValueError(f"-n is {args.n}: ask for 1 picture or more, at most 10,000")
     if args.strength is not None and not args.image:
-        raise ValueError("--strength is about a picture to begin with: add --image")
+        raise ValueError("--strength is for a picture to begin with: add --image")
     asked = dict(height=64, width=64, steps=1, guidance=1)
     asked |= {name: v for name in asked if (v := getattr(args, name)) is not None}
     check_request([""], [""], output="pil", **asked)
@@ -189,7 +189,7 @@ def free_path(out, prompt: str, seed: int, n: int) -> Path:
             raise ValueError(f"{path} exists already: choose another --out, or leave it out for a new name")
     else:
         words = re.sub(r"[^\w]+", "-", prompt).strip("-").lower()[:60] or "empty"
-        words = words.encode("utf-8", "replace")[:120].decode("utf-8", "ignore")    # a name has 255 bytes
+        words = words.encode("utf-8", "replace")[:120].decode("utf-8", "ignore")    # names: up to 255 bytes
         path, i = folder / f"{words}-{seed}.png", 1
         while path.exists():
             path, i = folder / f"{words}-{seed}-{i}.png", i + 1
@@ -198,25 +198,25 @@ def free_path(out, prompt: str, seed: int, n: int) -> Path:
 
 
 def flags_of(path, args) -> tuple[list[str], str]:
-    """What a picture that was drawn here says of flags (not of where to write and on which device), as flags,
-    but for lists that `args` have themselves; and its prompt."""
+    """The settings of a picture drawn here, as flags, and its prompt. Left out are where to write, on which
+    device, and lists of which `args` has its own."""
     flags = []
     try:
-        told = settings_of(path)
-        told["skip_layer_guidance"] = told["skip_layers"][0] if told["skip_layers"] else 0
+        saved = settings_of(path)
+        saved["skip_layer_guidance"] = saved["skip_layers"][0] if saved["skip_layers"] else 0
         for name in (*REPEATED, "skip_layer_guidance"):
-            flag, value = f"--{name.replace('_', '-')}", told.get(name)
+            flag, value = f"--{name.replace('_', '-')}", saved.get(name)
             if isinstance(value, bool):
                 flags.append(flag if value else flag.replace("--", "--no-"))
             elif isinstance(value, list):
                 flags += [flag, *value] if value and not getattr(args, name) else []
             elif value is not None:
                 flags.append(f"{flag}={value}")
-        if not all(isinstance(word, str) for word in (told["prompt"], *flags)):
-            raise ValueError("not in the words of sample.py")
-        return flags, told["prompt"]
+        if not all(isinstance(word, str) for word in (saved["prompt"], *flags)):
+            raise ValueError("its settings are not sample.py's")
+        return flags, saved["prompt"]
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"--like {path} cannot be used, sample.py did not draw it ({e})") from None
+        raise ValueError(f"--like {path} cannot be used: sample.py did not draw it ({e})") from None
 
 
 def open_picture(path):
@@ -261,7 +261,7 @@ def draw(args) -> None:
     tell(pipe, args, asked, loras)
     some = at_once(asked["height"], asked["width"], pipe.vae.config.factor)
     steps = len(flow.part_way(range(asked["steps"] + 1), strength_of(args) if image else 1)) - 1
-    # each prompt apart: the longest of several would lengthen T5's text for all, which changes pictures
+    # each prompt by itself: the longest would lengthen T5's text for all, which changes pictures
     for prompt, first in itertools.product(args.prompt, range(0, args.n, some)):
         seeds = [args.seed + i for i in range(first, min(args.n, first + some))]
         with tqdm(total=steps, unit="step", leave=False, disable=None) as bar:      # on a terminal only
@@ -274,12 +274,12 @@ def draw(args) -> None:
             print(path, flush=True)
     if pipe.places.device.type == "cuda":
         most = torch.cuda.max_memory_allocated(pipe.places.device) / offload.GB
-        print(f"--offload {pipe.places.mode}: at most {most:.2f} GB of the card, beside CUDA itself",
+        print(f"--offload {pipe.places.mode}: at most {most:.2f} GB of the card, besides what CUDA takes",
               file=sys.stderr)
 
 
 def tell(pipe, args, asked, loras) -> None:
-    """Notices: what of the request will have no effect."""
+    """Prints notices about what will have no effect, or a surprising one."""
     for lora in loras:
         if lora.left_out:
             print(f"notice: {lora.path} has {lora.left_out} tensors for text encoders, which are left out",
@@ -296,14 +296,14 @@ def tell(pipe, args, asked, loras) -> None:
         print(f"notice: --image has no effect: --strength {strength_of(args):g} of {asked['steps']} steps "
               "are all of them", file=sys.stderr)
     if args.negative and asked["guidance"] == 1:
-        print("notice: --negative has no effect at guidance 1; turbo models are made for it, others take "
-              "--guidance 4", file=sys.stderr)
+        print("notice: --negative has no effect at guidance 1; turbo models are made for it, for others "
+              "add --guidance 4", file=sys.stderr)
     if pipe.skip_layers and min(pipe.skip_layers[1]) >= pipe.mmdit.config.depth:
         print("notice: --skip-layer-guidance has no effect: this model lacks the layers", file=sys.stderr)
 
 
 def dry_run(args) -> None:
-    """Prints what drawing takes, from shapes alone."""
+    """Prints what drawing would take, from shapes alone."""
     model = args.model or str(last_run(finished=True))
     run = is_run(model)
     if model in offload.PRESETS and not Path(model).exists():
@@ -312,7 +312,7 @@ def dry_run(args) -> None:
         configs, name, how = run_configs(model, args.drop), model, {"guidance": 3.0}
     elif not Path(model).exists():
         raise ValueError(f"{model} does not exist: give weights, or one of {', '.join(offload.PRESETS)}; a "
-                         "turbo model takes what the one that it came from takes with --guidance 1")
+                         "turbo model takes what the model it was made from takes with --guidance 1")
     else:
         configs = published_configs(model, args.drop)
         name, how = recognise(configs["mmdit"], model)
@@ -339,7 +339,7 @@ def out_of_memory(e, args) -> str:
 
 def main(argv=None) -> None:
     try:
-        if hasattr(sys.stdout, "reconfigure"):          # a console that cannot write a prompt's file name
+        if hasattr(sys.stdout, "reconfigure"):          # for consoles that cannot show a file name
             sys.stdout.reconfigure(errors="backslashreplace")
         args = parse(argv)
         check(args)

@@ -1,5 +1,5 @@
-"""What each stage of training learns, and from what: kept apart from train.py so that the loop there stays on
-one page.
+"""What does each stage of training learn, and from what? Kept apart from train.py so that the loop there
+stays on one page.
 
     stage  trains                 a step's batch              loss
     vae    AutoencoderKL          pictures                    squared error + edges + KL  (vae.vae_loss)
@@ -14,13 +14,13 @@ Each function returns a Stage: the modules to train and loss(step, generator, ro
 from that generator, which depends on (seed, stage, step) alone. Each stage uses what earlier ones have
 learnt, frozen.
 
-rows says which part of the batch to compute: a process among many, or a machine with little memory, takes
-less than all (parallel.py). What a row draws does not depend on that, and what loss returns, numbers for the
-log too, is that part's share of a sum: all rows' shares together are the loss of the batch.
+rows selects the part of the batch to compute: one process of many, or a machine with little memory, takes
+less than all of it (parallel.py). A row's random numbers do not depend on this, and what loss returns, for
+the log as well, is that part's share of a sum: the shares of all rows add up to the loss of the batch.
 
-The flow reads its batches from a cache on disk (prepare.py). Once that is written the autoencoder and the
-text encoders leave memory; the autoencoder comes back to draw a sample grid. With --encoders the encoders
-are published ones: they made the cache, and only the flow is left to learn.
+The flow reads its batches from a cache on disk (prepare.py). Once that is written, the autoencoder and the
+text encoders leave memory; the autoencoder is loaded again to draw a sample grid. With --encoders the
+encoders are published ones: they made the cache, and only the flow is left to learn.
 """
 import copy
 import dataclasses
@@ -62,22 +62,22 @@ STAGES = tuple(PARTS_OF)
 
 @dataclass
 class Stage:
-    """What `fit` needs to know of a stage."""
+    """What `fit` needs to know about a stage."""
     name: str
-    model: nn.Module                        # all that is trained
+    model: nn.Module                        # everything that is trained
     loss: Callable                          # (step, generator, rows) -> (scalar, {name: scalar for the log})
     preview: Callable | None = None         # (step) -> None: a sample grid, drawn with the averaged weights
     ema: bool = False                       # keep an average of the weights and return it
-    finish: Callable | None = None          # () -> None: when all is learned, before it is saved
+    finish: Callable | None = None          # () -> None: after training, before saving
 
 
 def make_tokenizers(folder: Path, c, captions: list[str], short: list[str], kept=True) -> dict:
-    """CLIP's two (one vocabulary, other padding) and T5's, trained on the captions
-    unless the folder has them and they are to be kept.
+    """CLIP's two (one vocabulary, different padding) and T5's, trained on the captions
+    unless the folder has them and `kept` is true.
 
-    Also settles clip_length and t5_length: attention to padding is not free, so CLIP gets as many tokens as
-    the short captions need and T5 as many as all do, up to SD3's 77. Whatever is longer gets cut, as it is
-    there.
+    Also sets clip_length and t5_length where they are 0: attention to padding is not free, so CLIP gets as
+    many tokens as the short captions need and T5 as many as all captions need, up to SD3's 77. Longer ones
+    are cut, as in SD3.
     """
     words = folder / "tokenizers"
     if not (kept and (words / "t5" / "tokenizer.json").is_file()):
@@ -93,9 +93,9 @@ def make_tokenizers(folder: Path, c, captions: list[str], short: list[str], kept
 
 
 def build(c, tokenizers: dict, later=nullcontext()) -> dict[str, nn.Module]:
-    """Every part, untrained, under the name of its file; of published encoders names and shapes alone; the
-    transformer, whose config follows from the others', inside `later` (parallel.Later), and none where
-    `pretrained_mmdit` gives it."""
+    """Every part, untrained, by the name of its file. Published encoders come as names and shapes alone. The
+    transformer, whose config follows from the others', is made inside `later` (parallel.Later), or left out
+    where `pretrained_mmdit` supplies it."""
     torch.manual_seed(c.seed)
     if c.encoders:
         bare = bare_encoders(c.encoders)
@@ -116,7 +116,7 @@ def build(c, tokenizers: dict, later=nullcontext()) -> dict[str, nn.Module]:
 
 
 def build_mmdit(c, vae, clip_l, clip_g, t5, later=nullcontext()) -> MMDiT:
-    """The transformer for what an autoencoder and encoders of these configs give."""
+    """The transformer for the latents and features of an autoencoder and encoders of these configs."""
     tokens = c.size // (2 * vae.factor)                                     # along a side of a picture
     config = MMDiTConfig.preset(
         c.model, in_channels=vae.z_channels, context_dim=t5.width,
@@ -124,7 +124,7 @@ def build_mmdit(c, vae, clip_l, clip_g, t5, later=nullcontext()) -> MMDiT:
         pos_max=max(32, 3 * tokens), pos_sample=tokens, pos_base=tokens)
     with later:
         mmdit = MMDiT(config)
-        mmdit.context_embedder = WhiteLinear(mmdit.context_embedder)        # until all is learned
+        mmdit.context_embedder = WhiteLinear(mmdit.context_embedder)        # during training only
     return mmdit
 
 
@@ -197,8 +197,8 @@ def clip_stage(run, parts, pictures, tokenizers) -> Stage:
 
 
 def t5_stage(run, parts, pictures, tokenizers) -> Stage:
-    """Its texts hold all captions of a picture: a hidden "star" can then be read in the other caption. In one
-    caption alone any shape would do, and T5 would learn to see no difference between them."""
+    """Each text joins all captions of a picture, so that a hidden "star" can be read from another caption. In
+    one caption alone any shape would fit, and T5 would learn to see no difference between them."""
     c, tokenizer = run.config, tokenizers["t5"]
     ids = tokenizer(sorted({", ".join(texts) for texts in pictures.captions}), 77)     # (texts, 77)
     ids = ids[:, :int((ids != tokenizer.pad).sum(1).max())]                            # (texts, L)
@@ -212,7 +212,7 @@ def t5_stage(run, parts, pictures, tokenizers) -> Stage:
 
 def encoder_prints(path) -> tuple[str, str]:
     """Fingerprints of the autoencoder and of the text encoders of a run or of published weights, as a cache
-    keeps them."""
+    records them."""
     home = home_of_encoders(path)
     if is_run(home):
         words = [p for p in (home / "tokenizers").rglob("*") if p.is_file()]
@@ -230,14 +230,14 @@ def pixels(image, size):
 
 
 def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
-    """The flow model's input: from the cache in the run's folder, where what it lacks is encoded first, or
-    from the one that --cache names.
+    """The flow model's input: from the cache in the run's folder, after encoding what it lacks, or from the
+    one that --cache names.
 
     Pictures that are in memory already are not read or drawn again."""
     c, folder, prints = run.config, run.folder, encoder_prints(run.folder)
     if not c.cache:
         held = {} if c.buckets else dict(zip(pictures.names, pictures.images))
-        survey = copy.copy(survey)                          # the given one must not keep pixels in memory
+        survey = copy.copy(survey)                          # the caller's must not keep pixels in memory
         survey.entries = [e._replace(picture=partial(pixels, held[e.name])) if e.name in held else e
                           for e in survey.entries]
         encoders = TextEncoders(*(parts[name] for name in ENCODERS), list(tokenizers.values()))
@@ -251,8 +251,8 @@ def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
 
 
 def encode_all(run, out, rank=0, world=1) -> None:
-    """A cache in `out` of run.config's data, by the encoders of run.folder, which may be published weights.
-    Of `world` ranks each does its share; an interrupted one goes on where it was."""
+    """Writes a cache of run.config's data to `out`, with the encoders of run.folder, which may be published
+    weights. Each of `world` ranks does its share; if interrupted, the next call goes on from there."""
     c, prints = run.config, encoder_prints(run.folder)
     listing = list_pictures(c.data, c.size, count=c.pictures, seed=c.seed)
     survey = Survey(listing.entries[:c.pictures], c.size, bucketed=c.buckets)
@@ -276,7 +276,7 @@ def encode_all(run, out, rank=0, world=1) -> None:
 
 
 def take_over(origin, folder) -> None:
-    """Copy all that another run has learned: its encoders as they are, its transformer as a start."""
+    """Copy all that another run has learned: its encoders as they are, its transformer to start from."""
     files = [f"{name}.safetensors" for stage, names in PARTS_OF.items() for name in names if stage != "flow"]
     files += [p.relative_to(origin) for p in (origin / "tokenizers").rglob("*") if p.is_file()]
     files = files if is_run(home_of_encoders(origin)) else []           # published ones stay where they are
@@ -289,10 +289,10 @@ def take_over(origin, folder) -> None:
 
 
 def pretrained_mmdit(run, vae, later=nullcontext()) -> MMDiT:
-    """The transformer that --from names: a run's for this run's pictures, or a published one as it is. With
-    --lora only adapters of it learn; a published one then stays in the dtype of products.
+    """The transformer that --from names: a run's, resized for this run's pictures, or a published one as it
+    is. With --lora only its adapters learn; a published one then stays in the dtype of matrix products.
 
-    Inside `later` its tensors stay in their file until they are made."""
+    later: a parallel.Later, with which its tensors stay in the file until they are needed."""
     c = run.config
     if (run.folder / "start").is_dir():
         old = load_part(run.folder / "start", "mmdit", later)
@@ -306,33 +306,33 @@ def pretrained_mmdit(run, vae, later=nullcontext()) -> MMDiT:
             source, recipe = locate(c.origin, "mmdit")
             for name, t in model.state_dict().items():
                 later.note(t, partial(read_tensor, source, recipe(name), t.shape, "cpu", t.dtype))
-            model.pos_embed = later.maker(model.pos_embed)()                # learns nothing, is not cut up
+            model.pos_embed = later.maker(model.pos_embed)()                # not trained, and not cut up
     return add_lora(model, c.lora, seed=c.seed) if c.lora else model
 
 
 def resized(old: MMDiT, tokens: int, white: bool = True) -> MMDiT:
-    """The same weights for pictures of tokens x tokens. The coordinates of its first pictures are stretched
-    over these (interpolated), and go on beyond them (extended), paper section 5.3.2. Smaller ones have the
-    middle of them. white: the layer that reads text is about to learn (WhiteLinear)."""
+    """The same weights for pictures of tokens x tokens. The coordinates of the pictures that it first learned
+    are stretched over these (interpolated) and continued beyond (extended), paper section 5.3.2. Smaller
+    pictures take the middle of them. white: the layer that reads text will be trained (WhiteLinear)."""
     c = dataclasses.replace(old.config, pos_sample=max(old.config.pos_sample, tokens),
                             pos_max=max(old.config.pos_max, 3 * tokens))
-    new = MMDiT(c)      # a published table is kept where it reaches: what it holds may be by another formula
+    new = MMDiT(c)      # a published table is kept if it is large enough: it may come from another formula
     new.load_state_dict(old.state_dict() | ({} if c == old.config else {"pos_embed": new.pos_embed}))
     new.context_embedder = WhiteLinear(new.context_embedder) if white else new.context_embedder
     return new
 
 
 class WhiteLinear(nn.Linear):
-    """A Linear while it learns: it sees its input with mean 0 and, nearly, with the identity as covariance.
+    """A Linear for training: it sees its input with mean 0 and nearly the identity as covariance.
 
-    Ten directions make up four fifths of what the text features vary by, and say which words there are.
-    Which colour belongs to which shape lies in the weak ones, and in raw features would be learned last.
+    Ten directions hold four fifths of the text features' variance, and tell which words there are. Which
+    colour belongs to which shape lies in the weak directions, and from raw features would be learned last.
     `folded` is the plain layer that computes the same.
 
     DIFFERS: the paper's layer reads raw features; half a million steps need no such help."""
 
     def __init__(self, linear: nn.Linear):
-        """Until `measure` it computes what `linear` does."""
+        """Until `measure` is called, it computes what `linear` does."""
         super().__init__(linear.in_features, linear.out_features)
         self.load_state_dict(linear.state_dict())
         self.register_buffer("mean", torch.zeros(self.in_features), persistent=False)
@@ -340,21 +340,21 @@ class WhiteLinear(nn.Linear):
 
     @torch.no_grad()
     def measure(self, some: torch.Tensor, learned: bool = False) -> None:
-        """some (n, in): inputs to measure mean and covariance on. learned: the weights are for raw inputs,
-        and go on from what they compute; else they are untrained, and white inputs will do."""
+        """some (n, in): inputs to measure mean and covariance on. learned: the weights were trained on
+        raw inputs, and are converted so as to compute the same; else they are untrained, and stay."""
         some = some.double().cpu()                                              # no float64 on MPS
-        # (in,), (in, in); for SD3's 4096 half a minute on one core
+        # (in,), (in, in); for SD3's 4096 it takes half a minute on one core
         values, vectors = torch.linalg.eigh(some.T.cov(correction=0))
-        scale = (values.clamp(min=0) + 0.03 * values.mean()).rsqrt()            # rounding errors stay small
+        scale = (values.clamp(min=0) + 0.03 * values.mean()).rsqrt()            # floor against rounding
         self.mean.copy_(some.mean(0))                                           # (in,)
         self.matrix.copy_((vectors * scale) @ vectors.T)                        # (in, in)
-        if learned:                     # FSDP2 cuts both by rows of the weight: each rank can do its own
+        if learned:                     # FSDP2 cuts both by the weight's rows: each rank converts its own
             weight, bias = local(self.weight), local(self.bias)
             bias += weight @ self.mean
             weight.copy_(weight @ torch.linalg.inv(self.matrix))
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):                  # differences of large numbers
+        with torch.autocast(x.device.type, enabled=False):                  # subtracts large numbers
             x = (x.float() - self.mean) @ self.matrix
         return super().forward(x)
 
@@ -367,29 +367,29 @@ class WhiteLinear(nn.Linear):
 
 
 def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
-    """The transformer learns from the cache, which is made here if it is not there. Then nothing else needs
-    the encoders and the pixels: they are taken out of `parts` and of `pictures`, and leave memory."""
+    """The transformer learns from the cache, which is made here if necessary. After that nothing needs the
+    encoders and the pixels: they are removed from `parts` and `pictures`, to free memory."""
     c, model = run.config, parts["mmdit"]
     for name, p in model.joint_blocks[-1].context_block.attn.named_parameters():
         if name.startswith("ln_q"):
-            p.requires_grad_(False)                         # the last text queries are not read (parallel.py)
+            p.requires_grad_(False)                         # the last text queries are not used (parallel.py)
     batches = cached_batches(run, parts, tokenizers, survey, pictures)
     widths = [parts[name].config.width for name in ENCODERS[:2]]
     prompts = preview_prompts(c, pictures.captions)
-    said = preview_text(run, parts, tokenizers, batches.cache, prompts)
-    for name in ("vae", *ENCODERS, "clip_l_image", "clip_g_image"):     # the first comes back for a preview
+    text = preview_text(run, parts, tokenizers, batches.cache, prompts)
+    for name in ("vae", *ENCODERS, "clip_l_image", "clip_g_image"):     # previews load the first again
         parts.pop(name, None)
     pictures.images = pictures.images.new_empty(0)
 
     def loss(step, g, rows=slice(None)):
         mean, std, context, pooled = batches.at(step, run.device, rows)     # two (b, C, H, W), and text
-        # times and dropped text of the whole batch, since they are few; noise, in batches of thousands
-        # seconds of work, for these rows alone: each has a generator of its own
+        # times and dropped text are few, and drawn for the whole batch; noise, which takes seconds in batches
+        # of thousands, is drawn for these rows alone: each has a generator of its own
         t = flow.shift_t(flow.sample_t(c.density, c.flow_batch, generator=g), c.shift)[rows].to(run.device)
         drops = sample_drops(c.flow_batch, g, c.text_drop)[rows].to(run.device)
         seeds = torch.randint(2**62, (c.flow_batch,), generator=g)[rows].tolist()
         own = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents = mean + std * flow.draw_noise(mean.shape, own, run.device)         # of the posterior
+        latents = mean + std * flow.draw_noise(mean.shape, own, run.device)         # posterior samples
         noise = flow.draw_noise(mean.shape, own, run.device)
         context, pooled = drop_encoders(context, pooled, drops, c.clip_length, widths)
         losses = flow.loss(model, latents, t=t, noise=noise, context=context, pooled=pooled)
@@ -397,7 +397,7 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
 
     white = isinstance(model.context_embedder, WhiteLinear)                 # a published one stays as it is
     if white:
-        few = slice(0, max(1, 60_000 // (32 * (c.clip_length + c.t5_length))))          # 1 GB of SD3's own
+        few = slice(0, max(1, 60_000 // (32 * (c.clip_length + c.t5_length))))          # 1 GB for SD3's own
         some = [batches.at(i, run.device, few)[2].flatten(0, 1) for i in range(32)]     # each (tokens, ctx)
         model.context_embedder.measure(torch.cat(some), learned=bool(c.origin))
 
@@ -411,11 +411,11 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
 
     def preview(step):
         vae = load_vae(c.encoders, dtype=torch.float32) if c.encoders else load_part(run.folder, "vae")
-        pipe = Pipeline(model, vae.to(run.device), said, shift=c.shift, kind="clean", size=(c.size, c.size),
+        pipe = Pipeline(model, vae.to(run.device), text, shift=c.shift, kind="clean", size=(c.size, c.size),
                         dtype=None if run.dtype == torch.float32 else run.dtype)
         images = pipe(prompts, guidance=3.0, steps=20, t5_length=c.t5_length)   # the same eight seeds always
         row = [(np.asarray(image), [prompt]) for image, prompt in zip(images, prompts)]
-        if run.ranks.rank:                                  # it was needed for its shard of the weights only
+        if run.ranks.rank:                                  # needed only for its shard of the weights
             return
         sheet = contact_sheet({f"step {step}": row[:4], "": row[4:]})
         write_atomically(run.folder / "samples" / f"{step:06d}.png", partial(sheet.save, format="PNG"))
@@ -424,8 +424,8 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
 
 
 class PrecomputedText:
-    """Stands in for text encoders: what they said of a few texts, and nothing else."""
-    clip_l = clip_g = t5 = True                     # none of them is left out
+    """Stands in for text encoders: it knows their features of a few texts, and nothing else."""
+    clip_l = clip_g = t5 = True                     # none is missing
 
     def __init__(self, texts, context, pooled):
         self.texts, self.said = texts, Conditioning(context, pooled)
@@ -437,21 +437,21 @@ class PrecomputedText:
 
 @torch.no_grad()
 def preview_text(run, parts, tokenizers, cache, prompts) -> PrecomputedText:
-    """What the encoders say of the prompts, and zeros for "". Of captions in a given cache it is known."""
+    """The encoders' features of the prompts, and zeros for "". A given cache holds those of its captions."""
     c, texts = run.config, list(dict.fromkeys(prompts))
     if c.cache:
         pictures = np.array([prompts.index(text) for text in texts]) * len(cache) // 8
-        said = cache.text(pictures, torch.zeros(len(pictures), dtype=torch.long))
+        features = cache.text(pictures, torch.zeros(len(pictures), dtype=torch.long))
     else:
         encoders = TextEncoders(*(parts[name] for name in ENCODERS), list(tokenizers.values()))
         with run.autocast():
-            said = vars(encoders(texts, c.t5_length)).values()
-    return PrecomputedText([*texts, ""], *(torch.cat([x, torch.zeros_like(x[:1])]).float() for x in said))
+            features = vars(encoders(texts, c.t5_length)).values()
+    return PrecomputedText([*texts, ""], *(torch.cat([x, torch.zeros_like(x[:1])]).float() for x in features))
 
 
 def preview_prompts(c, captions) -> list[str]:
-    """Eight prompts for the sample grids: of the drawn world, or captions of the data's own (a tuple for each
-    picture)."""
+    """Eight prompts for the sample grids: about the drawn world, or from the data's own captions (a tuple for
+    each picture)."""
     if c.data != "drawn" or c.cache:
         return [captions[k * len(captions) // 8][0] for k in range(8)]
     return ["a star", "a red circle", "three hearts", "a ring and a cross", "a square left of a ring",
@@ -481,8 +481,8 @@ def demo() -> None:
 
 
 # Exercises. (1) Train the CLIP pairs on full captions only (the last of each picture): does the flow's score
-# for places change? (2) Give the flow the latents' means instead of samples: what does its loss gain, and why
-# is that no better picture? (3) Leave T5 out (drop it always): which of the six tasks suffers first?
+# for places change? (2) Give the flow the latents' means instead of samples: how much does its loss fall, and
+# why are the pictures no better? (3) Always drop T5: which of the six tasks suffers first?
 
 if __name__ == "__main__":
     demo()

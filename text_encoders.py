@@ -1,6 +1,6 @@
 """The text encoders: how does a prompt become (B, 154, 4096) and (B, 2048)?
 
-Three frozen models read the same prompt; SD3 joins what they say into two tensors:
+Three frozen models read the same prompt; SD3 joins their features into two tensors:
 
     encoder        parameters  tokens           width  features from                  pooled vector
     CLIP ViT-L/14     123.1 M  77, BOS .. EOS     768  penultimate layer, no norm      at EOS, 768
@@ -14,25 +14,25 @@ Three frozen models read the same prompt; SD3 joins what they say into two tenso
                    |                     T5                     |     context: the transformer's text stream,
                154 +--------------------------------------------+     pooled: its modulation
 
-In float16 the weights take 0.25, 1.4 and 9.5 GB, and T5 costs more than the others together. None of this
-changes while SD3 trains: encode each caption once, store the features; `drop_encoders` works on those.
+In float16 the weights take 0.25, 1.4 and 9.5 GB, and T5 costs more than the others together. None of them
+changes while SD3 trains: encode each caption once and store its features; `drop_encoders` works on those.
 
 Worth knowing before reading on
 - Padding is attended to, in CLIP, in T5 and in the transformer; the real models were trained so. Hence T
-  belongs to the conditioning: 77 and 256 give different pictures.
+  is part of the conditioning: 77 and 256 give different pictures.
 - CLIP-L pads with EOS, bigG with id 0, which is "!". CLIP-L has x * sigmoid(1.702 x) where bigG has GELU.
 - T5 has no 1/sqrt(d) in its attention; one table of relative positions, in block 0, serves all blocks. It
   overflows in float16: use bfloat16 or float32.
-- Training drops (zeroes) each encoder by its own coin, so any of them may be left out when sampling.
+- Training drops (zeroes) each encoder independently, so any of them may be left out when sampling.
   The empty prompt of guidance is not dropped but encoded like any other.
 
-DIFFERS: CLIP text is cleaned as Hugging Face's fast tokenizer does; OpenAI's also mends Unicode and HTML.
-DIFFERS: "!" in a prompt is id 0 for bigG, as in diffusers, where padding is special; 256 in Stability's.
+DIFFERS: CLIP text is cleaned as Hugging Face's fast tokenizer does; OpenAI's also repairs Unicode and HTML.
+DIFFERS: "!" in a prompt is id 0 for bigG, as in diffusers, where padding is special; Stability's has 256.
 DIFFERS: Stability's SD3.5 script cuts T5's text at 226 characters; here only the number of tokens limits it.
-Others, about pre-training, are beside init_weights, the losses and train_t5_tokenizer.
+Others, about pre-training, are noted at init_weights, the losses and train_t5_tokenizer.
 
 Dims: B batch, L tokens, D width, nh heads, hd head dim. Parameter names are those of the Hugging Face files.
-Run `python text_encoders.py`: trains tiny tokenizers, measures the picture above and asserts it, in seconds.
+Run `python text_encoders.py`: trains tiny tokenizers and asserts the layout drawn above, in seconds.
 """
 import json
 import math
@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-TEXT_DROP = 0.464                       # of each encoder in training (appendix B.3; section 5.3.3: 46.3 %)
+TEXT_DROP = 0.464                       # of each encoder, in training (appendix B.3; section 5.3.3: 46.3 %)
 ENCODERS = ("clip_l", "clip_g", "t5")   # the order of `drop`, `dropped` and `tokenizers`
 
 
@@ -61,16 +61,16 @@ def preset(cls, name, **changes):
 def init_weights(model):
     """The published schemes: normal weights with these deviations, zero biases; norms stay at 1.
 
-    DIFFERS: the original gives T5's table of relative positions D^-0.5, from where a short training hardly
-    learns the order of words: "tiny", 300 steps of 64 captions: masked-span loss 2.5; from 2.0 as here: 1.3.
+    DIFFERS: the original starts T5's table of relative positions at D^-0.5, from where short training hardly
+    learns word order: "tiny" reaches a masked-span loss of 2.5 in 300 steps of 64 captions; from 2.0, 1.3.
     """
     c, a = model.config, model.config.width ** -0.5
     if isinstance(c, T5Config):
-        q, o = a * c.head_dim ** -0.5, (c.heads * c.head_dim) ** -0.5   # q has the scale that attention lacks
+        q, o = a * c.head_dim ** -0.5, (c.heads * c.head_dim) ** -0.5   # q has the scale missing in attention
         std = {"q": q, "k": a, "v": a, "o": o, "wi_0": a, "wi_1": a, "wo": c.ffn ** -0.5, "shared": 1.0,
                "relative_attention_bias": 2.0}
     else:
-        out = a * (2 * c.layers) ** -0.5    # what is added to the residual stream: less in a deeper model
+        out = a * (2 * c.layers) ** -0.5    # additions to the residual stream: smaller in deeper models
         std = {"q_proj": a, "k_proj": a, "v_proj": a, "out_proj": out, "fc1": a * 2 ** -0.5, "fc2": out,
                "text_projection": a, "visual_projection": a, "token_embedding": 0.02,
                "position_embedding": 0.01 if isinstance(c, CLIPTextConfig) else a}
@@ -103,7 +103,7 @@ class RMSNorm(nn.RMSNorm):              # T5's norm: x / rms(x) * weight, no mea
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    vocab_size: int                     # of the tiny ones: from the trained tokenizer
+    vocab_size: int                     # for the tiny ones, the trained tokenizer's
     width: int
     layers: int
     heads: int
@@ -174,8 +174,8 @@ class CLIPTextEncoder(nn.Module):
     def forward(self, ids):
         """ids (B, L), L <= context_length -> penultimate (B, L, D), pooled (B, projection_dim or D).
 
-        penultimate: what the last layer is given. pooled: what it makes of the first EOS, normed, and then
-        projected if there is a text_projection. ValueError if ids are too long or a row has no EOS.
+        penultimate: the last layer's input. pooled: its output at the first EOS, normed, then projected if
+        there is a text_projection. ValueError if ids are too long or a row has no EOS.
         """
         is_eos, text, (B, L) = ids == self.eos, self.text_model, ids.shape
         if L > self.config.context_length or not is_eos.any(1).all():
@@ -184,13 +184,13 @@ class CLIPTextEncoder(nn.Module):
         x = text.embeddings.token_embedding(ids) + text.embeddings.position_embedding.weight[:L]  # (B, L, D)
         for layer in text.encoder.layers:
             penultimate, x = x, layer(x, causal=True)
-        first = is_eos.int().argmax(1)  # (the usual argmax of ids fails when learned tokens come after EOS)
+        first = is_eos.int().argmax(1)  # (the usual ids.argmax fails if added tokens have larger ids)
         pooled = text.final_layer_norm(x[torch.arange(B, device=ids.device), first])              # (B, D)
         return penultimate, pooled if self.config.projection_dim is None else self.text_projection(pooled)
 
 
 class CLIPImageEncoder(nn.Module):
-    """CLIP's other half, a vision transformer. SD3 does without; it trains tiny CLIPs and scores pictures."""
+    """CLIP's other half, a vision transformer. Not part of SD3; it trains tiny CLIPs and scores pictures."""
 
     def __init__(self, config: CLIPImageConfig):
         super().__init__()
@@ -201,13 +201,13 @@ class CLIPImageEncoder(nn.Module):
         embeddings.position_embedding = nn.Embedding((config.image_size // P) ** 2 + 1, D)
         layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.layers))
         self.vision_model = nn.ModuleDict({
-            "embeddings": embeddings, "pre_layrnorm": LayerNorm(D),     # spelt so in every checkpoint
+            "embeddings": embeddings, "pre_layrnorm": LayerNorm(D),     # spelt like this in all checkpoints
             "encoder": nn.ModuleDict({"layers": layers}), "post_layernorm": LayerNorm(D)})
         self.visual_projection = nn.Linear(D, config.projection_dim, bias=False)
         init_weights(self)
 
     def forward(self, images):
-        """images (B, 3, S, S) in [0, 1], S = image_size -> (B, projection_dim), of any length."""
+        """images (B, 3, S, S) in [0, 1], S = image_size -> (B, projection_dim), not normalised."""
         vision, embed, S = self.vision_model, self.vision_model.embeddings, self.config.image_size
         if images.shape[1:] != (3, S, S):
             raise ValueError(f"images {tuple(images.shape)}: resize them to (B, 3, {S}, {S})")
@@ -225,8 +225,8 @@ def clip_loss(image_embeds, text_embeds, logit_scale, same=None, everyone=None):
     """Symmetric InfoNCE -> scalar: every picture picks its caption in the batch, every caption its picture.
 
     image_embeds, text_embeds (B, E). logit_scale: learned scalar, log of the inverse temperature, as in the
-    checkpoints; begin at ln(1 / 0.07); held below ln 100. same (B, B) bool: which captions are equal.
-    everyone: (images, texts) of a larger batch to pick from, whose rows these are; then same is (B, larger).
+    checkpoints; starts at ln(1 / 0.07), is clamped to ln 100. same (B, B) bool: which captions are equal.
+    everyone: (images, texts) of a larger batch to pick from, which has these rows; same is then (B, larger).
     DIFFERS: web captions hardly ever repeat, ours do ("a star"); with `same`, equal ones share the target.
     DIFFERS: the tiny CLIP-L has no text projection, as in SD3; its image tower projects to the text's width.
     """
@@ -244,7 +244,7 @@ def clip_loss(image_embeds, text_embeds, logit_scale, same=None, everyone=None):
 
 @dataclass(frozen=True)
 class T5Config:
-    vocab_size: int                     # of the tiny one: from the trained tokenizer
+    vocab_size: int                     # for the tiny one, the trained tokenizer's
     width: int
     layers: int
     heads: int
@@ -260,8 +260,9 @@ class T5Config:
 def relative_buckets(L, buckets=32, max_distance=128, device=None):
     """(L, L) bucket of key j as seen from query i (T5, arXiv 1910.10683, section 2.1; details from its code).
 
-    The second half of the buckets is for keys to the right. In a half, distances 0 to 7 have a bucket each;
-    the others begin at 8, 12, 16, 23, 32, 46, 64, 91: a factor sqrt 2. (Whole numbers: equal on any device.)
+    The second half of the buckets is for keys to the right. In each half, distances 0 to 7 have buckets of
+    their own; the others begin at 8, 12, 16, 23, 32, 46, 64, 91, a factor of about sqrt 2 apart. (The edges
+    are whole numbers, so that every device agrees.)
     """
     half, exact = buckets // 2, buckets // 4
     growth = (max_distance / exact) ** (1 / (half - exact))
@@ -305,14 +306,14 @@ class T5Encoder(nn.Module):
         init_weights(self)
 
     def forward(self, ids, mask=None):
-        """ids (B, L) -> hidden (B, L, D), normed. mask (B, L) bool: which to attend to; SD3 gives none."""
+        """ids (B, L) -> hidden (B, L, D), normed. mask (B, L) bool: tokens to attend to; SD3 gives none."""
         if self.shared.weight.dtype == torch.float16:
             raise ValueError("T5 overflows in float16: load it in bfloat16 or float32")
         x, c = self.shared(ids), self.config
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         bias = table(relative_buckets(ids.shape[1], c.buckets, c.max_distance, ids.device))
         bias = bias.permute(2, 0, 1)[None]                                          # (1, nh, L, L)
-        if mask is not None:            # not -inf: a row without any token must not become NaN
+        if mask is not None:            # not -inf: a row without any tokens must not become NaN
             bias = bias.masked_fill(~mask[:, None, None, :], -1e30)                 # (B, nh, L, L)
         for block in self.encoder.block:
             x = block(x, bias)
@@ -320,14 +321,14 @@ class T5Encoder(nn.Module):
 
 
 def masked_span_loss(encoder, ids, *, generator, rate=0.15, span=2, sentinel=None, rows=slice(None)):
-    """Pre-trains a T5 encoder by itself: hide spans, guess them from both sides -> scalar cross-entropy.
+    """Pre-trains a T5 encoder alone: spans are hidden and guessed from both sides -> scalar cross-entropy.
 
     ids (B, L). About `rate` of the text tokens are hidden, at least one in a row with text, in spans of
     `span`, longer where two meet. All tokens of a row's n-th span become <extra_id_n>, with id sentinel - n
-    (default: the last id; 32099 in the real one). Their outputs meet the embeddings times D^-0.5, as in T5.
-    rows: which to read; their part of the loss of all ids. What is hidden does not depend on it.
+    (default: the last id; 32099 in the real one). Logits are outputs times embeddings times D^-0.5, as in T5.
+    rows: which to compute; the result is their part of the loss of all ids. What is hidden does not change.
     DIFFERS: T5 puts one sentinel for a span, of mean length 3, and a decoder spells it out. Here lengths stay
-    and the encoder itself answers, as in BERT: no decoder is needed. Our captions are short, hence 2.
+    and the encoder itself answers, as in BERT, so there is no decoder. Our captions are short, hence span 2.
     """
     L, is_text = ids.shape[1], ids > 2                                  # 0 1 2 are <pad> </s> <unk>
     if not is_text.any():
@@ -338,7 +339,7 @@ def masked_span_loss(encoder, ids, *, generator, rate=0.15, span=2, sentinel=Non
     starts = hidden & ~F.pad(hidden, (1, 0))[:, :L]                     # spans that touch have become one
     sentinel = encoder.config.vocab_size - 1 if sentinel is None else sentinel
     shown = torch.where(hidden, sentinel + 1 - starts.cumsum(1), ids)
-    count = hidden.sum()                                                # of all rows, also where few are read
+    count = hidden.sum()                                                # of all rows, even if `rows` has few
     ids, hidden, shown = ids[rows], hidden[rows], shown[rows]
     output = encoder(shown)[hidden]                                                         # (hidden, D)
     logits = F.linear(output, encoder.shared.weight) * encoder.config.width ** -0.5
@@ -347,16 +348,16 @@ def masked_span_loss(encoder, ids, *, generator, rate=0.15, span=2, sentinel=Non
 
 # ------------------------------------------------------------------------------------------------- tokenizers
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"                               # of CLIP
-SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]               # of T5: number 0 has the last id
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"                               # CLIP's
+SENTINELS = [f"<extra_id_{i}>" for i in reversed(range(100))]               # T5's: number 0 has the last id
 CLIP_WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
 class TextTokenizer:
     """Texts to rows of ids: BOS (CLIP only), tokens, EOS, padding. Long texts lose their end, but never EOS.
 
-    Takes any Python string; lone surrogates, which UTF-8 cannot hold, count as U+FFFD. Has vocab_size and the
-    ids bos (None for T5), eos, pad. length: when a call gives none.
+    Takes any Python string; lone surrogates, which UTF-8 cannot hold, become U+FFFD. Has vocab_size and the
+    ids bos (None for T5), eos, pad. length: for calls that give none.
     """
 
     def __init__(self, tok, bos, eos, pad, length):
@@ -364,12 +365,12 @@ class TextTokenizer:
         if missing := [token for token in special if tok.token_to_id(token) is None]:
             raise ValueError(f"not the right kind of tokenizer: its vocabulary has no {', '.join(missing)}")
         tok.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-        tok.no_padding()                # a file's own settings do not count
+        tok.no_padding()                # a file's own settings are ignored
         tok.no_truncation()
         self.tok, self.length, self.vocab_size = tok, length, tok.get_vocab_size()
         self.bos, self.eos, self.pad = (t and tok.token_to_id(t) for t in (bos, eos, pad))
 
-    def _encode(self, texts, length):   # -> how many tokens have room beside BOS and EOS; all tokens
+    def _encode(self, texts, length):   # -> room for tokens beside BOS and EOS; each text's tokens
         texts = [texts] if isinstance(texts, str) else texts
         room = (self.length if length is None else length) - 1 - (self.bos is not None)
         if room < 0:
@@ -414,15 +415,15 @@ def load_clip_tokenizer(folder, pad=EOS, length=77) -> TextTokenizer:
 
 
 def load_t5_tokenizer(folder, length=77) -> TextTokenizer:
-    """From tokenizer.json, which has T5's cleaning in it."""
+    """From tokenizer.json, which includes T5's text cleaning."""
     if not (path := Path(folder, "tokenizer.json")).is_file():
-        raise ValueError(f"no tokenizer.json in {folder}; spiece.model alone is not read")
+        raise ValueError(f"no tokenizer.json in {folder}; spiece.model cannot be read")
     return TextTokenizer(Tokenizer.from_file(str(path)), None, "</s>", "<pad>", length)
 
 
 def train_clip_tokenizer(captions, folder, vocab_size=1024):
     """Byte-pair encoding (arXiv 1508.07909) -> vocab.json, merges.txt. Ids as in the real one: 256 bytes, 256
-    that end a word (so nothing is unknown), merges, BOS, EOS. vocab_size: the most it may be, 514 or more."""
+    that end a word (so nothing is unknown), merges, BOS, EOS. vocab_size: an upper limit, 514 or more."""
     if vocab_size < 514:
         raise ValueError(f"vocab_size {vocab_size}: needs 514 or more (256 bytes twice, BOS, EOS)")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -441,9 +442,9 @@ def train_clip_tokenizer(captions, folder, vocab_size=1024):
 def train_t5_tokenizer(captions, folder, vocab_size=1024):
     """A unigram model (arXiv 1804.10959) -> tokenizer.json: <pad> </s> <unk>, pieces, 100 sentinels.
 
-    Characters neither ASCII nor in the captions are unknown, as in T5. vocab_size: the most there may be.
+    Characters neither ASCII nor in the captions are unknown, as in T5. vocab_size: an upper limit.
     DIFFERS: SentencePiece finds pieces by expectation maximisation; here they are the commonest words and all
-    characters. (The library's trainer orders pieces differently each time, and splits words of few captions.)
+    characters. (The library's trainer varies in the order of pieces, and with few captions it splits words.)
     """
     tok = Tokenizer(models.Unigram())
     tok.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(),
@@ -477,8 +478,8 @@ class Conditioning:
 class TextEncoders(nn.Module):
     """Prompts to conditioning. The encoders and their tokenizers, in the order of ENCODERS; no gradients.
 
-    An encoder may be None: zeros stand in its place, `widths` wide, as when training dropped it. (So does
-    diffusers with a missing T5; others leave its tokens out: t5_length=0.) ValueError if parts do not fit.
+    An encoder may be None: its features are zeros, `widths` wide, as if training had dropped it. (diffusers
+    does the same without T5; others leave its tokens out: t5_length=0.) ValueError if parts do not fit.
     """
 
     def __init__(self, clip_l, clip_g, t5, tokenizers, widths=(768, 1280, 4096)):
@@ -487,7 +488,7 @@ class TextEncoders(nn.Module):
         configs = [e.config if e else None for e in (clip_l, clip_g, t5)]
         self.widths = [c.width if c else w for c, w in zip(configs, widths)]
         self.pooled_dims = [c.projection_dim or c.width if c else w for c, w in zip(configs[:2], widths)]
-        self.pooled_dims += [0]                                                 # T5 gives no vector
+        self.pooled_dims += [0]                                                 # T5 has no pooled vector
         self.clip_length = next((c.context_length for c in configs[:2] if c), 77)
         for e, tok in zip((clip_l, clip_g, t5), tokenizers):
             if e and (tok.vocab_size > e.config.vocab_size or tok.eos != getattr(e, "eos", 1)):
@@ -498,7 +499,7 @@ class TextEncoders(nn.Module):
     @torch.no_grad()
     def forward(self, prompts, t5_length=77, drop=()) -> Conditioning:
         """B prompts -> context (B, 77 + t5_length, 4096), pooled (B, 2048), on the first encoder's device.
-        drop: names out of ENCODERS; those are not run, their slices are zero."""
+        drop: names from ENCODERS; these are not run, their slices are zero."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if unknown := set(drop) - set(ENCODERS):
             raise ValueError(f"cannot drop {sorted(unknown)}: choose from {', '.join(ENCODERS)}")
@@ -506,11 +507,11 @@ class TextEncoders(nn.Module):
         for name, tokenizer, D, P in zip(ENCODERS, self.tokenizers, self.widths, self.pooled_dims):
             encoder, length = getattr(self, name), t5_length if name == "t5" else self.clip_length
             if encoder is None or name in drop or length == 0:
-                said, vector = reference.new_zeros(B, length, D), reference.new_zeros(B, P)
+                hidden, vector = reference.new_zeros(B, length, D), reference.new_zeros(B, P)
             else:
                 ids = tokenizer(prompts, length).to(next(encoder.parameters()).device)
-                said, vector = encoder(ids) if name != "t5" else (encoder(ids), reference.new_zeros(B, P))
-            features.append(said.to(reference.device))                          # the encoders may live apart
+                hidden, vector = encoder(ids) if name != "t5" else (encoder(ids), reference.new_zeros(B, P))
+            features.append(hidden.to(reference.device))                # encoders may be on different devices
             pooled.append(vector.to(reference.device))
         clips = torch.cat(features[:2], dim=-1)                                 # (B, 77, 768 + 1280)
         clips = F.pad(clips, (0, self.widths[2] - clips.shape[-1]))             # (B, 77, 4096)
@@ -523,9 +524,9 @@ def sample_drops(n, generator, p=TEXT_DROP):
 
 
 def drop_encoders(context, pooled, dropped, clip_length, widths):
-    """Zeroes the slices of dropped encoders in joined, maybe stored, features -> new (context, pooled).
+    """Zeroes the slices of dropped encoders in joined features, perhaps stored ones -> (context, pooled).
 
-    dropped (B, 3) bool; clip_length: tokens before T5's; widths of CLIP-L, bigG: in context and pooled alike.
+    dropped (B, 3) bool; clip_length: tokens before T5's. widths: CLIP-L's and bigG's, in both tensors.
     """
     wl, wg = widths
     if pooled.shape[-1] != wl + wg:
@@ -539,7 +540,7 @@ def drop_encoders(context, pooled, dropped, clip_length, widths):
 
 
 def demo():
-    """The picture at the top of this file, measured: which numbers change without an encoder."""
+    """The layout at the top of this file, measured: which numbers change when an encoder is dropped."""
     captions = ["a red star left of a blue ring", "two green hearts", "a big white circle at the top left"]
     with TemporaryDirectory() as folder:
         train_clip_tokenizer(captions, folder + "/clip", 600)
@@ -562,8 +563,8 @@ def demo():
     print("passed: L, G and T fill their own rectangles and no others; the rest is zero")
 
 
-# Exercises. (1) Pad CLIP-L with "!": its features change behind EOS only, its pooled vector not at all. Why?
-# (2) Zero relative_attention_bias: T5 becomes blind to order; "a b" gives what "b a" gives, places exchanged.
+# Exercises. (1) Pad CLIP-L with "!": its features change only after EOS, its pooled vector not at all. Why?
+# (2) Zero relative_attention_bias: T5 becomes blind to order: "b a" has the features of "a b", swapped.
 # (3) Leave out `same` in clip_loss on a batch of equal captions: the loss cannot fall below ln B.
 
 if __name__ == "__main__":

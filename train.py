@@ -3,23 +3,22 @@
     python train.py --tiny                     everything, from nothing, on drawn shapes: minutes on a laptop
     python train.py --tiny --minutes 5         the same in five minutes; the pictures will be rougher
     python train.py --tiny --data emoji        1,026 Twemoji instead, which ship with the project
-    python train.py --tiny --data DIR          your pictures: name.png + name.txt, or captions.jsonl
-                                               (see data.py)
+    python train.py --tiny --data DIR          your pictures: name.png + name.txt, or captions.jsonl (data.py)
     python train.py --tiny --flow-steps 30000  longer: what a GPU can afford
-    python train.py --resume                   go on with the last run, exactly where it was
-    python train.py --from RUN --size 128      go on from a finished run, with larger pictures
+    python train.py --resume                   continue the last run exactly where it stopped
+    python train.py --from RUN --size 128      train a finished run further, on larger pictures
     python train.py cache --run RUN --data DIR encode pictures and captions ahead, for --from RUN --cache
-    python train.py cache --model PATH --data DIR --size 256           the same by SD3's own encoders, for
-    python train.py --cache CACHE --model d15                          a new transformer that learns from
-    python train.py --cache CACHE --from PATH                          them, or SD3's own, which learns on
+    python train.py cache --model PATH --data DIR --size 256           the same with SD3's own encoders, for
+    python train.py --cache CACHE --model d15                          a new transformer that learns from this
+    python train.py --cache CACHE --from PATH                          or SD3's own, trained further
     python train.py --dry-run --model d38 --gpus 64      what it would take (budget.py)
     torchrun --nproc-per-node 8 train.py --flow-batch 512      the same on eight GPUs (parallel.py)
     python sample.py "a red star left of a blue ring"    then draw something
 
     stage   learns                                               from                    loss
     vae     pictures -> latents -> pictures                      pictures                error + edges + KL
-    clip    two text towers, which feel what a picture shows     pictures and captions   InfoNCE
-    t5      one text encoder, which knows which word goes where  captions                hidden words
+    clip    two text towers, which know what a picture shows     pictures and captions   InfoNCE
+    t5      one text encoder, which knows what word goes where   captions                hidden words
     flow    MMDiT: the velocity from noise to latents            cached latents and      flow matching
                                                                  text features
 
@@ -31,23 +30,23 @@ What to know
 - float32: weights, optimizer, EMA, norms, the path and the loss. Matrix products run in bfloat16 under
   autocast where that is faster on this device; the log's first lines say so and why.
 - All randomness of a step comes from (seed, stage, step). Nothing else needs saving, and a run that was
-  interrupted and resumed equals one that was not, bit by bit on the same machine with one thread.
-- Each text encoder is dropped with probability 46.4 %, by its own coin; with all three gone the model learns
-  to draw without a prompt, which is what guidance pushes away from.
-- The EMA of the weights is what gets sampled and saved. It starts fast, (1 + step) / (10 + step),
-  and ends at `ema`.
+  interrupted and resumed equals one that was not, bit for bit on the same machine with one thread.
+- Each text encoder is dropped with probability 46.4 %, independently; with all three gone the model learns to
+  draw without a prompt, which is what guidance pushes away from.
+- The EMA of the weights is what gets sampled and saved. Its decay starts at (1 + step) / (10 + step), which
+  forgets fast, and ends at `ema`.
 
-DIFFERS: the published encoders and autoencoder were trained by others for months on other data;
-here they are made on the spot.
+DIFFERS: the published encoders and autoencoder were trained by others for months on other data; here they are
+trained on the spot.
 DIFFERS: at 64 pixels times are shifted towards noise by 4, where the paper's sqrt(m / n) from 256 pixels
-would be 1/4: in pictures of 16 tokens what stands where is decided near t = 0.9.
-DIFFERS: dropped text is zeros, and zeros stand for "no prompt" in sampling too;
-released SD3 weights expect an encoded "".
+would be 1/4: in pictures of 16 tokens, the layout is decided near t = 0.9.
+DIFFERS: dropped text is zeros, and zeros mean "no prompt" in sampling too; released SD3 weights expect an
+encoded "".
 
-The whole step is in `fit`.
-Order: rate -> loss -> backward -> clip -> judge -> step -> EMA -> log -> plan -> preview -> save.
-What may go wrong there, and what happens then, is in watch.py and checkpoints.py; how several processes
-share it, in parallel.py.
+The whole step is in `fit`, in this order:
+rate -> loss -> backward -> clip -> judge -> step -> EMA -> log -> plan -> preview -> save.
+What may go wrong there, and what happens then, is in watch.py and checkpoints.py; how several processes share
+the work, in parallel.py.
 """
 import dataclasses
 import itertools
@@ -79,14 +78,14 @@ from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, enco
 from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, add_up, clock, film, judge, largest_logit,
                    lasting_output, plot_run, read_metrics, roll_back, update)
 
-SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.97}      # of what --minutes leaves at a stage's start
+SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.97}      # of the time left at a stage's start
 
 
 # ------------------------------------------------------------------------------------------- device and dtype
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """(dtype of matrix products, the reason in a few words). On a CPU the two are timed,
-    since only some have bfloat16 units."""
+    """(dtype of matrix products, the reason in a few words). On a CPU both dtypes are timed, since only some
+    CPUs have bfloat16 units."""
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type == "cuda":
@@ -111,8 +110,8 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 # ----------------------------------------------------------------------------------------------- the one loop
 
 class Run:
-    """What all stages share: folder, device, dtype, clock, other processes, and whether somebody wants it to
-    stop."""
+    """What all stages share: folder, device, dtype, clock, other processes, and whether a stop has been
+    requested."""
 
     def __init__(self, config: TrainConfig, folder: Path, ranks: parallel.Ranks | None = None):
         self.config, self.folder, self.ranks = config, folder, ranks or parallel.Ranks()
@@ -137,7 +136,7 @@ class Run:
             lambda: load_state(self.folder, state, self.facts, healthy, self.ranks))
 
     def save_part(self, name: str, module: nn.Module) -> None:
-        """All ranks bring their shards together, rank 0 writes, and the others may read from here on."""
+        """The ranks gather their shards and rank 0 writes; once this returns, the others may read."""
         tensors = self.ranks.collect(module.state_dict())
         self.ranks.together(
             lambda: None if self.ranks.rank else save_part(self.folder, name, module, tensors))
@@ -148,7 +147,7 @@ class Run:
 
     @contextmanager
     def tolerating(self, what: str):
-        """A full disk inside is told once and costs no training."""
+        """A full disk in here is reported once and does not end training."""
         try:
             yield
         except OSError as e:
@@ -158,24 +157,24 @@ class Run:
 
 
 def rate_at(step: int, total: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate: up linearly over the warm-up, level,
-    down linearly to zero over the last part."""
+    """Share of the peak learning rate: up linearly over the warm-up, level, down linearly to zero over the
+    last part."""
     warmup = min(config.warmup, total // 5 + 1)
     return min((step + 1) / warmup, 1.0, (total - step) / max(1, round(config.decay * total)))
 
 
 def begin(run: Run, stage: Stage) -> State:
-    """A stage before its first step."""
+    """The State of a stage before its first step."""
     c, params = run.config, dict(stage.model.named_parameters())
     if stage.name == "flow" and c.lora:
         params = {name: p for name, p in params.items() if p.requires_grad}
     matrices, rest = split(stage.model) if stage.name == "flow" and c.muon_rate else ([], params.values())
-    # matrices decay, biases and norms do not
+    # weight decay for matrices, none for biases and norms
     groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    # eps is the paper's for bfloat16 training with normalised queries and keys (section 5.3.2). Next to the
-    # usual 1e-8, gradients that are as small as this would hardly move their weights. The moments here are
-    # float32; kept in bfloat16 they still could hold 1e-15 squared, in float16 they could not: 0 / 0.
+    # eps is the paper's for bfloat16 training with normalised queries and keys (section 5.3.2). With the
+    # usual 1e-8, gradients of that size would hardly move their weights. The moments here are float32;
+    # bfloat16 could also hold 1e-15 squared, float16 could not: 0 / 0.
     optimizers = [torch.optim.AdamW(groups, lr=getattr(c, f"{stage.name}_rate"), betas=(0.9, 0.99),
                                     eps=1e-15, fused=run.device.type != "mps")]
     if matrices:
@@ -189,16 +188,16 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
     """Train stage.model in place, from its start or from where the run was interrupted.
 
     share: how much of the time left until --minutes this stage may take; if not all of its steps fit, there
-    will be fewer (`Plan`). Stopped if somebody wants the end, after saving. FloatingPointError if nearly all
-    steps are bad, also after going back once.
+    will be fewer (`Plan`). Stopped, after saving, if a stop was requested. FloatingPointError if nearly all
+    steps are bad, even after going back once.
     """
     c, model, state, ranks = run.config, stage.model.train(), begin(run, stage), run.ranks
     params, average, batch = state.params, state.average, getattr(c, f"{stage.name}_batch")
     groups = [(group, group["lr"]) for optimizer in state.optimizers for group in optimizer.param_groups]
-    start = {k: local(p.detach()).to("cpu", copy=True) for k, p in params.items()}  # until there is a save
+    start = {k: local(p.detach()).to("cpu", copy=True) for k, p in params.items()}  # until the first save
     asked = state.total
     if run.load(state):
-        if not c.minutes:                           # it may have been bounded before
+        if not c.minutes:                           # --minutes may have cut it before
             state.total = asked
         print(f"{stage.name}: going on at step {state.step} of {state.total}")
         start = None
@@ -217,7 +216,7 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         norm = whole(nn.utils.clip_grad_norm_(params.values(), c.clip_norm))
         bad = judge(state, loss, norm)
         update(state.optimizers, bad)
-        if average:                                 # after a bad step: of the same weights once more
+        if average:                                 # after a bad step, the weights are as before
             decay = min(c.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_([local(v) for v in average.values()],
                                  [local(p.detach()) for p in params.values()], 1 - decay)
@@ -227,13 +226,13 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         log.add(state, bad, loss, norm, groups[0][0]["lr"], logged)
         total = plan.total(step, state.total)
         run.stop.wanted, hopeless, total = ranks.most(run.stop.wanted, log.hopeless, -total)
-        state.total = -total                        # the fewest that any rank has time for
+        state.total = -total                        # what the slowest rank has time for
         if hopeless:
             roll_back(run, state, start, log)
             continue
         preview(run, stage, state, log)
         if step < state.total and (run.stop.wanted or step % c.save_every == 0 and not state.in_a_row):
-            log.flush(state)                        # what it tells is never behind what is saved
+            log.flush(state)                        # the log is never behind the checkpoint
             with run.tolerating(f"a checkpoint of {stage.name}"):
                 run.saver.save(state, run.facts)
             start = None if run.saver.saved[0] == stage.name else start
@@ -251,18 +250,18 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
 
 
 class Plan:
-    """How many steps a stage will have in the seconds that it is given.
+    """How many steps a stage gets in the seconds allotted to it.
 
-    Its speed is taken after the first ten steps here, which also compile and fill caches: at the 30th, then
-    at each 300th until the rate falls, from when on the end is fixed."""
+    Its speed is measured without this process's first ten steps, which also compile and fill caches: at the
+    30th, then at every 300th until the rate begins to fall; from then on the end is fixed."""
 
     def __init__(self, asked: int, begun: int, decay: float, seconds: float):
-        """asked: the most steps. begun: those done before. decay: the part of all in which the rate falls."""
+        """asked: the most steps. begun: steps done before. decay: the share in which the rate falls."""
         self.asked, self.begun, self.decay = asked, begun, decay
         self.end, self.timed = time.monotonic() + seconds, 0.0
 
     def total(self, step: int, total: int) -> int:
-        """After a step: the number of all steps, `total` until now. At least 30 follow the first timing."""
+        """After a step: the number of steps in all, `total` so far. At least 30 follow each timing."""
         here, now = step - self.begun, time.monotonic()
         if here == 10:
             self.timed = now
@@ -274,7 +273,7 @@ class Plan:
 
 
 def gradients(run: Run, stage: Stage, step: int, forward, pause) -> tuple[torch.Tensor, dict]:
-    """The parameters' gradients of the whole batch, by all ranks, each in --accumulate pieces; its loss."""
+    """Fills in the whole batch's gradients, of all ranks and --accumulate pieces -> its loss and log."""
     c, ranks, pieces = run.config, run.ranks, []
     count = c.accumulate if stage.name == "flow" else 1
     for k in range(count):
@@ -282,13 +281,13 @@ def gradients(run: Run, stage: Stage, step: int, forward, pause) -> tuple[torch.
         with pause() if k < count - 1 else nullcontext():
             with run.autocast():
                 pieces.append(forward(step, run.generator(stage.name, step), rows))
-            (pieces[-1][0] * ranks.world).backward()                # ranks will be averaged, not added
-            pieces[-1] = pieces[-1][0].detach(), pieces[-1][1]      # lets the piece's graph go
+            (pieces[-1][0] * ranks.world).backward()                # averaged over ranks, not added
+            pieces[-1] = pieces[-1][0].detach(), pieces[-1][1]      # frees the piece's graph
     return add_up(ranks, pieces)
 
 
 def look(run: Run, stage: Stage, step: int) -> torch.Tensor:
-    """The largest attention logit, of the batch's first samples: rank 0's, though under FSDP all compute."""
+    """The largest attention logit over the first samples of this rank; only rank 0's is logged."""
     rows = run.ranks.rows(getattr(run.config, f"{stage.name}_batch"))
     few = slice(rows.start, min(rows.stop, rows.start + 4))
     with run.autocast():
@@ -296,7 +295,7 @@ def look(run: Run, stage: Stage, step: int) -> torch.Tensor:
 
 
 def preview(run: Run, stage: Stage, state: State, log: Log) -> None:
-    """A sample grid and the curves, when it is time. Under FSDP all ranks draw, else rank 0, and the others
+    """A sample grid and the curves, when due. Under FSDP all ranks draw, else only rank 0, while the others
     wait for it in their next step."""
     c, step = run.config, state.step
     if not (stage.preview and c.preview_every and (step % c.preview_every == 0 or step == state.total)):
@@ -306,7 +305,7 @@ def preview(run: Run, stage: Stage, state: State, log: Log) -> None:
             stage.model.eval()
             try:
                 stage.preview(step)
-            except FloatingPointError as e:     # a decoder's, in half precision: only the grid is lost
+            except FloatingPointError as e:     # the decoder, in half precision: only the grid is lost
                 print(f"no sample grid at step {step}: {e}", flush=True)
             parallel.let_go(stage.model)
             if run.ranks.rank == 0:
@@ -315,7 +314,7 @@ def preview(run: Run, stage: Stage, state: State, log: Log) -> None:
 
 
 def leave(run: Run, stage: str, step: int):
-    """Stopped, or OSError where the state could not be saved."""
+    """Raises Stopped, or OSError if the state could not be saved."""
     with run.tolerating(f"a checkpoint of {stage}"):
         run.saver.settle()
     if run.saver.saved != (stage, step):
@@ -345,24 +344,24 @@ def swapped(params: dict, average: dict):
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train every part that the run's folder does not hold yet; returns the folder.
 
-    Raises ValueError (also CheckpointError) where the input is at fault,
-    FloatingPointError where training diverged.
+    Raises ValueError (also CheckpointError) if the input is at fault, FloatingPointError if training
+    diverged.
     """
     with parallel.processes(config.device) as ranks, ExitStack() as inside:
         folder = ranks.together(lambda: plan_folder(config, resume, ranks))
         run = Run(config, folder, ranks)
-        data = ranks.together(lambda: list_data(config))    # before the folder exists: it may be unreadable
+        data = ranks.together(lambda: list_data(config))    # before the folder is made: it may be bad
         ranks.together(lambda: None if ranks.rank else inside.enter_context(sole_writer(folder)))
         with run.stop:
             return train_stages(run, *data, resume)
 
 
 def plan_folder(c: TrainConfig, resume: bool, ranks: parallel.Ranks) -> Path:
-    """The run's folder. ValueError where it was made by other settings, and where batches that are still to
-    come do not divide among the ranks."""
+    """The run's folder. ValueError if it was made with other settings, or if a batch size of a stage still to
+    come does not divide among the ranks."""
     if resume:
         go_on_as(c)
-    own = ("flow",) if c.encoders or c.origin and not resume else STAGES    # what is learned here
+    own = ("flow",) if c.encoders or c.origin and not resume else STAGES    # trained in this run
     for stage in unfinished(Path(c.out), own) if resume else own:
         try:
             ranks.rows(getattr(c, f"{stage}_batch"), pieces=c.accumulate if stage == "flow" else 1)
@@ -374,7 +373,7 @@ def plan_folder(c: TrainConfig, resume: bool, ranks: parallel.Ranks) -> Path:
 def list_data(c: TrainConfig):
     """(Survey, or None with --cache; Pictures without pixels; the data's fingerprint; a listing for
     load_pictures, or None)."""
-    if c.cache:                                                     # the pictures may be anywhere by now
+    if c.cache:                                                     # the pictures may be gone by now
         cache = Cache(c.cache)
         captions = [tuple(cache.texts(k * len(cache) // 8)) for k in range(8)]
         words = Pictures(torch.empty(0), captions, cache.skipped, names=cache.names)
@@ -391,17 +390,17 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
     config, folder, pictures, captions, ranks = run.config, run.folder, words, words.captions, run.ranks
     if config.origin and not (resume or is_published(config.origin)):
         ranks.together(lambda: None if ranks.rank else take_over(Path(config.origin), folder))
-    own = ("flow",) if config.encoders else STAGES                  # what is learned here
+    own = ("flow",) if config.encoders else STAGES                  # trained in this run
     todo = ranks.together(lambda: unfinished(folder, own))
     if "vae" in todo or "clip" in todo:                             # the others need no pixels
         pictures = load_pictures(config.data, config.size, count=config.pictures, listing=listing)
     tokenizers = {} if config.encoders else ranks.once(lambda: make_tokenizers(
         folder, config, [text for texts in captions for text in texts], [texts[0] for texts in captions],
-        kept=resume or config.origin or ranks.rank))            # else a start that was cut off left others
+        kept=resume or config.origin or ranks.rank))            # else an interrupted start left them
     if ranks.rank == 0:
         if listing and len(listing.entries) > config.pictures:
-            print(f"{len(listing.entries):,} pictures are there, of which {config.pictures:,} are taken: "
-                  "--pictures takes more")
+            print(f"{len(listing.entries):,} pictures were found, of which {config.pictures:,} are used: "
+                  "--pictures allows more")
         write_json(folder / "config.json", dataclasses.asdict(config))
         clean_checkpoints(folder, todo)
     run.facts = {"settings": {name: getattr(config, name) for name in SHAPING}, "fingerprint": mark}
@@ -420,25 +419,25 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
     elif config.fsdp:
         print("--fsdp needs several processes (torchrun): this one keeps the whole transformer")
     for name, part in parts.items():
-        if not (parallel.sharded(part) or next(part.parameters()).is_meta):     # published: without numbers
+        if not (parallel.sharded(part) or next(part.parameters()).is_meta):     # published: shapes alone
             part.to("cpu" if name in done else run.device)
     make = {"vae": lambda: vae_stage(run, parts, pictures),
             "clip": lambda: clip_stage(run, parts, pictures, tokenizers),
             "t5": lambda: t5_stage(run, parts, words, tokenizers),
             "flow": lambda: flow_stage(run, parts, tokenizers, survey, pictures)}
-    stages = {stage: make[stage]() for stage in todo if stage != "flow"}  # it needs what these learn
+    stages = {stage: make[stage]() for stage in todo if stage != "flow"}  # it needs what they learn
     introduce(run, parts, pictures, todo, stages)
     for name in todo:
         stage = stages.pop(name) if name in stages else make[name]()
-        with run.stop.later():                      # a stage that was learned gets saved
+        with run.stop.later():                      # a stop waits for the save below
             fit(run, stage, SHARE[name])
             if stage.finish:
                 stage.finish()
             for part in PARTS_OF[name]:
                 run.save_part(part, parts[part])
-            if ranks.rank == 0:                     # those of later stages learned from other parts
+            if ranks.rank == 0:                     # later stages' learned from other parts
                 clean_checkpoints(folder, ())
-        del stage                                   # and what it held leaves the memory
+        del stage                                   # frees what it held
     with run.tolerating("loss.png or film.gif"):
         if ranks.rank == 0:
             plot_run(folder / "metrics.csv")
@@ -449,19 +448,19 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
 
 
 def compile_blocks(model: MMDiT, device: torch.device) -> None:
-    """Block by block: they are alike, so one compilation serves them all. Without a compiler they stay."""
+    """Block by block: they are alike, so one compilation serves all. Without a compiler, nothing changes."""
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
     except (RuntimeError, ImportError) as e:
-        print(f"--compile: no working compiler here ({str(e).strip().splitlines()[0]}): it goes on without")
+        print(f"--compile: no working compiler here ({str(e).strip().splitlines()[0]}): going on without")
         return
     for block in model.joint_blocks:
         block.compile()
 
 
 def unfinished(folder: Path, stages=STAGES) -> list[str]:
-    """The stages whose parts the run lacks.
-    ValueError if a trained transformer has lost one that it learned from."""
+    """The stages whose parts the run lacks. ValueError if a part is lost that its transformer has learned
+    from."""
     lost = {stage: [name for name in PARTS_OF[stage] if not (folder / f"{name}.safetensors").is_file()]
             for stage in stages}
     todo = [stage for stage, names in lost.items() if names]
@@ -494,11 +493,11 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
     print("parameters: " + ", ".join(
         f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in parts.items()))
     if not todo:
-        print("all stages are learned")
+        print("all stages are finished")
         return
     if c.lora:
         learning = sum(p.numel() for p in parts["mmdit"].parameters() if p.requires_grad)
-        print(f"adapters of rank {c.lora} learn, {learning:,} numbers; all else stays")
+        print(f"adapters of rank {c.lora} learn, {learning:,} numbers; all else is frozen")
     seconds = time_stages(run, parts, todo, stages)
     total = sum(seconds.values())
     print("expected: " + ", ".join(f"{k} {clock(v)}" for k, v in seconds.items()) + f"; {clock(total)} in all"
@@ -506,7 +505,7 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
 
 
 def time_stages(run: Run, parts, todo, stages) -> dict[str, float]:
-    """Seconds that each stage would take, by the fastest of three steps. Nothing is learned."""
+    """Seconds that each stage would take, from the fastest of three steps. Nothing is learned."""
     c = run.config
 
     def flow_loss(step, g, rows):
@@ -538,7 +537,7 @@ def time_stages(run: Run, parts, todo, stages) -> dict[str, float]:
 def new_folder(c: TrainConfig) -> Path:
     """Where a new run goes. It never touches the folder of another."""
     if c.out and has_run(c.out):
-        raise ValueError(f"{c.out} holds a run already: go on with it by  --resume --out {c.out}  "
+        raise ValueError(f"{c.out} holds a run already: continue it with  --resume --out {c.out}  "
                          "or choose another --out")
     parts = [name for names in PARTS_OF.values() for name in names]
     left = [name for name in (*(f"{name}.safetensors" for name in parts), "checkpoints")
@@ -562,13 +561,13 @@ def numbered(name: str):
 
 
 def cache_folder(c: TrainConfig, prints: tuple[str, str]) -> Path:
-    """Where a cache goes for which no folder was named: never to that of other pictures or encoders, which
-    may have taken days."""
+    """Where a cache goes if no folder was named: never to that of other pictures or encoders, which may have
+    taken days."""
     source = source_of(c)
     for folder in numbered(f"cache-{named(c.data)}-{c.size}"):
         try:
             index = read_json(folder / "index.json")
-        except CheckpointError:                     # none yet, or it will be written anew
+        except CheckpointError:                     # none yet, or unreadable: write it anew
             return folder
         theirs = index.get("source", source)
         if ((theirs["data"], theirs["buckets"], index.get("vae"), index.get("text"))
@@ -582,7 +581,7 @@ def cache_folder(c: TrainConfig, prints: tuple[str, str]) -> Path:
 def cache_command(argv) -> None:
     """python train.py cache: encode once what a transformer will learn from."""
     args = parse_cache(argv)
-    rank, world, _ = parallel.launched()                # each makes its files: nothing has to be exchanged
+    rank, world, _ = parallel.launched()                # each writes files of its own: no exchange
     saved = {"t5_length": 77} if args.model else read_run(args.run)
     size, whose = args.size or saved["size"], Path(args.model or args.run)
     every = TrainConfig.pictures if args.data == "drawn" else 10**9
@@ -604,7 +603,7 @@ def main(argv=None) -> None:
             if argv[:1] == ["cache"]:
                 cache_command(argv[1:])
             elif "--dry-run" in argv:
-                import budget                       # it is about models that training never meets
+                import budget                       # only a dry run needs it
                 budget.main([flag for flag in argv if flag not in ("--dry-run", "--tiny")])
             else:
                 arguments = parse(argv)
@@ -623,10 +622,10 @@ def main(argv=None) -> None:
             sys.exit(2)
 
 
-# Exercises. (1) --text-drop 0: guidance now compares with a state that the model never saw;
-# what do samples look like?
-# (2) --density uniform: the paper's table 1 says worse for few sampling steps; compare at 5 and at 50.
-# (3) --ema 0: sample from the raw weights. Where in training does the average start to win?
+# Exercises. (1) --text-drop 0: guidance now compares with an input that the model never saw; what do samples
+# look like?
+# (2) --density uniform: worse for few sampling steps, says the paper's table 1; compare at 5 and at 50.
+# (3) --ema 0: sample from the raw weights. From which step on does the average win?
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """The autoencoder: what is a latent?
 
 A 1024 x 1024 picture has three million numbers, most of them predictable from their neighbours. SD3
-therefore does its diffusion in the code of a convolutional autoencoder, 8 times smaller along each side and
+therefore runs its diffusion on the code of a convolutional autoencoder, 8 times smaller along each side and
 16 channels deep:
 
     image (B,3,8H,8W) in [-1,1] --Encoder--> mean, logvar (B,16,H,W) --sample--> z --Decoder--> image
@@ -10,9 +10,9 @@ therefore does its diffusion in the code of a convolutional autoencoder, 8 times
                                                                     v      |
                                                   x: what the flow model sees (about unit variance)
 
-Sixteen channels and not four (SD 1 and SDXL): the paper's table 3 measures reconstruction FID 2.41, 1.56
-and 1.06 for 4, 8 and 16 channels; the price is a latent that is harder to model, which only a deep
-transformer pays back.
+Sixteen channels, not the four of SD 1 and SDXL: the paper's table 3 measures reconstruction FID 2.41, 1.56
+and 1.06 for 4, 8 and 16 channels; the price is a latent that is harder to model, which pays off only with a
+deep transformer.
 
 Worth knowing before reading on
 - No 1x1 "quant" convolutions around the latent, unlike SD 1 and SDXL: the Encoder's last convolution emits
@@ -26,15 +26,15 @@ Worth knowing before reading on
   measuring.
 - Activations, not weights, fill the memory: large pictures are encoded and decoded in overlapping tiles.
   GroupNorm and the attention then see a tile instead of the picture, so tiles differ a little in colour, and
-  the overlaps are blended; the larger the tile, the closer to the whole.
+  the overlaps are blended; the larger the tiles, the closer to coding the picture whole.
 
-DIFFERS: LPIPS, the perceptual loss of the published autoencoders, needs a downloaded network. Here its part
-is played by image gradients (edges) at three scales, and optionally by the same patch discriminator.
+DIFFERS: LPIPS, the perceptual loss of the published autoencoders, needs a downloaded network. Here image
+gradients (edges) at three scales take its place; their patch discriminator is optional.
 
 Dims: B batch, C latent channels, H W latent height and width. Names are those of Stability's single files.
 Presets:  sd3 83,819,683 parameters | tiny 707,491
-Run `python vae.py`: learns a small autoencoder of moving discs and asserts what it reconstructs, whole and
-in tiles, in under a minute.
+Run `python vae.py`: trains a small autoencoder on pictures of discs and asserts how well it reconstructs
+them, whole and in tiles, in under a minute.
 """
 import math
 from dataclasses import dataclass, replace
@@ -43,14 +43,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TILE = 128              # latent cells a side of the most that is coded at once: SD3's 1024 x 1024 pixels
+TILE = 128              # latent cells a side of the largest picture coded whole: 1024 x 1024 pixels in SD3
 
 
 @dataclass(frozen=True)
 class VAEConfig:
     ch: int = 128                               # channels at full resolution
-    ch_mult: tuple[int, ...] = (1, 2, 4, 4)     # times ch at each level; all but the last halve: 8x
-    num_res_blocks: int = 2                     # a level of the encoder; the decoder has one more
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)     # times ch at each level; all but the last halve the sides
+    num_res_blocks: int = 2                     # per level of the encoder; the decoder has one more
     z_channels: int = 16
     num_groups: int = 32                        # of every GroupNorm
     shift: float = 0.0609                       # latent = (z - shift) * scale
@@ -76,7 +76,7 @@ class VAEConfig:
 # ------------------------------------------------------------------------------------------------------ parts
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 on the shortcut where the width changes."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 on the shortcut if the width changes."""
 
     def __init__(self, cin: int, cout: int, groups: int):
         super().__init__()
@@ -94,7 +94,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions of the smallest grid: beside the norms' statistics the
+    """Single-head self-attention over all positions of the smallest grid: besides the norms' statistics, the
     only part that sees the whole picture."""
 
     def __init__(self, ch: int, groups: int):
@@ -234,7 +234,7 @@ class AutoencoderKL(nn.Module):
     def initialize_weights(self):
         """Variance-preserving convolutions, silent residual branches: training starts from a linear model.
 
-        With PyTorch's defaults the first few hundred steps of a small one find nothing but the mean picture.
+        With PyTorch's defaults, the first few hundred steps of a small one only learn the mean picture.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -249,7 +249,7 @@ class AutoencoderKL(nn.Module):
     def encode(self, x: torch.Tensor, tile: int | None = None) -> Posterior:
         """Images (B, 3, 8H, 8W) in [-1, 1] -> Posterior of (B, C, H, W). Sides must be multiples of 8.
 
-        tile: as in `decode`; means and logarithms of variances are blended alike.
+        tile: as in `decode`; both means and log variances are blended.
         """
         f = self.config.factor
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
@@ -262,8 +262,8 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: torch.Tensor, tile: int | None = None) -> torch.Tensor:
         """z (B, C, H, W), already through `from_latent` -> images (B, 3, 8H, 8W), about [-1, 1].
 
-        tile: decode pieces of so many latent cells a side where the picture is larger. None: the whole at
-        once up to TILE^2 cells (1024 x 1024 pixels of SD3), in pieces of TILE beyond.
+        tile: decode a larger picture in pieces of this many latent cells a side. None: whole up to TILE^2
+        cells (1024 x 1024 pixels in SD3), in pieces of TILE a side beyond.
         """
         return in_tiles(self.decoder, z, tile, cell=1, out_cell=self.config.factor, channels=3)
 
@@ -277,10 +277,10 @@ class AutoencoderKL(nn.Module):
 
 def in_tiles(net, x: torch.Tensor, tile: int | None, *, cell: int, out_cell: int,
              channels: int) -> torch.Tensor:
-    """net(x), at once or in tiles, each by itself, added up under windows that sum to 1: memory for one tile
-    and the result.
+    """net(x), at once or tile by tile, added up under windows that sum to 1: this takes memory for one tile
+    and the result only.
 
-    A latent cell is `cell` numbers a side of x and `out_cell` of the result, which has so many channels.
+    A latent cell is `cell` numbers a side in x and `out_cell` in the result; `channels` is the result's.
     tile: in cells, see AutoencoderKL.decode.
     """
     H, W = x.shape[2] // cell, x.shape[3] // cell
@@ -289,7 +289,7 @@ def in_tiles(net, x: torch.Tensor, tile: int | None, *, cell: int, out_cell: int
     if max(H, W) <= tile:
         return net(x)
     if tile < 2:
-        raise ValueError(f"tile is {tile}: tiles need 2 latent cells a side or more, 32 to look well")
+        raise ValueError(f"tile is {tile}: tiles need 2 latent cells a side or more, 32 to look good")
     rows, columns = (tile_windows(size, tile, out_cell, x.device) for size in (H, W))
     whole = torch.zeros(len(x), channels, out_cell * H, out_cell * W, device=x.device)
     for top, wy in rows:
@@ -301,11 +301,11 @@ def in_tiles(net, x: torch.Tensor, tile: int | None, *, cell: int, out_cell: int
 
 
 def tile_windows(size: int, tile: int, factor: int, device=None):
-    """Cut `size` latent cells into pieces of `tile` that share a quarter or more.
+    """Cut `size` latent cells into pieces of `tile` that overlap by a quarter or more.
 
-    factor: numbers a cell; -> list of (first cell, weights of the piece's numbers); over all pieces the
-    weights of a number sum to 1. They rise along the overlap, by at most 1 / (overlap * factor) from one
-    to the next: two pieces that disagree by d leave a slope of d over the overlap instead of a step.
+    factor: numbers per cell. -> list of (first cell, weight of each of the piece's numbers); the weights of a
+    number sum to 1 over all pieces. They rise along the overlap, by at most 1 / (overlap * factor) from one
+    number to the next: two pieces that disagree by d leave a slope of d over the overlap instead of a step.
     """
     overlap = max(1, tile // 4)
     n = 1 if size <= tile else 1 + math.ceil((size - tile) / (tile - overlap))
@@ -322,7 +322,7 @@ def tile_windows(size: int, tile: int, factor: int, device=None):
 def measure_latents(vae: AutoencoderKL, images: torch.Tensor, batch: int = 64) -> tuple[float, float]:
     """Shift and scale that give the codes of these images (N, 3, h, w), in [-1, 1], mean 0 and variance 1.
 
-    One number for all channels, as in SD3: the channels keep their relative strength.
+    The same for all channels, as in SD3: the channels keep their relative strength.
     """
     z = torch.cat([vae.encode(x).sample(torch.Generator(x.device).manual_seed(0))
                    for x in images.split(batch)])
@@ -347,10 +347,10 @@ def edge_loss(x: torch.Tensor, y: torch.Tensor, scales: int = 3) -> torch.Tensor
 def vae_loss(vae: AutoencoderKL, images: torch.Tensor, *, generator=None, noise=None,
              kl_weight: float = 1e-3, edge_weight: float = 0.3,
              critic: "PatchDiscriminator | None" = None, critic_weight: float = 0.1):
-    """Squared error + edges + KL (+ the critic's opinion). images (B, 3, h, w) in [-1, 1].
+    """Squared error + edges + KL (+ the critic's verdict). images (B, 3, h, w) in [-1, 1].
 
-    Squared and not absolute error: on flat backgrounds the latter is content with the median, one grey.
-    noise: of the latents; None: drawn from generator, which lies where the pictures do.
+    Squared, not absolute error: on flat backgrounds the latter settles for the median, a single grey.
+    noise: for the latents; None: drawn from generator, which must be on the pictures' device.
     Returns (loss, parts, reconstruction): `parts` are detached scalars for the log.
     """
     posterior = vae.encode(images)
@@ -367,7 +367,7 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor, *, generator=None, noise=
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of each patch whether it is a real picture or a reconstruction: (B, 3, h, w) -> (B, 1, h/8, w/8).
+    """Judges for each patch whether it is real or a reconstruction: (B, 3, h, w) -> (B, 1, h/8, w/8).
 
     The PatchGAN of pix2pix (Isola et al. 2017), with GroupNorm: batch statistics would tie the pictures of a
     batch together.
@@ -398,7 +398,7 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> float:
 # ------------------------------------------------------------------------------------------------------- demo
 
 def draw_discs(n: int, generator: torch.Generator, size: int = 16) -> torch.Tensor:
-    """n pictures of a disc that has moved in each, in two random colours -> (n, 3, size, size) in [-1, 1]."""
+    """n pictures of a disc at a random place, in two random colours -> (n, 3, size, size) in [-1, 1]."""
     where = size * (0.15 + 0.7 * torch.rand(n, 2, 1, 1, generator=generator))
     radius = size * (0.12 + 0.13 * torch.rand(n, 1, 1, generator=generator))
     disc, ground = 2 * torch.rand(2, n, 3, 1, 1, generator=generator) - 1
@@ -408,7 +408,7 @@ def draw_discs(n: int, generator: torch.Generator, size: int = 16) -> torch.Tens
 
 
 def demo():
-    """A small autoencoder of moving discs, 4 times smaller along each side; what noise on latents costs."""
+    """A small autoencoder for discs, 4 times smaller along each side; what noise on its latents costs."""
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
     vae, steps = AutoencoderKL(VAEConfig.preset("tiny", ch_mult=(1, 2, 2))), 500
@@ -438,7 +438,7 @@ def demo():
     print(f"for comparison, a picture of the mean colour: {flat:.1f} dB")
     with torch.no_grad():
         whole, tiled = (vae.decode(z[:64], tile) for tile in (None, 3))
-    print(f"in tiles of 3 x 3 cells instead of 4 x 4 at once: {psnr(tiled, whole):.1f} dB from the same")
+    print(f"in tiles of 3 x 3 cells instead of 4 x 4 at once: {psnr(tiled, whole):.1f} dB against the latter")
     assert psnr(tiled, whole) > 15
     assert torch.allclose(vae.from_latent(x), z, atol=1e-5)
     assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
@@ -446,8 +446,8 @@ def demo():
 
 
 # Exercises, in demo(). (1) Give the preset z_channels=2: 24.0 dB instead of 25.9, and 16.6 instead of 20.2
-# with noise of 0.8: few channels have no room to say a thing twice. (2) Pass kl_weight=0.1 to vae_loss: kl
-# falls from 2.8 to 0.2 and takes the pictures along, 17.4 dB: worth less than a picture's mean colour.
+# with noise of 0.8: few channels leave no room for redundancy. (2) Pass kl_weight=0.1 to vae_loss: kl
+# falls from 2.8 to 0.2 and ruins the pictures: 17.4 dB, worse than a picture's mean colour.
 # (3) Pass edge_weight=0: edges are a third worse, and squared error, all that is left to learn, is no better.
 
 if __name__ == "__main__":

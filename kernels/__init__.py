@@ -1,5 +1,4 @@
-"""The three hot operations of an MMDiT block, each behind one function: what is fused,
-and why is that faster?
+"""The three hot operations of an MMDiT block, each behind one function: what is fused, and why is it faster?
 
     joint_attention          text and image attended as one sequence, queries and keys normalised per head
                              on the way                                            kernels/joint_attention.py
@@ -9,24 +8,24 @@ and why is that faster?
 
 Around its matrix products a block reads and writes whole activations while computing little, so the cost
 there is memory traffic: written as a chain of PyTorch calls, `modulate` moves an activation about five times,
-of which a fused kernel needs two. The files hold the formulas in plain PyTorch, which run on any device and
+where a fused kernel needs two. The files hold the formulas in plain PyTorch, which run on any device and
 are what every kernel is tested against, and the Triton kernels. This file only decides who gets which:
 
     backend="torch"     the formulas (and scaled_dot_product_attention)
     backend="triton"    the kernels; ValueError where they cannot run
     backend="auto"      the kernels where they were measured to be faster, else the formulas
 
-The environment variable SD3_KERNELS takes the place of "auto". Measured means: kernels/results/*.csv, which
-`python kernels/bench.py` writes, has rows of this very GPU, operation, dtype and head dim in which the kernel
-won at the nearest size. So a GPU on which nobody ran the bench gets the formulas, and one line for each
-operation and dtype says so.
+The environment variable SD3_KERNELS replaces "auto". Measured means: kernels/results/*.csv, which
+`python kernels/bench.py` writes, has rows for this GPU, operation, dtype and head dim in which the kernel won
+at the nearest size. So a GPU without measurements gets the formulas, and a line for each operation and dtype
+says so.
 There are two kernels for attention, one that attends ("triton") and one that normalises and joins in front
-of PyTorch's attention ("triton+sdpa"): "auto" chooses among three, and backend="triton" between the two, or
-the one that attends where nobody measured.
-A CPU and a Mac always run the formulas; Triton need not be installed, and only the first kernel imports it.
+of PyTorch's attention ("triton+sdpa"): "auto" chooses among three, and backend="triton" between these two, or
+the one that attends if nothing was measured.
+CPUs and Macs always run the formulas; Triton need not be installed, and only the first kernel imports it.
 
 Dims: B batch, L tokens, M text tokens, N image tokens, D width, nh heads, hd head dim.
-Run `python kernels/__init__.py`: text and image attended apart and together, which must not differ.
+Run `python kernels/__init__.py`: checks that two streams attend as one sequence does.
 """
 import csv
 import os
@@ -49,21 +48,21 @@ BACKENDS = ("auto", "torch", "triton")
 DEFAULT = os.environ.get("SD3_KERNELS", "auto")         # what "auto" stands for
 TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 RESULTS = Path(__file__).resolve().parent / "results"
-_told = set()                                           # lines already said
+_told = set()                                           # lines already printed
 
 
 def joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, *, norm_weights=None, eps=1e-6,
                     text_lengths=None, backend="auto"):
-    """Attention over the concatenation [text, image], scale 1 / sqrt(hd),
-    without positions (SD3 adds them to the input).
+    """Attention over the concatenation [text, image], scale 1 / sqrt(hd), without positions (SD3 adds them to
+    the input).
 
     q, k, v: (B, M, nh, hd) text and (B, N, nh, hd) image, any strides with a contiguous last dim.
     norm_weights: (q_txt, k_txt, q_img, k_img), each (hd,): RMSNorm per head before the product;
         None: no norm.
-    text_lengths: (B,) numbers of valid text tokens, the rest is ignored as keys;
-        None: all attended (what SD3 does).
+    text_lengths: (B,) numbers of valid text tokens; the rest are ignored as keys. None: all are attended to,
+        as in SD3.
     All text None, or of length 0: attention among image tokens.
-    q_txt alone None: the text queries are dead (last block).
+    q_txt alone None: the text queries are not needed (last block).
     Returns (out_txt, out_img), shaped like the queries; out_txt is None where there are no text queries.
     """
     tensors = q_txt, k_txt, v_txt, q_img, k_img, v_img
@@ -81,7 +80,7 @@ def joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, *, norm_weights=No
 
 
 def modulate(x, shift, scale, *, eps=1e-6, backend="auto"):
-    """LayerNorm(x) * (1 + scale) + shift, where the LayerNorm learns nothing.
+    """LayerNorm(x) * (1 + scale) + shift, where the LayerNorm has no weights.
     x (B, L, D); shift, scale (B, D) -> (B, L, D)."""
     adaln.check_modulate(x, shift, scale, eps)
     if choose(backend, "modulate", x=x, shift=shift, scale=scale) == "triton":
@@ -107,10 +106,10 @@ def check_backend(backend: str) -> None:
 
 
 def choose(backend: str, operation: str, head_dim: int = 0, **tensors) -> str:
-    """Who runs this: "torch", "triton" or "triton+sdpa". tensors: what the operation reads, by argument name,
+    """What runs this: "torch", "triton" or "triton+sdpa". tensors: the operation's inputs by argument name,
     an activation first.
 
-    Runs at every call, also while torch.compile traces: cheap first, and nothing that it cannot trace.
+    Called every time, also while torch.compile traces: cheap checks first, and nothing that it cannot trace.
     """
     check_backend(backend)
     if backend == "auto":
@@ -136,7 +135,7 @@ def choose(backend: str, operation: str, head_dim: int = 0, **tensors) -> str:
 
 
 def device_refuses(device: torch.device) -> str | None:
-    """Why no kernel can run there; None if one can. The device "meta" asks for shapes only."""
+    """Why no kernel can run there; None if one can. On the device "meta" only shapes matter."""
     if device.type == "meta":
         return None
     if not torch.compiler.is_compiling() and "triton" not in sys.modules and not find_spec("triton"):
@@ -155,26 +154,26 @@ def device_refuses(device: torch.device) -> str | None:
 
 
 def ranking(operation: str, head_dim: int, tensors: dict, gpu: str) -> tuple[tuple, str]:
-    """Who was measured to be fastest at the nearest size, then the others; and if that is PyTorch, or nobody
-    measured, that in words."""
+    """What was measured to be fastest at the nearest size, then the others; and the reason in words for when
+    PyTorch runs."""
     first, training = next(iter(tensors.values())), torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in tensors.values())
     key = (gpu, operation, str(first.dtype).removeprefix("torch."), head_dim,
            "forward+backward" if training else "forward", torch.compiler.is_compiling())
     if key not in MEASURED:
-        return (), f"not measured on {gpu} in {key[2]}; python kernels/bench.py does it"
+        return (), f"not measured on {gpu} in {key[2]}; run python kernels/bench.py"
     size = first.numel()
     order = [order for upto, order in MEASURED[key] if size <= upto][0]
-    return order, f"there it was measured to be faster on {gpu}, at this size in {key[2]}"
+    return order, f"it was measured to be faster on {gpu}, at this size in {key[2]}"
 
 
 def read_results(*folders: Path) -> dict:
     """*.csv of all folders -> {(gpu, operation, dtype, head dim, pass, compiled): [(to size, names)]}, names
     from fastest to slowest.
 
-    Sizes are elements of the first activation; between two measured ones lies their geometric mean. Of two
-    rows about the same thing, the one in the later file counts. A kernel that computed something else there
-    comes last, behind PyTorch: "auto" never takes it.
+    Sizes are elements of the first activation; the limit between two measured ones is their geometric mean.
+    Of two rows for the same case, the one in the later file counts. A kernel whose result was wrong there
+    comes last, after PyTorch: "auto" never takes it.
     """
     times = {}                                          # key without compiled -> size -> provider -> ms
     for path in sorted((p for folder in folders for p in folder.glob("*.csv")), key=lambda p: p.name):
@@ -200,7 +199,7 @@ def read_results(*folders: Path) -> dict:
 
 
 def is_right(row: dict) -> bool:
-    """Of a row of the bench: half precision is off by 1 % of the largest value or less."""
+    """For a row of the bench: half precision is off by at most 1 % of the largest value."""
     return float(row["error"]) < 0.05
 
 

@@ -4,7 +4,7 @@
     gate_residual_modulate   h = x + gate * y;  out = n(h) * (1 + scale) + shift
 
 Mean and variance run over the D channels of one token; shift, scale and gate (B, D) are one row per picture.
-Nothing here computes much: the time is the memory traffic, counted in passes over an activation (B, L, D).
+Nothing here computes much: the time goes into memory traffic, counted in passes over an activation (B, L, D).
 
                                           chain of calls    here
     modulate                              5                 2     read x; write out
@@ -14,24 +14,24 @@ Nothing here computes much: the time is the memory traffic, counted in passes ov
 
 One pass in bfloat16 at 4096 tokens of width 1536 is 12.6 MB, 4 microseconds at 3 TB/s.
 
-Read on: the formulas in PyTorch (`modulate_reference`), the simple kernel with one program for a token
+Read on: the formulas in PyTorch (`modulate_reference`), the simple kernel with one program per token
 (`modulate_row`), the one that is used (`modulate_tile`), its backward (`modulate_tile_backward`), and how
 they are registered with PyTorch.
 
-With u = dout * (1 + scale) and the average < > over channels, the backward of a token is
+With u = dout * (1 + scale) and < > the average over channels, the backward of a token is
 
     dx = dh + (u - <u> - n <u n>) / sqrt(var + eps)           dy = gate * dx
     dshift = sum dout        dscale = sum dout * n       dgate = sum y * dx          (sums over tokens)
 
 Pitfalls
-- Two passes over the registers for the variance (mean first): the mean of the squares less the square of the
-  mean loses all digits where the mean is large.
+- The variance takes two passes over the registers, mean first: the mean of the squares minus the square of
+  the mean loses all digits where the mean is large.
 - h is rounded to its stored dtype before its statistics are taken, as in the chain of calls. The backward
   takes them again from h: the row is read anyway, so nothing needs to be saved.
 - The sums over tokens are written as one partial sum per chunk and added in a fixed order. Atomic additions
-  would be shorter, but give different bits in every run.
+  would be shorter, but give different bits on every run.
 - shift, scale and gate are slices of one Linear's output: they are read in place, by their row stride.
-- A kernel is an ordinary function until `load_triton`: this file must import where there is no Triton.
+- A kernel is an ordinary function until `load_triton`: this file must import where Triton is absent.
 
 Dims: B batch, L tokens, D width. Run `python kernels/adaln.py`: checks itself and prints its table.
 """
@@ -44,10 +44,10 @@ import torch
 import torch.nn.functional as F
 
 triton = tl = None                          # set by load_triton
-KERNELS = []                                # waiting for it
+KERNELS = []                                # functions that wait for it
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FUSED = dict(enable_fp_fusion=True)         # multiply-adds in one; Triton 3.10 would leave them apart
-CHUNK = 16                                  # tokens of one partial sum in the backward
+FUSED = dict(enable_fp_fusion=True)         # fused multiply-adds; in Triton 3.10 not the default
+CHUNK = 16                                  # tokens per partial sum in the backward
 
 
 # ------------------------------------------------------------------------------------ the formulas in PyTorch
@@ -89,7 +89,7 @@ def load_triton() -> None:
 
 
 def device_of(x):
-    """Triton launches on the current GPU: makes that the one x is on."""
+    """Makes x's GPU the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
@@ -99,7 +99,7 @@ def device_of(x):
 def modulate_row(X, SHIFT, SCALE, OUT, L, D, x_batch, x_row, shift_batch, scale_batch, eps,
                  BLOCK: tl.constexpr):
     """One program, one token: read the row, normalise it, modulate it, write it. BLOCK: D rounded up to a
-    power of two, since that is what `tl.arange` can count to; what lies beyond D is masked."""
+    power of two, which is all that `tl.arange` can count to; what lies beyond D is masked."""
     token = tl.program_id(0).to(tl.int64)
     b = token // L
     d = tl.arange(0, BLOCK)
@@ -124,7 +124,7 @@ def modulate_simple(x, shift, scale, eps=1e-6):
 
 # ------------------------------------------------------------------------------------ the kernel that is used
 # What changed: (1) a program takes ROWS tokens of one picture and reads shift, scale and gate once for them;
-# more loads are under way at a time. (2) The gated residual is added in the same pass. (3) D is known at
+# more loads are in flight at a time. (2) The gated residual is added in the same pass. (3) D is known at
 # compile time, so that masks cost nothing where D needs none, and loads are 16 bytes wide where D allows it.
 
 @kernel
@@ -196,12 +196,12 @@ def modulate_tile_backward(DOUT, DH, H, Y, GATE, SCALE, DX, DY, PARTIAL, L, h_ba
 
 
 def in_rows(x):
-    """x with the channels of a token side by side: a copy where they are not, as behind a convolution."""
+    """x with the channels of a token side by side: a copy where they are not, as after a convolution."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def tile(D: int) -> dict:
-    """How the forward is cut: as many rows a program as leave 16 channels to a thread; one at width 2432."""
+    """How the forward is cut: enough rows a program to give a thread 16 channels; one row at width 2432."""
     return dict(ROWS=max(1, min(16, 4096 // triton.next_power_of_2(D))), num_warps=8)
 
 
@@ -223,7 +223,7 @@ def launch_forward(x, shift, scale, eps, y=None, gate=None):
 
 
 def launch_backward(dout, dh, h, y, gate, scale, eps):
-    """-> dx, dy, and [dshift, dscale, dgate] in float32; y, gate and dh None: without the gated residual."""
+    """-> dx, dy, and [dshift, dscale, dgate] in float32. Without the gated residual, y, gate, dh are None."""
     load_triton()
     B, L, D = h.shape
     gated, chunks = y is not None, triton.cdiv(L, CHUNK)
@@ -247,7 +247,7 @@ def launch_backward(dout, dh, h, y, gate, scale, eps):
 # residual stream stays float32 there, and the kernels take every argument in its own dtype.
 
 def stored_dtype(x, y=None, gate=None):
-    """Of h, and so of its modulation: PyTorch's own promotion of x + gate * y."""
+    """The dtype of h, and so of its modulation: PyTorch's own promotion of x + gate * y."""
     return x.dtype if y is None else torch.promote_types(x.dtype, torch.promote_types(y.dtype, gate.dtype))
 
 
@@ -330,7 +330,7 @@ gate_residual_modulate_op.register_autograd(_gate_residual_modulate_grad,
 # ------------------------------------------------------------------------------------------- what is accepted
 
 def check_modulate(x, shift, scale, eps, y=None, gate=None) -> None:
-    """ValueError that names the argument, before anything runs."""
+    """Raises a ValueError that names the argument at fault, before anything runs."""
     if x.dim() != 3:
         raise ValueError(f"x must be (B, L, D), got {tuple(x.shape)}")
     B, L, D = x.shape
@@ -371,7 +371,7 @@ def triton_refuses(tensors: dict) -> str | None:
 # ------------------------------------------------------------------------------------------------------- demo
 
 def for_demo() -> tuple[bool, bool]:
-    """Is there a GPU, and a Triton that will do? Without a GPU kernels run in its interpreter, in numpy."""
+    """Is there a GPU, and a recent Triton? Without a GPU, kernels run in Triton's interpreter, in numpy."""
     import os
     from importlib.util import find_spec
     cuda = torch.cuda.is_available()
@@ -399,7 +399,7 @@ def demo() -> None:
         print(f"  {str(dtype)[6:]:9s}", "  ".join(f"{name} {e:.1e}" for name, e in errors.items()))
         assert max(errors.values()) < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     if not kernels:
-        print("no Triton of 3.3 or newer is installed: only the formulas were checked")
+        print("Triton 3.3 or newer is not installed: only the formulas were checked")
     if cuda and kernels:
         from triton.testing import do_bench
         x, mod = (torch.randn(shape, device="cuda").bfloat16() for shape in ((1, 4096, 1536), (1, 3072)))
@@ -410,7 +410,7 @@ def demo() -> None:
             print(f"  {name:14s}{1e3 * ms:7.1f} us  {4 * x.numel() / ms / 1e6:6.0f} GB/s")
 
 
-# Exercises. (1) In `modulate_row`, take the variance as the mean of the squares less the square of the mean,
+# Exercises. (1) In `modulate_row`, take the variance as the mean of the squares minus the square of the mean,
 # and add 1000 to x: how many digits are left? (2) Set CHUNK to 1 and to 256: what do the partial sums cost,
 # and how many programs are there to keep a GPU of 132 multiprocessors busy?
 

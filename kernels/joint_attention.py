@@ -3,11 +3,11 @@
     out = softmax(n(q) n(k)^T / sqrt(hd)) v       over the M + N tokens [text, image], for each of nh heads
     n(x) = x / sqrt(mean(x^2) + eps) * w          RMSNorm of a head, w (hd,) differs between text and image
 
-PyTorch's attention wants one q, one k and one v, so around it stand three concatenations, four norms and two
-slices. What they move, at M = 154, N = 4096, 24 heads of 64 in bfloat16, where one activation is 13 MB:
+PyTorch's attention takes one q, one k and one v, so three concatenations, four norms and two slices surround
+it. What is moved, at M = 154, N = 4096, 24 heads of 64 in bfloat16, where one activation is 13 MB:
 
                               chain of PyTorch calls                     here
-    norms of q, k             read 2, write 2 (if each is one pass)      read 1, write 1 (k alone)
+    norms of q, k             read 2, write 2 (if each is one pass)      read 1, write 1 (only k)
     concatenate q, k, v       read 3, write 3                            -
     attention                 read 3, write 1                            the same
     slice and copy out        read 1, write 1                            -
@@ -20,7 +20,7 @@ slices. What they move, at M = 154, N = 4096, 24 heads of 64 in bfloat16, where 
 
 The softmax is taken on the way (`attend_keys`): the largest score so far is kept, and sum and output are
 scaled down whenever a larger one turns up, so no row of L scores is ever stored. All exponentials are powers
-of two, and the backward needs one number a row: lse, the log2 of the sum of 2^score.
+of two, and the backward needs one number per row: lse, the log2 of the sum of 2^score.
 
 Backward, with p the softmax, delta = the head's sum of dout * out and ds = p * (dout v^T - delta) / sqrt(hd):
 
@@ -35,11 +35,12 @@ runs give the same bits.
 Pitfalls
 - Squares are taken in float32: |x| > 255 overflows float16 otherwise.
 - Keys are normalised once, by a kernel of their own. Inside the loop every program would do it again
-  (`attend_simple`), and each of its warps for itself where a tile is shared by warps.
-- The scale multiplies the scores, not q: q scaled and rounded again would lose what no norm keeps small.
+  (`attend_simple`), and if its warps share a tile, each of them would.
+- The scale multiplies the scores, not q, which would be rounded once more: too coarse where no norm keeps it
+  small.
 - Only keys need masks. A query row beyond the end computes nonsense that is never stored; in the backward
   its lse is infinite, so that its p is 0.
-- float32 is multiplied exactly ("ieee"), not in TF32 as Triton does by default.
+- float32 is multiplied in full precision ("ieee"), not in TF32 as Triton does by default.
 
 Dims: B batch, M text tokens, N image tokens, nh heads, hd head dim.
 Run `python kernels/joint_attention.py`: checks itself and prints its table.
@@ -67,8 +68,8 @@ triton = tl = None                                      # set by load_triton
 # ------------------------------------------------------------------------------------ the formulas in PyTorch
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim,
-    computed in float32 (|x| > 255 squared overflows float16)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, computed in float32 (|x| > 255 squared overflows
+    float16)."""
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * weight.float()).to(x.dtype)
@@ -111,7 +112,7 @@ def joint_attention_reference(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_wei
     M = 0 if q_txt is None else q_txt.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # (B, nh, L, hd)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 1024:
-        # PyTorch's CPU kernel is slow here: forward + backward 5x at 52 tokens, 1.4x at 1024
+        # PyTorch's CPU kernel is slow here: forward + backward take 5x as long at 52 tokens, 1.4x at 1024
         out = attention(q, k, v, mask)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -120,7 +121,7 @@ def joint_attention_reference(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_wei
 
 
 # ------------------------------------------------------------------------------------------ the simple kernel
-# A tensor (B, T, nh, hd) comes to a kernel as a tuple: pointer, and its strides over pictures, tokens, heads.
+# A tensor (B, T, nh, hd) comes to a kernel as a tuple: pointer and strides over pictures, tokens, heads.
 
 @kernel
 def head_of(X, b, h):
@@ -130,8 +131,8 @@ def head_of(X, b, h):
 
 @kernel
 def load_rows(at, rows, stride, count, ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tokens `rows` of a head that begins at `at` and has `count` tokens -> (rows, BLOCK_D), 0 where there is
-    none. ALL: every row exists. BLOCK_D: D rounded up to a power of two."""
+    """Tokens `rows` of a head that begins at `at` and has `count` tokens -> (rows, BLOCK_D), 0 beyond the
+    last. ALL: every row exists. BLOCK_D: D rounded up to a power of two."""
     d = tl.arange(0, BLOCK_D)
     at += rows[:, None] * stride + d[None, :]
     if ALL and D == BLOCK_D:
@@ -214,9 +215,9 @@ def attend_simple(Q_TXT, K_TXT, V_TXT, Q_IMG, K_IMG, V_IMG, W_Q_TXT, W_K_TXT, W_
 # ------------------------------------------------------------------------------------ the kernel that is used
 # What changed: (1) keys are normalised once, by `normalise_heads`, instead of by every program in every turn.
 # (2) Image and text are walked over in two loops, and masks are left out of a loop whose tiles are all full:
-# at 4096 image tokens 32 of 34 turns. (3) The scale is folded into the exponent, one multiply-add a score.
+# at 154 + 4096 tokens in 64 of 67 turns. (3) The scale is folded into the exponent, one multiply-add a score.
 # (4) Tiles are loaded some turns ahead (stages), so that none waits for the load it has just begun. (5) No
-# norm, no text queries (the last block) and text lengths are known. (6) lse is kept for the backward.
+# norm, no text queries (the last block) and text lengths are possible. (6) lse is kept for the backward.
 
 @kernel
 def normalise_heads(X_TXT, X_IMG, W_TXT, W_IMG, Y_TXT, Y_IMG, M, N, nh, eps, D: tl.constexpr,
@@ -246,7 +247,7 @@ def attend_keys(out, total, top, q, k_at, k_row, v_at, v_row, keys, factor, ALL:
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if not ALL:
             scores = tl.where((n < keys)[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * factor)           # as in attend_simple, in powers of 2
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)           # as in attend_simple, but scaled here
         p = tl.exp2(scores * factor - new_top[:, None])
         smaller = tl.exp2(top - new_top)
         total = total * smaller + tl.sum(p, 1)
@@ -269,7 +270,7 @@ def attend_forward(Q_TXT, K_TXT, V_TXT, Q_IMG, K_IMG, V_IMG, W_TXT, W_IMG, LENGT
                    M_Q, M, N, nh, factor, eps, NORM: tl.constexpr, ALL_TXT: tl.constexpr,
                    ALL_IMG: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr, DOT: tl.constexpr):
-    """BLOCK_M queries of one head. M_Q: text queries, M or none; NORM: q is raw, K already normalised."""
+    """BLOCK_M queries of one head. M_Q: text queries, M or 0. NORM: q is raw, K already normalised."""
     bh = tl.program_id(1).to(tl.int64)
     b = bh // nh
     h = bh % nh
@@ -329,7 +330,7 @@ def through_norm(dn, x_at, rows, x_row, count, w_at, DW, bh, eps, D: tl.constexp
     """Gradient dn of n = z * w, z = x / rms(x), rows (rows, BLOCK_D) -> dx. This tile's part of dw goes to a
     row of DW that no other program writes."""
     z, r = over_rms(load_rows(x_at, rows, x_row, count, False, D, BLOCK_D), eps, D)
-    z = tl.where((rows < count)[:, None], z, 0.0)                   # a row of zeros is 0 / 0 where eps is 0
+    z = tl.where((rows < count)[:, None], z, 0.0)                   # beyond the end 0 / 0 where eps is 0
     part = bh * tl.num_programs(0) + tl.program_id(0)
     tl.store(DW + part * BLOCK_D + tl.arange(0, BLOCK_D), tl.sum(dn * z, 0))
     u = dn * load_weight(w_at, D, BLOCK_D)
@@ -351,7 +352,7 @@ def walk_queries(dk, dv, k, v, q_at, q_row, do_at, do_row, lse_at, delta_at, que
                  ALL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                  DOT: tl.constexpr):
     """Walk over the queries of one stream; everything is transposed, (keys, queries), so that p and ds are
-    left factors of the next products, which may stay in registers."""
+    left factors of the next products and may stay in registers."""
     for start in range(0, queries, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         q = load_rows(q_at, m, q_row, queries, ALL, D, BLOCK_D).to(DOT)
@@ -399,7 +400,7 @@ def attend_backward_keys(Q_TXT, K_TXT, V_TXT, Q_IMG, K_IMG, V_IMG, LENGTHS, DO_T
     dk, dv = walk_queries(
         dk, dv, k, v, head_of(Q_TXT, b, h), Q_TXT[2], head_of(DO_TXT, b, h), DO_TXT[2], LSE + text,
         DELTA + text, M_Q * some, factor, ALL_TXT, D, BLOCK_D, BLOCK_M, DOT)
-    real = (n < keys)[:, None]                                      # the others saw a key of zeros
+    real = (n < keys)[:, None]                                      # the other rows are keys of zeros
     dk = tl.where(real, dk * scale, 0.0)
     store_rows(dv_at, n, dv_row, count, tl.where(real, dv, 0.0), D, BLOCK_D)
     if NORM:
@@ -470,11 +471,12 @@ def capability(device: torch.device) -> Optional[int]:
     return 10 * major + minor
 
 
-# BLOCK_M, BLOCK_N, warps, stages by step and head dim (up to 64, 128, 256), for half precision: of those
-# tried the fewest instructions a score, with no register spilled inside a loop, in the shared memory of every
-# card from 8.0 on. Counted in compiled code, not timed. float32 has no tensor cores to feed: small tiles.
-# On Hopper three stages: with two, a turn waits for what the one before asked for last of all. And 4 warps in
-# the forward, so that two programs share a multiprocessor: one multiplies while the other takes exponentials.
+# BLOCK_M, BLOCK_N, warps, stages by step and head dim (up to 64, 128, 256), for half precision. Of those
+# tried, these need the fewest instructions per score, spill no register inside a loop, and fit the shared
+# memory of every card from 8.0 on; counted in compiled code, not timed. float32 has no tensor cores to feed:
+# small tiles. On Hopper three stages: with two, a turn waits for the last load that the one before began. And
+# 4 warps in the forward, so that two programs share a multiprocessor: one multiplies while the other takes
+# exponentials.
 TILES = {"forward": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
          "keys": ((32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
          "queries": ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1))}
@@ -487,7 +489,7 @@ TILES_FLOAT32 = {"forward": ((32, 32, 8, 2), (32, 32, 8, 1), (16, 16, 4, 1)),
 def tiles(step: str, x: torch.Tensor) -> dict:
     """How step "forward", "keys" or "queries" is cut for x (B, T, nh, hd)."""
     block_d, gpu = head_block(x), capability(x.device)
-    if gpu is None:                                                 # the interpreter: fewest turns of numpy
+    if gpu is None:                                                 # the interpreter: few turns of numpy
         return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_D=block_d)
     table = TILES_FLOAT32 if x.dtype == torch.float32 else TILES
     m, n, warps, stages = table[step][max(0, block_d.bit_length() - 7)]
@@ -502,7 +504,7 @@ def head_block(x):
 
 
 def dot_dtype(x: torch.Tensor):
-    """Of the operands of a product: x's own, but the interpreter cannot multiply bfloat16."""
+    """The dtype of a product's operands: x's own, but the interpreter cannot multiply bfloat16."""
     if x.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         return tl.float32
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
@@ -530,8 +532,8 @@ def normalise(x_txt, x_img, w_txt, w_img, eps):
 
 
 def filled_in(q_txt, k_txt, v_txt, q_img, k_img, v_img, weights):
-    """The same with empty text in the place of None, and any vector in the place of an absent weight: one of
-    the others, if there are any, since a kernel that chooses between two wants them of one dtype."""
+    """The same with empty text in place of None, and some tensor in place of an absent weight: another weight
+    if there is one, since a kernel that chooses between two needs them in one dtype."""
     none = q_img[:, :0]
     w = [(q_img if weights[2] is None else weights[2]) if w is None else w for w in weights]
     return *(none if x is None else x for x in (q_txt, k_txt, v_txt)), q_img, k_img, v_img, *w
@@ -573,7 +575,7 @@ def launch_forward(q_txt, k_txt, v_txt, q_img, k_img, v_img, weights, lengths, e
 
 def launch_backward(dout_txt, dout_img, out_txt, out_img, lse, q_txt, k_txt, v_txt, q_img, k_img, v_img,
                     weights, lengths, eps):
-    """-> gradients of the six tensors, and of the four weights in float32 (of no meaning without them)."""
+    """-> gradients of the six tensors, and of the four weights in float32 (meaningless without them)."""
     load_triton()
     norm = weights[2] is not None
     q_txt, k_txt, v_txt, q_img, k_img, v_img, w_q_txt, w_k_txt, w_q_img, w_k_img = filled_in(
@@ -641,7 +643,7 @@ def joint_attention_backward_op(
         k_img: Tensor, v_img: Tensor, w_q_txt: Optional[Tensor], w_k_txt: Optional[Tensor],
         w_q_img: Optional[Tensor], w_k_img: Optional[Tensor], text_lengths: Optional[Tensor], eps: float
 ) -> List[Tensor]:
-    """-> gradients of the six tensors and four weights; of those that are None, nothing"""
+    """-> gradients of the six tensors and four weights, except those that are None"""
     weights = w_q_txt, w_k_txt, w_q_img, w_k_img
     with device_of(q_img):
         grads, weight_grads = launch_backward(dout_txt, dout_img, out_txt, out_img, lse, q_txt, k_txt, v_txt,
@@ -677,7 +679,7 @@ joint_attention_op.register_autograd(_grad, setup_context=_save)
 
 
 def under_autocast(*tensors):
-    """In autocast's dtype where that is on, as PyTorch's own attention takes them."""
+    """The tensors in autocast's dtype where that is on, as for PyTorch's own attention."""
     device = tensors[-1].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
@@ -696,10 +698,10 @@ def joint_attention_triton(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weight
     return None if q_txt is None else out_txt, out_img
 
 
-# ------- what is accepted
+# ------------------------------------------------------------------------------------------- what is accepted
 
 def check_joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, text_lengths, eps) -> None:
-    """ValueError that names the argument, before anything runs."""
+    """Raises a ValueError that names the argument at fault, before anything runs."""
     given = {"q_txt": q_txt, "k_txt": k_txt, "v_txt": v_txt, "q_img": q_img, "k_img": k_img, "v_img": v_img,
              "text_lengths": text_lengths}
     for name, x in given.items():
@@ -743,7 +745,7 @@ def check_joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights
         raise ValueError(f"eps must be a finite number, at least 0, got {eps}")
 
 
-# ------- demo
+# ------------------------------------------------------------------------------------------------------- demo
 
 def demo() -> None:
     """Error of the kernels and of PyTorch against float64, in each dtype; on a GPU also the time."""
@@ -766,7 +768,7 @@ def demo() -> None:
         print(f"  {str(dtype)[6:]:9s}", "  ".join(f"{name} {e:.1e}" for name, e in errors.items()))
         assert max(errors.values()) < tolerance
     if not found:
-        print("no Triton of 3.3 or newer is installed: only the formula was checked")
+        print("Triton 3.3 or newer is not installed: only the formula was checked")
     elif cuda:
         from triton.testing import do_bench
         x = [t for L in (154, 4096) for t in torch.randn(1, L, 3, 24, 64, device="cuda").bfloat16().unbind(2)]

@@ -1,8 +1,8 @@
 """Norm and layout in one pass: what is left to save around an attention that is fast already?
 
 PyTorch's attention on Hopper is cuDNN's, written for that card by its maker, and a kernel in Triton may not
-beat it. But it wants one q, one k and one v, so the chain of calls around it moves more than it does. Here
-everything in front of it is one kernel, and behind it there is nothing:
+beat it. But it takes one q, one k and one v, so the chain of calls around it moves more data than it does.
+Here everything in front of it is one kernel, and nothing follows it:
 
     q_txt k_txt v_txt                           q = [n(q_txt), n(q_img)]                  out_txt = out[:, :M]
     q_img k_img v_img  - `norm_layout_tile` ->  k = [n(k_txt), n(k_img)]  - attention ->  out_img = out[:, M:]
@@ -15,25 +15,24 @@ Passes over an activation (B, L, nh, hd), 13 MB in bfloat16 at 154 + 4096 tokens
 
                          chain of calls    here    inside kernels/joint_attention.py
     norms and layout     10, or more       6       2, its keys' norm
-    their backward       6, or more        6       6, norms taken again and passed through
+    their backward       6, or more        6       6, norms computed again, then their gradient
 
-where the chain's norms are one pass each, as torch.compile makes them; called one by one they are several.
-Against the fused attention the pass costs four passes more, and memory: PyTorch's attention keeps q, k and v
-for its backward, besides the raw ones kept here. So neither is always better, both stay, and
+The chain is counted with one pass for each norm, as torch.compile makes it; called one by one, they are more.
+Compared with the fused attention this costs four passes more, and memory: PyTorch's attention keeps q, k and
+v for its backward, besides the raw ones kept here. So neither is always better, both stay, and
 kernels/__init__.py takes the one that was measured to be faster.
 
 Backward, with z = x / rms(x), u = dn * w and < > the mean over the head (`norm_layout_tile_backward`):
 
     dx = (u - z <u z>) / rms(x)          dw = sum of dn * z, over pictures, tokens and heads
 
-Gradients of v, and all of them where there is no norm, are slices of what the attention gives: no kernel
-runs.
+Gradients of v, and all of them if there is no norm, are slices of the attention's gradients: no kernel runs.
 
 Pitfalls
-- (B, L, nh, hd), not (B, nh, L, hd): the attentions of PyTorch take either in place, but only this way do
-  text and image lie apart in the output, where the projection reads them without a copy.
-- Rows are counted over tokens and heads together: what a program reads then lies in one piece, and the weight
-  is read once.
+- (B, L, nh, hd), not (B, nh, L, hd): PyTorch's attentions take either in place, but only this way do text
+  and image lie apart in the output, where the projection reads them without a copy.
+- Rows are counted over tokens and heads together: what a program reads is then contiguous, and it reads the
+  weight once.
 - Parts of dw are added in a fixed order, not atomically: this kernel gives the same bits twice. (cuDNN's
   backward need not; torch.use_deterministic_algorithms makes PyTorch choose another.)
 
@@ -68,7 +67,7 @@ triton = tl = None                                      # set by load_triton
 
 @kernel
 def norm_layout_row(X, W, Y, first, nh, eps, NORM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program, one head of one token: to its place in Y, where this stream begins at token `first`."""
+    """One program, one head of one token, to its place in Y, where this stream begins at token `first`."""
     b, token, h = tl.program_id(2).to(tl.int64), tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)[None, :]
     x = tl.load(X[0] + b * X[1] + token * X[2] + h * X[3] + d, mask=d < D, other=0.0)
@@ -98,7 +97,7 @@ def norm_layout_simply(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, e
 # ------------------------------------------------------------------------------------ the kernel that is used
 # What changed: (1) one launch instead of six: at 512 pixels a launch takes as long as the work. (2) A program
 # takes ROWS heads, all of one token, then all of the next: 8 kB in one piece. With one row of 128 bytes, most
-# of the threads of a program have nothing to do.
+# threads of a program would have nothing to do.
 
 @kernel
 def place_of(rows, X, b, nh):
@@ -145,8 +144,8 @@ def norm_layout_tile(Q_TXT, K_TXT, V_TXT, Q_IMG, K_IMG, V_IMG, W_Q_TXT, W_K_TXT,
 @kernel
 def norm_rows_backward(DY, X_TXT, X_IMG, W_TXT, W_IMG, DX_TXT, DX_IMG, DW, M, N, nh, eps, D: tl.constexpr,
                        BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
-    """dx of a tile from dy, both cut as in `join_rows`. This tile's part of dw goes to a row of DW of its
-    own."""
+    """dx of a tile from dy, both cut as in `join_rows`. This tile's part of dw goes to its own row of
+    DW."""
     b = tl.program_id(1).to(tl.int64)
     tiles_img = tl.cdiv(N * nh, ROWS)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -183,7 +182,7 @@ def norm_layout_tile_backward(DQ, DK, Q_TXT, K_TXT, Q_IMG, K_IMG, W_Q_TXT, W_K_T
 # -------------------------------------------------------------------------------------------------- launching
 
 def cut(x, tokens):
-    """Tiles of each of `tokens`, and what every kernel here is told about them; x (B, T, nh, hd)."""
+    """How many tiles each of `tokens` takes, and the arguments that set their shape; x (B, T, nh, hd)."""
     block_d = head_block(x)
     rows = max(4, 4096 // block_d)                                  # 32 numbers a thread
     return [triton.cdiv(t * x.shape[2], rows) for t in tokens], dict(
@@ -191,7 +190,7 @@ def cut(x, tokens):
 
 
 def launch_forward(q_txt, k_txt, v_txt, q_img, k_img, v_img, weights, eps):
-    """-> q, k, v; v is empty without text: v_img is all there is, and nobody need move it."""
+    """-> q, k, v; v is empty without text: v_img is all there is, and need not move."""
     load_triton()
     norm, (B, N, nh, hd) = weights[2] is not None, q_img.shape
     *x, w_q_txt, w_k_txt, w_q_img, w_k_img = filled_in(q_txt, k_txt, v_txt, q_img, k_img, v_img, weights)
@@ -248,7 +247,7 @@ def norm_layout_backward_op(
         k_img: Tensor, w_q_txt: Optional[Tensor], w_k_txt: Optional[Tensor], w_q_img: Tensor,
         w_k_img: Tensor, eps: float
 ) -> List[Tensor]:
-    """-> gradients of the four tensors and four weights; of those that are None, nothing"""
+    """-> gradients of the four tensors and four weights, except those that are None"""
     tensors, weights = (q_txt, k_txt, q_img, k_img), (w_q_txt, w_k_txt, w_q_img, w_k_img)
     with device_of(q_img):
         grads, weight_grads = launch_backward(dq, dk, *tensors, weights, eps)
@@ -266,7 +265,7 @@ def _save(ctx, inputs, output):
     ctx.text = [0 if x is None else x.shape[1] for x in (q_txt, k_txt)]
     ctx.none = [x is None for x in (q_txt, k_txt)]
     ctx.norm = weights[2] is not None
-    if ctx.norm:                                                    # else the backward only cuts
+    if ctx.norm:                                                    # else the backward only slices
         ctx.save_for_backward(q_txt, k_txt, q_img, k_img, *weights)
 
 
@@ -291,12 +290,12 @@ CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBacken
 
 
 def cudnn_first(device) -> bool:
-    """On Hopper and later, where others measured it to be faster than FlashAttention 2, PyTorch's choice."""
+    """On Hopper and later, where others measured it to be faster than FlashAttention 2, PyTorch's default."""
     return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
 
 
 def attend_joined(q, k, v, mask):
-    """PyTorch's attention over (B, L, nh, hd) -> the same. What cannot run a case is passed over."""
+    """PyTorch's attention over (B, L, nh, hd) -> the same. Back ends that cannot run a case are skipped."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if cudnn_first(q.device):
         with sdpa_kernel(CUDNN_FIRST, set_priority=True):           # torch.compile of 2.6 ignores the order
@@ -344,7 +343,7 @@ def demo() -> None:
         print(f"  {str(dtype)[6:]:9s}", "  ".join(f"{name} {e:.1e}" for name, e in errors.items()))
         assert max(errors.values()) < tolerance
     if not found:
-        print("no Triton of 3.3 or newer is installed: only the formula was checked")
+        print("Triton 3.3 or newer is not installed: only the formula was checked")
     elif cuda:
         from triton.testing import do_bench
         x = [t for L in (154, 4096) for t in torch.randn(1, L, 3, 24, 64, device="cuda").bfloat16().unbind(2)]
