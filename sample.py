@@ -20,11 +20,13 @@ pipeline.py does the work. Here are the flags, the files and what may go wrong:
 Zeros take its place, as in training, or with --left-out what ComfyUI does (see pipeline.py).
 """
 import argparse
+import difflib
 import itertools
 import math
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,7 +100,7 @@ def parse(argv=None):
                         help="transformer and T5 in 8 bits: half the memory")
     memory.add_argument("--dry-run", action="store_true", help="only say what it would take; --model can be "
                         f"one of {', '.join(offload.PRESETS)}, too")
-    p.error = refuse
+    p.error = partial(refuse, flags=p._option_string_actions)
     args = p.parse_args(argv)
     if args.like:
         flags, prompt = flags_of(args.like, args)
@@ -113,8 +115,10 @@ def parse(argv=None):
     return args
 
 
-def refuse(message: str):
-    raise ValueError(f"{message}: see python sample.py --help")
+def refuse(message: str, flags=()):
+    unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+    near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else ()
+    raise ValueError(f"{message}: " + (f"did you mean {near[0]}?" if near else "see python sample.py --help"))
 
 
 def number(text: str) -> float:
