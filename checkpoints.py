@@ -123,6 +123,15 @@ def load_tensors(path, names=None) -> tuple[dict, dict]:
     return tensors, about
 
 
+def about_of(path) -> dict | None:
+    """What a file of `save_tensors` says about itself; None if it is missing or not a whole file."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return json.loads((f.metadata() or {}).get("about", "{}"))
+    except (FileNotFoundError, SafetensorError, ValueError):
+        return None
+
+
 def crc32(t: torch.Tensor) -> int:
     return zlib.crc32(t.contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -216,11 +225,10 @@ def refuse_part(path) -> None:
     """CheckpointError if the file, or a transformer in the folder, is a part of a run that lost the rest."""
     file = Path(path) if Path(path).is_file() else Path(path, "mmdit.safetensors")
     try:
-        with safe_open(file, framework="pt") as f:
-            part = json.loads((f.metadata() or {}).get("about", "{}")).get("part")
-    except (OSError, SafetensorError, ValueError):              # the loader will say what it is instead
+        about = about_of(file) or {}
+    except OSError:                                             # the loader will say what is wrong
         return
-    if part:
+    if about.get("part"):
         raise CheckpointError(f"{file} is one part of a run of train.py: give the run's folder, with the "
                               "other parts and its config.json")
 
@@ -272,16 +280,28 @@ def run_configs(path, drop=()) -> dict:
     for name in ("mmdit", "vae", *(e for e in ENCODERS if e != "t5" or e not in drop)):
         folder = path if name == "mmdit" else home
         configs[name] = (config_of_part if is_run(folder) else config_of)(folder, name)
-    c, t5 = configs["mmdit"], configs.get("t5")
-    pooled = sum(clip.projection_dim or clip.width for clip in (configs["clip_l"], configs["clip_g"]))
-    if pooled != c.pooled_dim or (t5 and t5.width != c.context_dim):
-        raise CheckpointError(
-            f"{path}: the text encoders do not fit mmdit.safetensors: the folder mixes two runs")
-    if configs["vae"].z_channels != c.in_channels:
-        raise CheckpointError(
-            f"{path}: the autoencoder has {configs['vae'].z_channels} latent channels, mmdit.safetensors "
-            f"takes {c.in_channels}: the folder mixes two runs")
+    check_fit(path, configs, "the folder mixes two runs")
     return configs
+
+
+def check_fit(path, configs: dict, cause: str) -> None:
+    """CheckpointError, which names the cause, unless the transformer takes what the other parts give."""
+    c, t5, channels = configs["mmdit"], configs.get("t5"), configs["vae"].z_channels
+    if sum(text_widths(configs)[:2]) != c.pooled_dim or (t5 and t5.width != c.context_dim):
+        raise CheckpointError(f"{path}: the text encoders do not fit the transformer, which needs "
+                              f"{c.pooled_dim} pooled numbers and tokens {c.context_dim} wide: {cause}")
+    if channels != c.in_channels:
+        raise CheckpointError(f"{path}: the autoencoder has {channels} latent channels, the transformer "
+                              f"takes {c.in_channels}: {cause}")
+
+
+def text_widths(configs) -> tuple[int, int, int]:
+    """The widths of CLIP-L's, bigG's and T5's features; a dropped one's is what the others leave of the
+    transformer's."""
+    c, (l, g) = configs["mmdit"], (configs.get(name) for name in ("clip_l", "clip_g"))
+    l, g = (clip and (clip.projection_dim or clip.width) for clip in (l, g))
+    l = max(0, c.pooled_dim - (g or 0)) if l is None else l
+    return l, max(0, c.pooled_dim - l) if g is None else g, c.context_dim
 
 
 def bare_encoders(path) -> dict:

@@ -45,8 +45,8 @@ from PIL.PngImagePlugin import PngInfo
 import data
 import flow
 import offload
-from checkpoints import (CheckpointError, home_of_encoders, is_run, load_encoders, load_part, read_json,
-                         read_run, refuse_part, run_configs, write_atomically)
+from checkpoints import (CheckpointError, check_fit, home_of_encoders, is_run, load_encoders, load_part,
+                         read_json, read_run, refuse_part, run_configs, text_widths, write_atomically)
 from finetune import change_all
 from kernels.int8 import quantise_mmdit, quantise_t5
 from offload import Places
@@ -332,24 +332,8 @@ def published_configs(path, drop=()) -> dict:
     they fit each other."""
     refuse_part(path)
     configs = {part: config_of(path, part) for part in ("mmdit", "vae", *ENCODERS) if part not in drop}
-    c, t5 = configs["mmdit"], configs.get("t5")
-    if sum(text_widths(configs)[:2]) != c.pooled_dim or (t5 and t5.width != c.context_dim):
-        raise CheckpointError(f"{path}: the text encoders do not fit the transformer, which needs "
-                              f"{c.pooled_dim} pooled numbers and tokens {c.context_dim} wide: they are "
-                              "from another model")
-    if configs["vae"].z_channels != c.in_channels:
-        raise CheckpointError(f"{path}: the autoencoder has {configs['vae'].z_channels} channels, the "
-                              f"transformer {c.in_channels}: they are from different models")
+    check_fit(path, configs, "they are from different models")
     return configs
-
-
-def text_widths(configs) -> tuple[int, int, int]:
-    """The widths of CLIP-L's, bigG's and T5's features; a dropped one's is what the others leave of the
-    transformer's."""
-    c, (l, g) = configs["mmdit"], (configs.get(name) for name in ("clip_l", "clip_g"))
-    l, g = (clip and (clip.projection_dim or clip.width) for clip in (l, g))
-    l = max(0, c.pooled_dim - (g or 0)) if l is None else l
-    return l, max(0, c.pooled_dim - l) if g is None else g, c.context_dim
 
 
 def side_of(configs) -> int:
@@ -421,7 +405,7 @@ def check_request(prompts, negatives, height, width, steps, guidance, output) ->
                          "give one or more, and as many of each")
     check_side("height", height)
     check_side("width", width)
-    if steps != int(steps) or not 1 <= steps <= 10_000:
+    if not 1 <= steps <= 10_000 or steps != int(steps):
         raise ValueError(f"steps is {steps}: give a whole number from 1 to 10,000")
     if not math.isfinite(guidance):
         raise ValueError(f"guidance is {guidance}: give a number, 1 for none")

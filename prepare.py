@@ -45,7 +45,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 import data
-from checkpoints import read_json, save_tensors, write_json
+from checkpoints import about_of, read_json, save_tensors, write_json
 
 # ------------------------------------------------------------------------------------------- shapes and order
 
@@ -208,10 +208,14 @@ class Survey:
 
 # ------------------------------------------------------------------------------------------------- the cache
 
+def place_of(data: str) -> str:
+    """Where pictures come from, in words that hold in any working directory."""
+    return data if data in ("drawn", "emoji") else str(Path(data).resolve())
+
+
 def source_of(c) -> dict:
     """Where the pictures of a cache come from, in the terms of TrainConfig; a folder by its absolute path."""
-    where = c.data if c.data in ("drawn", "emoji") else str(Path(c.data).resolve())
-    return {"data": where, "pictures": c.pictures, "buckets": c.buckets}
+    return {"data": place_of(c.data), "pictures": c.pictures, "buckets": c.buckets}
 
 
 SHARD = 1024                # pictures or captions in a file, at most (about): what an interruption may cost
@@ -251,15 +255,6 @@ def _plan(survey, vae_print, text_print, t5_length, clip_length):
     return latents, text
 
 
-def _about(path) -> dict | None:
-    """What a shard says about itself; None if it is missing or not a whole file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("about", "{}"))
-    except (FileNotFoundError, SafetensorError, ValueError):
-        return None
-
-
 @torch.no_grad()
 def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_print: str, t5_length: int,
                 source: dict = {}, origin: str = "", rank: int = 0, world: int = 1, batch: int = 32,
@@ -285,7 +280,7 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
         _replace_index(folder, index, say)
     jobs = [("picture", job) for job in latents] + [("caption", job) for job in text]
     jobs = [(kind, job) for kind, job in jobs[rank::world]
-            if (_about(folder / job[0]) or {}).get("fingerprint") != job[1]]
+            if (about_of(folder / job[0]) or {}).get("fingerprint") != job[1]]
     skipped, said, seconds, done = [], time.monotonic(), Counter(), Counter()
     for kind, (name, mark, part) in jobs:
         start = time.monotonic()
@@ -415,7 +410,7 @@ class Cache:
         self.index, self.mapped = index, {}
         self.files = {"latents": [n for n, _ in index["latents"]], "text": [n for n, _ in index["texts"]]}
         marks = index["latents"] + index["texts"]
-        about = {name: _about(self.folder / name) or {} for name, _ in marks}
+        about = {name: about_of(self.folder / name) or {} for name, _ in marks}
         stale = [name for name, mark in marks if about[name].get("fingerprint") != mark]
         if stale:
             raise ValueError(f"{folder} is not finished: {len(stale)} of {len(marks)} files are missing, cut "
@@ -455,7 +450,7 @@ class Cache:
         """A picture's captions."""
         start = int(self.first[picture])
         places = self.text_place[self.rows[start:start + int(self.counts[picture])]]
-        return [_about(self.folder / self.files["text"][s])["captions"][i] for s, i in places]
+        return [about_of(self.folder / self.files["text"][s])["captions"][i] for s, i in places]
 
     def compare(self, vae_print: str, text_print: str) -> None:
         """ValueError if other encoders made it: their latents and features mean nothing to these."""

@@ -30,7 +30,7 @@ import flow
 from checkpoints import config_of_part, has_run, is_published, last_run, read_json, read_run
 from mmdit import MMDiTConfig
 from pipeline import check_side
-from prepare import Cache
+from prepare import Cache, place_of
 from stages import STAGES, encoder_prints
 from weights import config_of
 
@@ -301,10 +301,10 @@ def checked_cache(given: dict) -> tuple[Cache, dict]:
     told = cache.index.get("source", {}) | {k: cache.index[k] for k in ("size", "clip_length", "t5_length")}
     where = told.get("data", "drawn")
     if "data" in given and where not in ("drawn", "emoji") and not Path(where).exists():    # it has moved
-        told["data"] = str(Path(given["data"]).resolve())
+        told["data"] = place_of(given["data"])
     for name, made in told.items():
         asked = given.get(name, made)
-        if asked != made and not (name == "data" and str(Path(asked).resolve()) == made):
+        if (place_of(asked) if name == "data" else asked) != made:
             raise ValueError(f"{flag_of(name)} {asked} contradicts {cache.folder} ({made}): leave the flag "
                              "out or make another cache")
     return cache, told

@@ -250,10 +250,10 @@ def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
     return Batches(cache, c.flow_batch, c.seed, synthetic=c.synthetic)
 
 
-def encode_all(run, out, rank=0, world=1) -> None:
+def encode_all(run, out, prints, rank=0, world=1) -> None:
     """Writes a cache of run.config's data to `out`, with the encoders of run.folder, which may be published
     weights. Each of `world` ranks does its share; if interrupted, the next call goes on from there."""
-    c, prints = run.config, encoder_prints(run.folder)
+    c = run.config
     listing = list_pictures(c.data, c.size, count=c.pictures, seed=c.seed)
     survey = Survey(listing.entries[:c.pictures], c.size, bucketed=c.buckets)
     home = home_of_encoders(run.folder)

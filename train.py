@@ -71,7 +71,7 @@ from mmdit import MMDiT
 from muon import Muon, split
 from parallel import local, whole
 from pipeline import pick_device
-from prepare import Cache, Survey, source_of
+from prepare import Cache, Survey, place_of, source_of
 from settings import SHAPING, TrainConfig, go_on_as, parse, parse_cache
 from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, encoder_prints, flow_stage,
                     make_tokenizers, preview_prompts, pretrained_mmdit, t5_stage, take_over, vae_stage)
@@ -553,7 +553,7 @@ def new_folder(c: TrainConfig) -> Path:
 
 def named(source: str) -> str:
     """What a source is called in the name of a folder."""
-    return source if source in ("drawn", "emoji") else Path(source).resolve().name
+    return Path(place_of(source)).name
 
 
 def numbered(name: str):
@@ -588,8 +588,9 @@ def cache_command(argv) -> None:
     run = Run(TrainConfig(t5_length=saved["t5_length"], data=args.data, size=size, seed=args.seed,
                           pictures=args.pictures or every, buckets=args.buckets, device=args.device,
                           dtype=args.dtype), whose)
-    out = Path(args.out or cache_folder(run.config, encoder_prints(whose)))
-    encode_all(run, out, rank, world)
+    prints = encoder_prints(whose)
+    out = Path(args.out or cache_folder(run.config, prints))
+    encode_all(run, out, prints, rank, world)
     ways = [f"--from {whose} --cache {out}"] + [f"--cache {out} --model d15"] * bool(args.model)
     if rank == 0:
         print(f"done{f' with the share of rank 0 of {world}' if world > 1 else ''}: {out}. Now type\n"

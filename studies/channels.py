@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints import load_part, read_run  # noqa: E402
 from data import TASKS, load_pictures  # noqa: E402
+from stages import to_signed  # noqa: E402
 from studies.training_length import flags, scores, told_in_one_line, trained, write_table  # noqa: E402
 from vae import psnr  # noqa: E402
 
@@ -31,7 +32,7 @@ def exactness(folder: Path, count: int = 512) -> float:
     """PSNR in dB of fresh drawings through a run's autoencoder, by the means of its posteriors."""
     config, vae = read_run(folder), load_part(folder, "vae")
     pictures = load_pictures("drawn", config["size"], count=count, seed=config["seed"] + 1).images
-    x = pictures.float() / 127.5 - 1                                                    # (n, 3, S, S)
+    x = to_signed(pictures, "cpu")                                                      # (n, 3, S, S)
     return psnr(torch.cat([vae.decode(vae.encode(few).mean) for few in x.split(64)]), x)
 
 

@@ -186,7 +186,8 @@ def test_nan_weights_are_refused_by_name_when_loaded_and_when_they_arise(run, pi
 @pytest.mark.parametrize("how, cause", [
     (dict(height=50), "height 50 is not a multiple of 16"), (dict(width=0), "multiple of 16"),
     (dict(width=-16), "multiple of 16"), (dict(steps=0), "steps is 0"), (dict(steps=-3), "whole number"),
-    (dict(steps=10**9), "10,000"), (dict(method="ddim"), "euler"), (dict(output="jpeg"), "pil"),
+    (dict(steps=10**9), "10,000"), (dict(steps=float("inf")), "steps is inf"),
+    (dict(steps=float("nan")), "steps is nan"), (dict(method="ddim"), "euler"), (dict(output="jpeg"), "pil"),
     (dict(guidance=float("nan")), "guidance is nan"), (dict(guidance=float("inf")), "guidance is inf"),
     (dict(seed=-1), "seed is -1"), (dict(seed=2**63), "seed is 9"), (dict(seed=2**64), "seed is 1"),
     (dict(seed=[1, 2]), "a list of 1"), (dict(seed=[]), "a list of 1"),
