@@ -76,8 +76,8 @@ class MMDiTConfig:
     def preset(name: str, **changes) -> "MMDiTConfig":
         """The row of numbers that turns this code into a published model, or the miniature for a laptop."""
         presets = {                                                                    # trainable parameters
-            "tiny": MMDiTConfig(4, heads=3, in_channels=8, context_dim=192,            # 5,129,376
-                                pooled_dim=160, pos_max=32, pos_sample=4, pos_base=4),
+            "tiny": MMDiTConfig(4, heads=3, context_dim=192, pooled_dim=160,           # 5,141,696
+                                pos_max=32, pos_sample=4, pos_base=4),
             "sd3-medium": MMDiTConfig(24, qk_norm=False),                              # 2,028,328,000
             "sd3.5-medium": MMDiTConfig(24, pos_max=384, dual_blocks=13),              # 2,243,171,520
             "sd3.5-large": MMDiTConfig(38),                                            # 8,056,627,520

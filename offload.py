@@ -391,7 +391,7 @@ def demo() -> None:
     torch.manual_seed(0)
     model = MMDiT(MMDiTConfig.preset("tiny")).requires_grad_(False)
     nn.init.normal_(model.final_layer.linear.weight)
-    x = (torch.randn(2, 8, 8, 8), torch.rand(2), torch.randn(2, 12, 192), torch.randn(2, 160))
+    x = (torch.randn(2, 16, 8, 8), torch.rand(2), torch.randn(2, 12, 192), torch.randn(2, 160))
     here, stream = model(*x), BlockStream(model.joint_blocks, "cpu")
     with stream, visiting(model, "cpu", but=stream.blocks):
         assert torch.equal(model(*x), here) and torch.equal(model(*x), here)

@@ -45,7 +45,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 import data
-from checkpoints import about_of, read_json, save_tensors, write_json
+from checkpoints import CheckpointError, about_of, load_tensors, read_json, save_tensors, write_json
 
 # ------------------------------------------------------------------------------------------- shapes and order
 
@@ -266,7 +266,8 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
     device: where to encode; the autoencoder and the text encoders visit it in turn, and only if they are
     needed (None: they stay where they are). batch: pictures of up to 256 x 256 at a time, fewer of larger
     ones. Each of `world` ranks calls this and makes every world-th file; no rank waits for another. After an
-    interruption the next call goes on at the unfinished file.
+    interruption the next call goes on at the unfinished file; what is there is read once, and damaged files
+    are made again.
     -> [(picture, reason)]: what this call could not decode (Cache.skipped: all calls). ValueError for NaN and
     for a hundred unreadable pictures in a row.
     """
@@ -280,7 +281,7 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
         _replace_index(folder, index, say)
     jobs = [("picture", job) for job in latents] + [("caption", job) for job in text]
     jobs = [(kind, job) for kind, job in jobs[rank::world]
-            if (about_of(folder / job[0]) or {}).get("fingerprint") != job[1]]
+            if not _holds(folder / job[0], job[1], say)]
     skipped, said, seconds, done = [], time.monotonic(), Counter(), Counter()
     for kind, (name, mark, part) in jobs:
         start = time.monotonic()
@@ -304,6 +305,18 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
         say(f"cache: {made:,} {kind}s encoded, {1000 * seconds[kind] / made:.2f} ms and "
             f"{size / made / 1000:.1f} kB a {kind}")
     return skipped
+
+
+def _holds(path, mark, say) -> bool:
+    """Whether a shard is there, of this fingerprint and as it was written."""
+    if (about_of(path) or {}).get("fingerprint") != mark:
+        return False
+    try:
+        load_tensors(path)
+    except CheckpointError:
+        say(f"cache: {path} is damaged: it is made again")
+        return False
+    return True
 
 
 def _replace_index(folder, index, say) -> None:

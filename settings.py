@@ -72,7 +72,7 @@ class TrainConfig:
     vae_steps: int = flag(700, "steps of the autoencoder", "how long and how fast, by stage")
     vae_batch: int = flag(16, "pictures a step")
     vae_rate: float = flag(2e-3, "peak learning rate")
-    vae_channels: int = flag(8, "channels of a latent; SD3 has 16")
+    vae_channels: int = flag(16, "channels of a latent; SD3 has 16")
     vae_critic: float = flag(0.0, "weight of the patch discriminator; 0: none")
     clip_steps: int = flag(700, "steps of the two CLIP pairs")
     clip_batch: int = flag(64, "pictures and captions a step")

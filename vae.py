@@ -32,7 +32,7 @@ DIFFERS: LPIPS, the perceptual loss of the published autoencoders, needs a downl
 gradients (edges) at three scales take its place; their patch discriminator is optional.
 
 Dims: B batch, C latent channels, H W latent height and width. Names are those of Stability's single files.
-Presets:  sd3 83,819,683 parameters | tiny 707,491
+Presets:  sd3 83,819,683 parameters | tiny 721,331
 Run `python vae.py`: trains a small autoencoder on pictures of discs and asserts how well it reconstructs
 them, whole and in tiles, in under a minute.
 """
@@ -61,7 +61,7 @@ class VAEConfig:
         """"sd3": the published one. "tiny": for `train.py --tiny`; its shift and scale are measured."""
         presets = {
             "sd3": VAEConfig(),
-            "tiny": VAEConfig(ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, z_channels=8, num_groups=8,
+            "tiny": VAEConfig(ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, num_groups=8,
                               shift=0.0, scale=1.0),
         }
         if name not in presets:

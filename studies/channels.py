@@ -2,7 +2,7 @@
 
 With more channels the autoencoder gives pictures back more exactly (the paper: PSNR 25.1, 26.4, 28.6 dB), but
 the transformer has more to predict: there, 16 channels catch up with 8 only in models of 22 blocks. The
-miniature has 4 blocks and 8 channels; the README says what it finds.
+miniature has 4 blocks; the README says what it finds.
 
     python studies/channels.py runs/drawn              about three times an autoencoder and a flow stage
 

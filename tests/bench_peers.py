@@ -87,13 +87,13 @@ def step(folder, **how):
     """One training step of the whole miniature: 64 latents of 64 x 64 pixels, 28 text tokens; forward, loss,
     backward, clipping, AdamW and the average of the weights. Without Muon, which diffusers has not."""
     theirs = diffusers.SD3Transformer2DModel(
-        sample_size=8, in_channels=8, out_channels=8, num_layers=4, num_attention_heads=3,
+        sample_size=8, in_channels=16, out_channels=16, num_layers=4, num_attention_heads=3,
         joint_attention_dim=192, caption_projection_dim=192, pooled_projection_dim=160,
         pos_embed_max_size=32, qk_norm="rms_norm")
     theirs.save_pretrained(folder / "transformer")
     ours, theirs = load_mmdit(folder, **how).requires_grad_(True), theirs.to(**how).eval()
     x0, noise, context, pooled = (torch.randn(64, *shape, **how) for shape in (
-        (8, 8, 8), (8, 8, 8), (28, 192), (160,)))
+        (16, 8, 8), (16, 8, 8), (28, 192), (160,)))
     t = torch.rand(64, device=how["device"])
 
     def steps_of(model, velocity):

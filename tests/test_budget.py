@@ -14,7 +14,7 @@ import budget
 import train as training
 from mmdit import MMDiT, MMDiTConfig
 
-PUBLISHED = {"tiny": 5_129_376, "sd3-medium": 2_028_328_000, "sd3.5-medium": 2_243_171_520,
+PUBLISHED = {"tiny": 5_141_696, "sd3-medium": 2_028_328_000, "sd3.5-medium": 2_243_171_520,
              "sd3.5-large": 8_056_627_520, "d38": 8_056_627_520}
 
 

@@ -175,7 +175,7 @@ def test_the_cache_holds_what_the_encoders_say(tmp_path, encoders, small_shards)
         for k, caption in enumerate(entry.captions):
             mean, std, context, pooled = cache.read(np.array([i]), torch.tensor([k]))
             said = encoders.text([caption], 16)
-            assert mean.shape == posterior.mean.shape == (1, 8, box[1] // 8, box[0] // 8)
+            assert mean.shape == posterior.mean.shape == (1, 16, box[1] // 8, box[0] // 8)
             assert (mean - encoders.vae.to_latent(posterior.mean)).abs().max() < 2e-3
             assert torch.allclose(std.float(), torch.exp(0.5 * posterior.logvar), rtol=2e-3)
             assert close(context, said.context) and close(pooled, said.pooled)
@@ -190,7 +190,7 @@ def test_the_cache_holds_what_the_encoders_say(tmp_path, encoders, small_shards)
 def test_latents_of_256_pixels_take_the_papers_65_kilobytes(tmp_path, encoders):
     Image.new("RGB", (300, 300)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("black")
-    vae = AutoencoderKL(VAEConfig.preset("tiny", z_channels=16))
+    vae = AutoencoderKL(VAEConfig.preset("tiny"))
     write_cache(tmp_path / "cache", surveyed(tmp_path, 256), vae, encoders.text, vae_print="", text_print="",
                 t5_length=16, say=lambda line: None)
     size = (tmp_path / "cache" / "latents-256x256-00000.safetensors").stat().st_size
@@ -261,7 +261,7 @@ def test_a_batch_is_of_one_shape_and_the_same_at_every_asking(cache):
         mean, std, context, pooled = batches.at(step)
         shapes.add(tuple(mean.shape))
         assert mean.shape == std.shape and len(context) == len(pooled) == 8 and mean.dtype == torch.float32
-    assert shapes == {(8, 8, 8, 8), (8, 8, 6, 10), (8, 8, 10, 6)}
+    assert shapes == {(8, 16, 8, 8), (8, 16, 6, 10), (8, 16, 10, 6)}
     later = Batches(cache, 8, 0)
     assert all(map(torch.equal, later.at(13), batches.at(13)))
     assert not torch.equal(batches.at(13)[0], Batches(cache, 8, 1).at(13)[0])
@@ -413,6 +413,10 @@ def test_damaged_and_foreign_caches_are_refused_with_the_way_out_and_mended(tmp_
                 Cache(folder)
         encoders.write(folder, survey)
         assert (folder / name).read_bytes() == whole
+        (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))        # still a well-formed file
+        said = []
+        encoders.write(folder, survey, say=said.append)
+        assert name in said[0] and "damaged" in said[0] and (folder / name).read_bytes() == whole
     (folder / "latents-999x999-00000.safetensors").write_bytes(b"of an older plan")
     (folder / "mine.safetensors").write_bytes(b"not ours to delete")
     encoders.write(folder, survey)
@@ -474,7 +478,7 @@ def test_the_reader_gives_5000_samples_of_64_pixels_a_second(tmp_path):
         save_tensors(tmp_path / f"text-{k:05}.safetensors", text | {"keys": torch.arange(n * k, n * k + n)},
                      about)
         save_tensors(tmp_path / f"latents-64x64-{k:05}.safetensors",
-                     {"latents": torch.zeros(n, 2, 8, 8, 8).half(),
+                     {"latents": torch.zeros(n, 2, 16, 8, 8).half(),
                       "counts": torch.ones(n).long(), "captions": torch.arange(n * k, n * k + n)}, about)
     names = [[(f"{kind}-{k:05}.safetensors", "") for k in range(24)] for kind in ("latents-64x64", "text")]
     (tmp_path / "index.json").write_text(json.dumps(dict.fromkeys(

@@ -59,7 +59,7 @@ def test_a_seed_repeats_a_picture_with_every_sampler(pipe, method):
 
 
 def test_given_noise_replaces_the_seed(pipe):
-    noise = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(11))
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(11))
     assert torch.equal(draw(pipe, "a star", noise=noise, seed=1), draw(pipe, "a star", seed=11))
 
 
@@ -180,7 +180,7 @@ def test_nan_weights_are_refused_by_name_when_loaded_and_when_they_arise(run, pi
     with pytest.raises(ValueError, match="final_layer.linear.bias"):
         Pipeline.from_pretrained(broken, device="cpu")
     with pytest.raises(FloatingPointError):
-        draw(pipe, "a star", noise=torch.full((1, 8, 8, 8), float("inf")))
+        draw(pipe, "a star", noise=torch.full((1, 16, 8, 8), float("inf")))
 
 
 @pytest.mark.parametrize("how, cause", [

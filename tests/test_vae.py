@@ -71,10 +71,10 @@ def test_the_sd3_preset_has_the_parameters_of_the_published_file():
     assert (vae.config.factor, vae.config.shift, vae.config.scale) == (8, 0.0609, 1.5305)
 
 
-def test_the_tiny_preset_is_707_491_parameters_with_8_channels_8_times_smaller():
+def test_the_tiny_preset_is_721_331_parameters_with_16_channels_8_times_smaller():
     vae = AutoencoderKL(VAEConfig.preset("tiny"))
-    assert sum(p.numel() for p in vae.parameters()) == 707_491
-    assert (vae.config.z_channels, vae.config.factor) == (8, 8)
+    assert sum(p.numel() for p in vae.parameters()) == 721_331
+    assert (vae.config.z_channels, vae.config.factor) == (16, 8)
 
 
 # ----------------------------------------------------------------------------------------------------- shapes
@@ -137,7 +137,7 @@ def test_an_untrained_autoencoder_neither_shrinks_nor_drowns_the_picture():
     posterior = vae.encode(torch.randn(4, 3, 32, 32))
     noise = torch.exp(0.5 * posterior.logvar)
     assert 0.3 < posterior.mean.std() < 3 and noise.median() < 0.1
-    assert 0.3 < vae.decode(torch.randn(4, 8, 4, 4)).std() < 3
+    assert 0.3 < vae.decode(torch.randn(4, 16, 4, 4)).std() < 3
 
 
 # -------------------------------------------------------------------------------------------------- posterior
