@@ -38,14 +38,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import flow
-from layouts import describe, mmdit_folder, same_names
+from layouts import describe, is_foreign, mmdit_folder, same_names
 from tensor_files import CheckpointError, open_safetensors, write_safetensors
 
 # Keys: layer.lora_A.weight and its other spellings; what may precede a layer's name; those of text encoders.
-FACTOR = re.compile(r"(.+?)\.(?:lora_([AB])|lora[_.](down|up))(?:\.default)?\.weight")
+FACTOR = re.compile(r"(.+?)\.(?:lora_([AB])|lora[_.](down|up))(\.\w+)?\.weight")
 PREFIX = re.compile(r"^(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.|lora_unet_|"
                     r"lora_transformer_|lycoris_)?")
-OF_TEXT = re.compile(r"^(lora_te\d?_|text_encoder)")
+OF_TEXT = re.compile(r"^(lora_te\d?_|text_encoder|(clip_[lg]|t5(xxl)?)\.)")
 OTHERS = (                  # other ways of changing weights, by their keys
     (r"\.(dora_scale|lora_magnitude_vector)", "a DoRA, which also changes the lengths of weights"),
     (r"\.(hada_w|lokr_w)\d", "a LoHa or LoKr, whose factors are multiplied in another way"),
@@ -169,12 +169,18 @@ class Lora:
         for key in keys:
             if other := next((what for pattern, what in OTHERS if re.search(pattern, key)), None):
                 raise CheckpointError(f"{path} is {other}: merge it into a model with the program it is for")
+        if not found and (is_foreign(keys) or "").startswith("a LoRA"):
+            raise CheckpointError(f"{path} is a LoRA in a naming that is not read here, such as {min(keys)}: "
+                                  "convert it to that of diffusers, ComfyUI or kohya's scripts")
         if not found:
             raise CheckpointError(f"{path} has no factors of a LoRA, it is {describe(keys)}: give a model "
                                   "with --model, and an adapter in one of the namings of finetune.py")
+        if len(names := {m[4] for m in found.values()}) > 1:            # by peft, which can save several
+            raise CheckpointError(f"{path} holds several adapters ({', '.join(sorted(map(str, names)))}): "
+                                  "save one alone")
         self.left_out = sum(bool(OF_TEXT.match(key)) for key in keys)
         self.factors, pairs = {}, {}
-        for key, (stem, which, old) in ((key, m.groups()) for key, m in found.items()):
+        for key, (stem, which, old, _) in ((key, m.groups()) for key, m in found.items()):
             if not OF_TEXT.match(key):
                 pairs.setdefault(stem, {})[which or {"down": "A", "up": "B"}[old]] = tensors[key]
         for stem, pair in pairs.items():

@@ -195,7 +195,8 @@ IGNORED = {                 # keys that may be there and are not read; all other
     "mmdit": (), "vae": (), "clip_g": IN_CLIP,
     "clip_l": (*IN_CLIP, (r"^text_projection", "SD3 takes CLIP-L's pooled vector before its projection")),
     "t5": ((r"^(decoder|lm_head)\.", "T5's decoder: only the encoder reads prompts"),
-           (r"^encoder\.embed_tokens\.weight$", "the second name of shared.weight")),
+           (r"^encoder\.embed_tokens\.weight$", "the second name of shared.weight"),
+           (r"^logit_scale$", "of CLIP's training; ComfyUI writes it for every text encoder")),
     "all": ((r"^(loss|model_ema)\.", "left over from training"),
             (r"\bscaled_fp8$", "a sign that float8 weights have scales"),
             (r"\.(comfy_quant|scale_input|input_scale)$", "for arithmetic in float8"))}

@@ -287,10 +287,16 @@ def text_dtype_of(run, device) -> torch.dtype:
     return torch.bfloat16 if published and device.type == "cuda" else torch.float32
 
 
+def half_of(device) -> torch.dtype:
+    """Cards before Ampere only emulate bfloat16: slowly, and with attention that builds its L x L scores."""
+    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
 def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, loras=()) -> dict:
     """The arguments of Pipeline for published weights. Looks first for what may be missing; reads the largest
     files last."""
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or (half_of(device) if device.type == "cuda" else torch.float32)
     configs = published_configs(path, drop)
     if loras:
         load_mmdit(path, device="meta", loras=loras)                # do they fit?

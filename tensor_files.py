@@ -195,16 +195,23 @@ def files_of_part(folder) -> list[Path]:
         indexes = sorted(folder.glob(f"{stem}*safetensors.index*.json"), key=lambda p: len(p.name))
         if whole and (whole[0].name == f"{stem}.safetensors" or not indexes):
             return whole[:1]
-        if indexes:
-            return shards(indexes[0])
+        complete = [i for i in indexes if all((folder / str(name)).is_file() for name in shard_names(i))]
+        if indexes and (complete or not whole):         # others' shards were not downloaded
+            return shards((complete or indexes)[0])
+        if whole:
+            return whole[:1]
     return []
 
 
-def shards(index) -> list[Path]:
+def shard_names(index) -> set:
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{index} is not a list of shards ({e!r}): download it again") from None
+
+
+def shards(index) -> list[Path]:
+    names = shard_names(index)
     for name in names:
         if Path(str(name)).name != name or not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is not there: download the folder again")

@@ -312,7 +312,7 @@ class T5Encoder(nn.Module):
         x, c = self.shared(ids), self.config
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         bias = table(relative_buckets(ids.shape[1], c.buckets, c.max_distance, ids.device))
-        bias = bias.permute(2, 0, 1)[None]                                          # (1, nh, L, L)
+        bias = bias.permute(2, 0, 1)[None].contiguous()             # (1, nh, L, L), as fused kernels need it
         if mask is not None:            # not -inf: a row without any tokens must not become NaN
             bias = bias.masked_fill(~mask[:, None, None, :], -1e30)                 # (B, nh, L, L)
         for block in self.encoder.block:

@@ -105,8 +105,8 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         B, ch, H, W = x.shape
         h = self.norm(x)
-        q, k, v = (f(h).reshape(B, 1, ch, H * W).transpose(2, 3)                # (B, 1, HW, ch)
-                   for f in (self.q, self.k, self.v))
+        q, k, v = (f(h).reshape(B, 1, ch, H * W).transpose(2, 3).contiguous()   # (B, 1, HW, ch); no fused
+                   for f in (self.q, self.k, self.v))                           # kernel takes other strides
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.transpose(2, 3).reshape(B, ch, H, W))
 

@@ -59,6 +59,8 @@ def pick_part(source, part):
         for sign, layout in LAYOUTS[part].items():
             if prefix + sign in source.index:
                 source.select(prefix)
+                if prefix and source.path.parent.name != FOLDERS[part]:     # it holds several parts: a
+                    source.config = {}                                      # config.json there is another's
                 return source, layout(source.count, source.index)
     return None
 
@@ -177,18 +179,22 @@ def clip_config(source, recipe, which) -> CLIPTextConfig:
     vocab, width = needed(source, recipe, "text_model.embeddings.token_embedding.weight")
     if {"clip_l": 1280, "clip_g": 768}[which] == width:
         raise CheckpointError(f"{source.path} is {width} wide: it is not {NAMES[which]} but the other CLIP's")
-    c = source.config | source.config.get("text_config", {})
+    c = source.config | (source.config.get("text_config") or {})
     c = c if c.get("hidden_size") == width else {}
     if not c and width % 64:
         raise CheckpointError(f"{source.path} is {width} wide, which does not tell the number of heads: "
                               "put its config.json beside it")
+    heads = c.get("num_attention_heads", width // 64)
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise CheckpointError(f"{source.path.parent}/config.json: num_attention_heads is {heads!r}, which "
+                              f"cannot share {width} channels: get the file again")
     layers = max(source.count(f"{p}.{{}}.") for p in
                  ("text_model.encoder.layers", "encoder.layers", "transformer.resblocks"))
     own = c and not source.count("vision_model.encoder.layers.{}.")     # a folder of the text model alone
     projected = which == "clip_g" or (own and source.shape(recipe("text_projection.weight")))
     eos = c.get("eos_token_id", 2)                          # old configs say 2 where the last id is meant
     return CLIPTextConfig(
-        vocab, width, layers, c.get("num_attention_heads", width // 64),
+        vocab, width, layers, heads,
         needed(source, recipe, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
         c.get("hidden_act", "quick_gelu" if which == "clip_l" else "gelu"),
         needed(source, recipe, "text_model.embeddings.position_embedding.weight")[0],

@@ -170,18 +170,25 @@ def test_an_embedders_convolution_can_be_changed_too(tmp_path):
 
 def test_what_is_for_text_encoders_is_left_out_and_counted(file, tmp_path):
     more = {f"{stem}.lora_{leaf}.weight": torch.ones(2, 2) for leaf in ("down", "up") for stem in (
-        "lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q")}
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+        "clip_g.text_model.encoder.layers.0.mlp.fc1", "t5.encoder.block.0.layer.0.SelfAttention.q")}
     save_file(load_file(file) | more | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(())},
               tmp_path / "more.safetensors")
     lora = Lora(tmp_path / "more.safetensors")
-    assert (lora.left_out, Lora(file).left_out) == (5, 0) and lora.factors.keys() == Lora(file).factors.keys()
+    assert (lora.left_out, Lora(file).left_out) == (9, 0) and lora.factors.keys() == Lora(file).factors.keys()
 
 
 KEY = "diffusion_model.joint_blocks.0.x_block.attn.proj"
 
 
-def factors(rank=2, key=KEY):
-    return {f"{key}.lora_A.weight": torch.ones(2, 16), f"{key}.lora_B.weight": torch.ones(16, rank)}
+def factors(rank=2, key=KEY, name=""):
+    return {f"{key}.lora_A{name}.weight": torch.ones(2, 16),
+            f"{key}.lora_B{name}.weight": torch.ones(16, rank)}
+
+
+def test_an_adapter_that_peft_has_named_is_read(tmp_path):
+    save_file(factors(name=".style_0"), tmp_path / "a.safetensors")
+    assert Lora(tmp_path / "a.safetensors").factors.keys() == {KEY}
 
 
 @pytest.mark.parametrize("tensors, words", [
@@ -196,6 +203,8 @@ def factors(rank=2, key=KEY):
     ({key: t[:0] if "A" in key else t[:, :0] for key, t in factors().items()}, ("damaged", KEY)),
     ({key: t.int() for key, t in factors().items()}, ("damaged", KEY)),
     (factors(key="lora_te1_text_model_x"), ("text encoders alone", "leave it out")),
+    (factors(name=".a") | factors(name=".b"), ("several adapters (.a, .b)", "save one")),
+    ({f"{KEY}.lora_linear_layer.down.weight": torch.ones(2, 16)}, ("a naming that is not read here", KEY)),
 ])
 def test_what_is_no_plain_lora_is_named(tensors, words, tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")

@@ -782,7 +782,15 @@ def test_running_out_of_memory_names_the_flags_that_save_some(error, folder, tmp
 
     monkeypatch.setattr(flow, "sample", full)
     _, err = run_main(["a star", "--model", folder, "--device", "cpu", "--int8"], capsys)
-    assert "20.00 GiB" in err and "--offload block" in err and "--drop-t5" in err and "try --int8" not in err
+    assert "20.00 GiB" in err and "--drop-t5" in err and "try --int8" not in err
+    ram = "CPUAllocator" in str(error)                          # streaming saves nothing there
+    assert ("--offload block" in err, "main memory" in err, "--dtype bfloat16" in err) == (not ram, ram, ram)
+
+
+def test_cards_that_only_emulate_bfloat16_get_float16(monkeypatch):
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+        assert pipeline.half_of(torch.device("cuda")) == dtype
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from text_encoders import (BOS, ENCODERS, EOS, TEXT_DROP, CLIPImageConfig, CLIPI
                            CLIPTextEncoder, LayerNorm, RMSNorm, T5Config, T5Encoder, TextEncoders, clip_loss,
                            drop_encoders, load_clip_tokenizer, load_t5_tokenizer, masked_span_loss,
                            relative_buckets, sample_drops, train_clip_tokenizer, train_t5_tokenizer)
+from vae import AutoencoderKL, VAEConfig
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"
 CASES = json.loads((PARITY / "pipeline" / "cases.json").read_text())
@@ -281,6 +283,21 @@ def test_without_the_table_t5_is_blind_to_order():
 
 
 @torch.no_grad()
+def test_every_attention_is_laid_out_as_cards_fused_kernels_need_it(tiny, monkeypatch):
+    """Theirs take queries, keys, values and a mask whose last stride is 1; without one, L x L scores are made."""
+    attend, laid_out = F.scaled_dot_product_attention, []
+
+    def watched(*tensors, **how):
+        masks = [how["attn_mask"]] if how.get("attn_mask") is not None else []
+        laid_out.extend(t.stride(-1) == 1 for t in (*tensors, *masks))
+        return attend(*tensors, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    tiny(["a star"])
+    AutoencoderKL(VAEConfig.preset("tiny")).encode(torch.zeros(1, 3, 32, 32))
+    assert len(laid_out) > 10 and all(laid_out)
+
+
 def test_t5_refuses_float16_and_stays_close_in_bfloat16():
     io, model = load_file(PARITY / "t5" / "io.safetensors"), load(PARITY / "t5")
     assert error(model.bfloat16()(io["input_ids"]).float(), io["last"]) < 0.1

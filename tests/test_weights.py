@@ -460,6 +460,22 @@ def test_a_projection_of_clip_l_counts_in_a_folder_that_has_one_and_not_in_singl
     assert load_clip(path, "clip_g").config.projection_dim == 128
 
 
+def test_a_config_beside_a_single_file_is_not_its_own(tmp_path):
+    path = single_file(tmp_path / "sd3.safetensors", ("mmdit", "vae", "clip_l"))
+    expected = [weights.config_of(path, part) for part in ("mmdit", "vae", "clip_l")]
+    for other in ({"attention_head_dim": 128}, {"attention_head_dim": [5, 10]},
+                  {"latent_channels": 16, "shift_factor": 0.1159, "scaling_factor": 0.3611},
+                  {"hidden_size": 64, "num_attention_heads": 4}):
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        assert [weights.config_of(path, part) for part in ("mmdit", "vae", "clip_l")] == expected
+
+
+def test_comfyuis_copy_of_t5_with_clips_logit_scale_is_read(tmp_path):
+    path = tmp_path / "t5xxl_saved.safetensors"
+    save_file(with_prefix("t5", "") | {"logit_scale": torch.tensor(4.6)}, path)
+    assert equal(load_t5(path, **F32), small("t5").float())
+
+
 def test_the_full_clip_of_openai_gives_its_unprojected_text_tower(tmp_path):
     tensors = with_prefix("clip_l", "") | {"vision_model.encoder.layers.0.mlp.fc1.bias": torch.zeros(1),
                                            "visual_projection.weight": torch.zeros(1, 1),
@@ -490,8 +506,19 @@ def test_shards_and_variants_of_a_folder_are_found(folders, tmp_path):
     refuses(lambda: load_mmdit(tmp_path), "not there")
     index.write_text("{}")
     refuses(lambda: load_mmdit(tmp_path), "not a list of shards")
-    index.unlink()
+    index.write_text(json.dumps({"weight_map": shard}))     # of shards that did not come
+    for name in (names[0], names[2]):
+        (folder / name).rename(folder / name.replace("model", "model.fp16"))
+    (tmp_path / "lost").rename(folder / names[1].replace("model", "model.fp16"))
+    other = folder / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    other.write_text(json.dumps(
+        {"weight_map": {k: name.replace("model", "model.fp16") for k, name in shard.items()}}))
+    assert equal(load_mmdit(tmp_path), expected)
+    other.unlink()
+    refuses(lambda: load_mmdit(tmp_path), "not there", "download")
     shutil.copy(whole, folder / "diffusion_pytorch_model.fp16.safetensors")
+    assert equal(load_mmdit(tmp_path), expected)            # nor does it count beside a whole file
+    index.unlink()
     assert equal(load_mmdit(tmp_path), expected)
 
 
@@ -830,8 +857,14 @@ def test_other_kinds_of_t5_are_named(tmp_path):
 def test_clip_of_an_unusual_width_needs_its_config(good, tmp_path):
     save_file(load_file(PARITY / "clip_l" / "model.safetensors"), tmp_path / "clip_l.safetensors")
     refuses(lambda: load_clip(tmp_path / "clip_l.safetensors", "clip_l"), "32 wide", "config.json")
-    (tmp_path / "config.json").write_text('{"hidden_size": 32, "hidden_act": "relu"}')
+    (tmp_path / "config.json").write_text(
+        '{"hidden_size": 32, "num_attention_heads": 2, "hidden_act": "relu"}')
     refuses(lambda: load_clip(tmp_path / "clip_l.safetensors", "clip_l"), "relu")
+    for heads in ('"2"', "null", "0", "-2", "5", "1.0"):
+        (tmp_path / "config.json").write_text(f'{{"hidden_size": 32, "num_attention_heads": {heads}}}')
+        refuses(lambda: load_clip(tmp_path / "clip_l.safetensors", "clip_l"), "num_attention_heads", "again")
+    (tmp_path / "config.json").write_text('{"text_config": null}')
+    refuses(lambda: load_clip(tmp_path / "clip_l.safetensors", "clip_l"), "32 wide", "config.json")
     (tmp_path / "config.json").write_text("{")
     refuses(lambda: load_clip(tmp_path / "clip_l.safetensors", "clip_l"), "config.json cannot be read")
 
