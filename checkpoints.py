@@ -44,7 +44,7 @@ import socket
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -341,7 +341,7 @@ def remove_checkpoint(folder: Path) -> None:
     doomed = folder.with_name(folder.name + ".old.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)       # what cannot be deleted yet has no valid name at least
 
 
 def clean_checkpoints(run, stages) -> None:
@@ -351,7 +351,7 @@ def clean_checkpoints(run, stages) -> None:
     for folder in there.glob("*"):
         ours = re.fullmatch(r"([a-z0-9]+)-\d{6,}(\.old)?(\.tmp)?", folder.name)
         if ours and (ours[3] or ours[1] not in stages):
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+            shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink()
     if there.is_dir() and not any(there.iterdir()):
         there.rmdir()
 
@@ -364,12 +364,12 @@ def sha256(path) -> str:
     return digest.hexdigest()
 
 
-def surroundings(state: State, ranks: Ranks) -> dict:
+def surroundings(state: State, facts: dict, ranks: Ranks) -> dict:
     """What decides how sums are rounded: equal bits are promised only if all of this is equal."""
     device = next(iter(state.params.values())).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads(),
-            "ranks": ranks.world}
+            "ranks": ranks.world, "dtype": facts.get("dtype")}
 
 
 def owned(state: State):
@@ -393,15 +393,15 @@ def manifest_of(state: State, facts: dict, ranks: Ranks) -> dict:
     """A manifest, except for its list of files."""
     return {"format": FORMAT, "stage": state.stage, "step": state.step, "total": state.total,
             "bad_in_a_row": int(state.in_a_row), "rollbacks": state.rollbacks, **facts,
-            **surroundings(state, ranks)}
+            **surroundings(state, facts, ranks)}
 
 
 def save_state(run, state: State, facts: dict) -> Path:
     """Write a new checkpoint; of it and the older ones the newest KEEP stay.
 
-    facts: {"settings": flags that shape the model, "fingerprint": of the data}. The folder gets its name
-    when all of it has reached the disk, so any folder without .tmp is complete. OSError: it could not be
-    written, and nothing has changed."""
+    facts: {"settings": flags that shape the model, "fingerprint": of the data, "dtype": of products}. The
+    folder gets its name when all of it has reached the disk, so any folder without .tmp is complete. OSError:
+    it could not be written, and nothing has changed."""
     return write_state(run, tensors_of(state), manifest_of(state, facts, Ranks()))
 
 
@@ -427,9 +427,11 @@ def unfinished_folder(run, manifest: dict):
         raise
 
 
-def seal(temporary: Path, manifest: dict) -> Path:
-    """When all files are there: write the manifest, give the folder its name, remove old checkpoints."""
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)}
+def seal(temporary: Path, manifest: dict, sums: dict | None = None) -> Path:
+    """When all files are there: write the manifest, give the folder its name, remove old checkpoints.
+
+    sums: sha256 of files, as far as known."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": (sums or {}).get(p.name) or sha256(p)}
              for p in sorted(temporary.glob("*.safetensors"))}
     write_json(temporary / "manifest.json", manifest | {"files": files})
     folder = temporary.with_suffix("")
@@ -437,19 +439,30 @@ def seal(temporary: Path, manifest: dict) -> Path:
         remove_checkpoint(folder)
     os.replace(temporary, folder)
     sync_folder(folder.parent)
-    for old in checkpoints_of(folder.parent.parent, manifest["stage"])[:-KEEP]:
-        remove_checkpoint(old)
+    there = checkpoints_of(folder.parent.parent, manifest["stage"])
+    after = there.index(folder) + 1
+    for other in there[after:] + there[:after][:-KEEP]:         # later ones are damaged or were given up
+        with suppress(OSError):
+            remove_checkpoint(other)
     return folder
+
+
+def share_of(tensors: dict, ranks: Ranks) -> dict:
+    """What this rank saves: its shards of those that are cut up; of those that all hold, one part in N."""
+    by_size = sorted((k for k, x in tensors.items() if not hasattr(x, "to_local")),
+                     key=lambda k: tensors[k].nbytes)
+    own = {*by_size[ranks.rank::ranks.world]}
+    return {k: x for k, x in tensors.items() if k in own or hasattr(x, "to_local")}
 
 
 class Saver:
     """Saves a run's states, one save at a time; `saved` is (stage, step) of the last complete one.
 
-    One process writes one file before `save` returns. With many, `save` copies what this rank is to write to
-    main memory (its shards of the tensors that are cut up; a tensor that every rank holds is written by one)
-    and returns; a thread writes it while training goes on, and rank 0 seals the folder when all ranks have
-    written. torch 2.6 and 2.7 cannot write shards without pickling their index: with these, rank 0 collects
-    everything and writes one file."""
+    One process writes one file before `save` returns. With many, `save` copies what this rank is to write
+    (share_of) to main memory and returns; a thread writes it while training goes on and computes its
+    checksum, since rank 0 would need minutes for those of a large model; rank 0 seals the folder when all
+    ranks have written. torch 2.6 and 2.7 cannot write shards without pickling their index: with these, rank 0
+    collects everything and writes one file."""
 
     def __init__(self, run, ranks: Ranks):
         self.run, self.ranks, self.saved, self.pending = run, ranks, ("", 0), None
@@ -480,15 +493,16 @@ class Saver:
         self.ranks.together(
             lambda: None if self.ranks.rank else shutil.rmtree(temporary, ignore_errors=True))
         written = async_save(
-            tensors, storage_writer=HuggingFaceStorageWriter(temporary, save_distributed=True),
-            process_group=self.ranks.saving)
+            share_of(tensors, self.ranks), process_group=self.ranks.saving,
+            storage_writer=HuggingFaceStorageWriter(temporary, save_distributed=True))
         self.pending = self.thread.submit(self.finish, written, temporary, manifest)
 
     def finish(self, written, temporary: Path, manifest: dict) -> tuple[str, int]:
         try:
             written.result()                    # raises on every rank if one has failed
+            told = self.ranks.told(self.sums(temporary))
             if self.ranks.rank == 0:
-                seal(temporary, manifest)
+                seal(temporary, manifest, {name: x for sums in told for name, x in sums.items()})
         except BaseException as e:
             if self.ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -496,6 +510,13 @@ class Saver:
                 e = f"rank {rank}: {cause}"
             raise OSError(f"{temporary} could not be written ({e})".replace("\n", " ")) from None
         return manifest["stage"], manifest["step"]
+
+    def sums(self, temporary: Path) -> dict:
+        """sha256 of what this rank has written; {} if it cannot be read: then rank 0 tries, and complains."""
+        try:
+            return {p.name: sha256(p) for p in temporary.glob(f"shard-{self.ranks.rank + 1:05d}-*")}
+        except OSError:
+            return {}
 
     def settle(self) -> None:
         """Wait for the save that is under way. OSError, on all ranks, if it failed."""
@@ -541,6 +562,8 @@ def verify(folder: Path, facts: dict, rank: int = 0, world: int = 1) -> dict:
                 raise Damaged(f"{name} is not what was written: its sha256 differs")
         for name in ("step", "total", "bad_in_a_row", "rollbacks"):
             int(manifest[name])
+    except OSError as e:                        # a bad sector, say: the one before may be readable
+        raise Damaged(f"it cannot be read ({e})") from None
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, CheckpointError):
             raise
@@ -628,15 +651,15 @@ def load_state(run, state: State, facts: dict, healthy=False, ranks: Ranks | Non
     else:
         if damaged:
             raise CheckpointError(f"no checkpoint of {state.stage} can be used ({'; '.join(damaged)}): "
-                                  "delete them, and the stage starts again")
+                                  "restore one, or delete them, and the stage starts again")
         return False
     fill_state(state, manifest, tensors, folder)
     for reason in damaged:
         print(f"went back to step {state.step}, since a newer checkpoint is damaged: {reason}")
     if manifest.get("fingerprint") != facts.get("fingerprint"):
         print(f"the data is not what it was when {folder} was saved: the rest is learned from the new data")
-    before = {"ranks": 1} | manifest
-    if changed := [f"{k} {before.get(k)}, now {v}" for k, v in surroundings(state, ranks).items()
+    before = {"ranks": 1, "dtype": facts.get("dtype")} | manifest
+    if changed := [f"{k} {before.get(k)}, now {v}" for k, v in surroundings(state, facts, ranks).items()
                    if before.get(k) != v]:
         print(f"saved with {'; '.join(changed)}: what follows is as good, but not equal bit for bit")
     return True

@@ -152,13 +152,17 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
     -> {step: [(name, reason)]}. apply: add them all to the source's excluded.txt, which loading obeys."""
     if source in ("drawn", "emoji"):
         raise ValueError(f"{source!r} comes with the project: check a folder or a .tar of your own")
+    bucket_shapes(size)                         # ValueError now for what would fail after hours of decoding
+    asked = [parse_rule(rule)[0] for rule in scores]
     start, listing, bound = time.monotonic(), data.list_pictures(source, size), min_side or size
-    entries, sizes, thumbs, embeds, lost = examine(listing, run)
-    names = sorted({name for e in entries for name in e.about})
-    for rule in scores:
-        if parse_rule(rule)[0] not in names:
+    names = sorted({name for e in listing.entries for name in e.about})
+    for rule, name in zip(scores, asked):
+        if name not in names:
             raise ValueError(f"no picture of {source} has the score of {rule!r}; there "
                              + (f"are {', '.join(names)}" if names else "are no scores at all"))
+    out = Path(out or Path("runs") / f"check-{Path(source).resolve().name}")
+    out.mkdir(parents=True, exist_ok=True)
+    entries, sizes, thumbs, embeds, lost = examine(listing, run)
     removed = {"unusable": [(name, why, None, None) for name, why in listing.skipped + lost]}
     left = list(range(len(entries)))
 
@@ -175,16 +179,13 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
 
     step("small", lambda i: min(sizes[i]) < bound and ("{} x {}".format(*sizes[i]), None))
     step("long", lambda i: max(sizes[i]) > max_ratio * min(sizes[i]) and ("{} x {}".format(*sizes[i]), None))
-    for rule in scores:
-        name = parse_rule(rule)[0]
+    for rule, name in zip(scores, asked):
         step(rule, lambda i: not passes(entries[i].about, rule) and (f"{entries[i].about.get(name)}", None))
     if left:
         step("copy", twins((thumbs, SAME_LOOK)))
     if left and run:
         cosine, look_alike = SAME_CONTENT
         step("near copy (CLIP)", twins((embeds, (2 - 2 * cosine) ** 0.5), (thumbs, look_alike)))
-    out = Path(out or Path("runs") / f"check-{Path(source).resolve().name}")
-    out.mkdir(parents=True, exist_ok=True)
     report(source, listing, entries, sizes, left, removed, size, out, say)
     result = {name: [(n, why) for n, why, _, _ in items] for name, items in removed.items()}
     write_json(out / "report.json", {"source": str(source), "kept": len(left), "removed": result})

@@ -59,6 +59,11 @@ def whole(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
+# A rank may encode for hours while the others wait, or a disk may stall: one that has died is noticed by
+# torchrun, not by a timeout, and a group that has once timed out is of no more use.
+PATIENCE = timedelta(hours=12)
+
+
 class Elsewhere(OSError):
     """An error on another rank, which reports it."""
 
@@ -68,7 +73,9 @@ class Ranks:
 
     def __init__(self, rank: int = 0, world: int = 1):
         self.rank, self.world = rank, world
-        self.saving = dist.new_group(backend="gloo") if world > 1 else None     # for the thread that saves
+        self.saving = None                                      # for the thread that saves
+        if world > 1:
+            self.saving = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def rows(self, batch: int, piece: int = 0, pieces: int = 1) -> slice:
         """The rows of a batch that this rank computes, or one piece of them. ValueError for a remainder."""
@@ -106,6 +113,13 @@ class Ranks:
         if self.world > 1:
             dist.all_gather_object(said := [None] * self.world, text)
         return next(filter(None, said), "")
+
+    def told(self, value) -> list:
+        """All ranks' values, for the thread that saves."""
+        values = [value]
+        if self.world > 1:
+            dist.all_gather_object(values := [None] * self.world, value, group=self.saving)
+        return values
 
     def together(self, action):
         """action() on every rank. If it fails on one it fails on all (OSError, or what rank 0 raised), and
@@ -189,16 +203,14 @@ def processes(device: str):
     device = own_device(device)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    # gloo beside NCCL, for numbers on the CPU. A rank may encode for hours while the others wait, and one
-    # that has died is noticed by torchrun, not by a timeout.
+    # gloo beside NCCL, for numbers on the CPU
     from torch.distributed.rendezvous import rendezvous         # not in every PyTorch
-    patience = timedelta(hours=12)
-    store, *_ = next(rendezvous("env://", timeout=patience))
+    store, *_ = next(rendezvous("env://", timeout=PATIENCE))
     if os.environ.get("LOCAL_WORLD_SIZE") == f"{world}":        # one machine: torchrun starts all again
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")     # with a store full of old addresses
         store = dist.PrefixStore(attempt, store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=store,
-                            rank=rank, world_size=world, timeout=patience)
+                            rank=rank, world_size=world, timeout=PATIENCE)
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank else nullcontext():
             yield Ranks(rank, world)

@@ -35,6 +35,7 @@ import json
 import re
 import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -213,12 +214,18 @@ def place_of(data: str) -> str:
     return data if data in ("drawn", "emoji") else str(Path(data).resolve())
 
 
+EVERY = 10**9               # as TrainConfig.pictures: all that there are
+
+
 def source_of(c) -> dict:
-    """Where the pictures of a cache come from, in the terms of TrainConfig; a folder by its absolute path."""
-    return {"data": place_of(c.data), "pictures": c.pictures, "buckets": c.buckets}
+    """What index.json says of a cache's pictures: where they come from, in the terms of TrainConfig, a folder
+    by its absolute path; and the seed, where it decides which they are."""
+    return {"source": {"data": place_of(c.data), "pictures": c.pictures, "buckets": c.buckets},
+            "seed": c.seed if c.data == "drawn" or c.pictures < EVERY else None}
 
 
-SHARD = 1024                # pictures or captions in a file, at most (about): what an interruption may cost
+SHARD = 1024                # pictures or captions in a file, at most (about): what an interruption may cost;
+                            # up to twice as many in a cache that has grown
 FORMAT = 1
 
 
@@ -227,28 +234,34 @@ def key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _shards(texts) -> list[tuple[int, list[int]]]:
-    """[(shard, numbers of texts)]: by key, so that a new or a removed one changes a single shard."""
-    shards = 1
-    while shards * SHARD < len(texts):
-        shards *= 2
+def _shards(kind, texts, made) -> list[tuple[int, list[int]]]:
+    """[(shard, numbers of texts)]: by key, so that a new or a removed one changes a single shard.
+
+    made: the files that the cache has so far. Another number of shards changes them all, so it stays until
+    they are twice too large or four times too small. Ranks that find the index of before or after rank 0
+    wrote it get the same number."""
+    numbers = [int(Path(name).stem.split("-")[-1]) for name in made if name.startswith(f"{kind}-")]
+    shards = 1 << max(numbers, default=0).bit_length()
+    if not numbers or not SHARD / 4 <= len(texts) / shards <= 2 * SHARD:
+        shards = 1
+        while shards * SHARD < len(texts):
+            shards *= 2
     parts = {}
     for i, text in enumerate(texts):
         parts.setdefault(key(text) % shards, []).append(i)
     return sorted(parts.items())
 
 
-def _plan(survey, vae_print, text_print, t5_length, clip_length):
+def _plan(survey, made, vae_print, text_print, t5_length, clip_length):
     """[(file, fingerprint, numbers)] of the latents and of the text: the same for every rank."""
     latents, text = [], []
     for bucket, (width, height) in enumerate(survey.shapes):
-        members = [i for i, b in enumerate(survey.buckets) if b == bucket]
-        for k, part in _shards([survey.entries[i].name for i in members]):
+        members, kind = [i for i, b in enumerate(survey.buckets) if b == bucket], f"latents-{width}x{height}"
+        for k, part in _shards(kind, [survey.entries[i].name for i in members], made):
             part = [members[j] for j in part]
             told = [t.encode() for i in part for t in (survey.entries[i].name, survey.digests[i])]
-            latents.append((f"latents-{width}x{height}-{k:05}.safetensors",
-                            digest(vae_print.encode(), *told), part))
-    for k, part in _shards(survey.captions):
+            latents.append((f"{kind}-{k:05}.safetensors", digest(vae_print.encode(), *told), part))
+    for k, part in _shards("text", survey.captions, made):
         told = [survey.captions[i].encode() for i in part]
         text.append((f"text-{k:05}.safetensors",
                      digest(text_print.encode(), f"{clip_length} {t5_length}".encode(), *told), part))
@@ -258,7 +271,7 @@ def _plan(survey, vae_print, text_print, t5_length, clip_length):
 @torch.no_grad()
 def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_print: str, t5_length: int,
                 source: dict = {}, origin: str = "", rank: int = 0, world: int = 1, batch: int = 32,
-                autocast=nullcontext, device=None, say=print) -> list:
+                autocast=nullcontext, device=None, verify: bool = True, say=print) -> list:
     """Encode what `folder` does not hold yet: latents of `survey`'s pictures, features of its captions.
 
     vae_print, text_print: fingerprints of the encoders. source: `source_of` the pictures. origin: the
@@ -266,14 +279,14 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
     device: where to encode; the autoencoder and the text encoders visit it in turn, and only if they are
     needed (None: they stay where they are). batch: pictures of up to 256 x 256 at a time, fewer of larger
     ones. Each of `world` ranks calls this and makes every world-th file; no rank waits for another. After an
-    interruption the next call goes on at the unfinished file; what is there is read once, and damaged files
-    are made again.
+    interruption the next call goes on at the unfinished file. verify: read all that is there once, a terabyte
+    for a million captions by SD3's encoders, and make damaged files again.
     -> [(picture, reason)]: what this call could not decode (Cache.skipped: all calls). ValueError for NaN and
     for a hundred unreadable pictures in a row.
     """
     folder = Path(folder)
-    latents, text = _plan(survey, vae_print, text_print, t5_length, encoders.clip_length)
-    index = {"format": FORMAT, "size": survey.shapes[0][0], "source": source, "encoders": origin,
+    latents, text = _plan(survey, _files(folder), vae_print, text_print, t5_length, encoders.clip_length)
+    index = {"format": FORMAT, "size": survey.shapes[0][0], **source, "encoders": origin,
              "data": survey.fingerprint, "vae": vae_print, "text": text_print,
              "t5_length": t5_length, "clip_length": encoders.clip_length, "widths": encoders.widths,
              "latents": [job[:2] for job in latents], "texts": [job[:2] for job in text]}
@@ -281,7 +294,7 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
         _replace_index(folder, index, say)
     jobs = [("picture", job) for job in latents] + [("caption", job) for job in text]
     jobs = [(kind, job) for kind, job in jobs[rank::world]
-            if not _holds(folder / job[0], job[1], say)]
+            if not _holds(folder / job[0], job[1], verify, say)]
     skipped, said, seconds, done = [], time.monotonic(), Counter(), Counter()
     for kind, (name, mark, part) in jobs:
         start = time.monotonic()
@@ -307,12 +320,22 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
     return skipped
 
 
-def _holds(path, mark, say) -> bool:
-    """Whether a shard is there, of this fingerprint and as it was written."""
+def _files(folder) -> list[str]:
+    """The names of a cache's files, finished or not, by its index; none if there is none to read."""
+    try:
+        index = read_json(folder / "index.json")
+        return [name for name, _ in index.get("latents", []) + index.get("texts", [])]
+    except (CheckpointError, TypeError, ValueError):
+        return []
+
+
+def _holds(path, mark, verify, say) -> bool:
+    """Whether a shard is there, of this fingerprint and, if that is verified, as it was written."""
     if (about_of(path) or {}).get("fingerprint") != mark:
         return False
     try:
-        load_tensors(path)
+        if verify:
+            load_tensors(path)
     except CheckpointError:
         say(f"cache: {path} is damaged: it is made again")
         return False
@@ -474,31 +497,30 @@ class Cache:
                                  f" than this run's ({now[:8]}): make it again with  python train.py cache  "
                                  "or leave out --cache")
 
-    def read(self, pictures: np.ndarray, captions: torch.Tensor):
+    def read(self, pictures: np.ndarray, captions: torch.Tensor, locked: bool = False):
         """pictures (B,), all of one bucket; captions (B,), each picture's caption by its number in `texts`.
 
-        -> mean, std (B, C, H, W) float16; context (B, M, ctx) and pooled (B, pool) bfloat16, on the CPU."""
-        mean, std = self._gather("latents", self.place[pictures], "latents").unbind(1)
-        return mean, std, *self.text(pictures, captions)
+        -> mean, std (B, C, H, W) float16; context (B, M, ctx) and pooled (B, pool) bfloat16, on the CPU, in
+        page-locked memory if asked. Each number is copied once: of SD3's encoders a row is a megabyte."""
+        rows = self._rows("latents", self.place[pictures], "latents")               # each (2, C, H, W)
+        both = room((2, len(rows), *rows[0].shape[1:]), rows[0].dtype, locked)
+        torch._foreach_copy_(both.unbind(1), rows)
+        return *both, *self.text(pictures, captions, locked)
 
-    def text(self, pictures, captions) -> tuple[torch.Tensor, torch.Tensor]:
+    def text(self, pictures, captions, locked: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """context and pooled, as `read` gives them; the pictures may be of any buckets."""
         place = self.text_place[self.rows[(self.first[pictures] + captions).numpy()]]
-        clip, t5, pooled = (self._gather("text", place, name) for name in ("clip", "t5", "pooled"))
-        context = t5.new_zeros(len(t5), clip.shape[1] + t5.shape[1], t5.shape[2])   # (B, M, ctx)
-        context[:, :clip.shape[1], :clip.shape[2]] = clip
-        context[:, clip.shape[1]:] = t5
+        clip, t5, said = (self._rows("text", place, name) for name in ("clip", "t5", "pooled"))
+        (length, wide), (rest, width) = clip[0].shape, t5[0].shape
+        context = room((len(place), length + rest, width), t5[0].dtype, locked)     # (B, M, ctx)
+        pooled = room((len(place), *said[0].shape), said[0].dtype, locked)          # (B, pool)
+        context[:, :length, wide:] = 0
+        torch._foreach_copy_([*context[:, :length, :wide], *context[:, length:], *pooled], clip + t5 + said)
         return context, pooled
 
-    def _gather(self, kind, place, name):
-        """Rows (shard, place in it) of a tensor that is spread over several files -> (B, ...)."""
-        out = None
-        for shard in np.unique(place[:, 0]):
-            at = np.flatnonzero(place[:, 0] == shard)
-            found = self._map(self.files[kind][shard])[name][torch.from_numpy(place[at, 1])]
-            out = found.new_empty(len(place), *found.shape[1:]) if out is None else out
-            out[torch.from_numpy(at)] = found
-        return out
+    def _rows(self, kind, place, name) -> list[torch.Tensor]:
+        """Rows (shard, place in it) of a tensor that is spread over several files, where they lie."""
+        return [self._map(self.files[kind][shard])[name][i] for shard, i in place.tolist()]
 
     def _map(self, name):
         if name not in self.mapped:
@@ -507,22 +529,55 @@ class Cache:
         return self.mapped[name]
 
 
-class Batches:
-    """The flow model's input at any step, or only a rank's rows of it (parallel.py)."""
+def room(shape, dtype, locked: bool) -> torch.Tensor:
+    """An empty tensor in main memory. locked: in pages that a GPU can fetch by itself. PyTorch keeps such
+    pages for later tensors, but hands none out again before it has been fetched."""
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=locked)
+    except RuntimeError:                    # Windows and WSL lock only part of memory: slower, not wrong
+        return torch.empty(shape, dtype=dtype)
 
-    def __init__(self, cache: Cache, batch: int, seed: int, *, synthetic: float = 0.5):
-        """batch: of all ranks together. synthetic: how often a synthetic caption is taken if there is one."""
+
+def send(x: torch.Tensor, device) -> torch.Tensor:
+    """x on `device`. A GPU fetches it when it has done what was asked before, and nobody waits for that."""
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    x = x if x.is_pinned() else room(x.shape, x.dtype, locked=True).copy_(x)
+    return x.to(device, non_blocking=True)
+
+
+class Batches:
+    """The flow model's input at any step, or only a rank's rows of it (parallel.py). A thread does all the
+    reading, so that it can read ahead while the model computes."""
+
+    def __init__(self, cache: Cache, batch: int, seed: int, *, synthetic: float = 0.5, locked: bool = False):
+        """batch: of all ranks together. synthetic: how often a synthetic caption is taken if there is one.
+        locked: read into memory that a GPU can fetch by itself."""
         self.cache, self.order = cache, Order(cache.buckets, batch, seed)
-        self.seed, self.synthetic = seed, synthetic
+        self.seed, self.synthetic, self.locked = seed, synthetic, locked
+        self.thread, self.ahead = ThreadPoolExecutor(1), {}         # (step, first row, end): to be read
 
     def at(self, step: int, device="cpu", rows=slice(None)):
         """-> mean, std (B, C, H, W), context (B, M, ctx), pooled (B, pool), float32 on `device`."""
+        reading = self.expect(step, rows)
+        del self.ahead[step, rows.start, rows.stop]
+        return tuple(send(x, device).float() for x in reading.result())         # raises what the thread did
+
+    def expect(self, step: int, rows=slice(None)) -> Future:
+        """Begin to read what `at` will be asked for. After a jump to another step what was expected is
+        forgotten."""
+        self.ahead = {k: v for k, v in self.ahead.items() if abs(k[0] - step) < 2}
+        key = step, rows.start, rows.stop
+        if key not in self.ahead:
+            self.ahead[key] = self.thread.submit(self._read, step, rows)
+        return self.ahead[key]
+
+    def _read(self, step, rows):
         pictures = self.order.at(step)
         state = np.random.SeedSequence((self.seed, 3, step)).generate_state(1, np.uint64)[0]
         coins = torch.Generator().manual_seed(int(state))
         captions = data.pick_captions(self.cache.counts[pictures], coins, self.synthetic)
-        parts = self.cache.read(pictures[rows], captions[rows])
-        return tuple(x.to(device).float() for x in parts)
+        return self.cache.read(pictures[rows], captions[rows], self.locked)
 
 
 # ------------------------------------------------------------------------------------------------------- demo

@@ -37,7 +37,8 @@ from weights import config_of
 # settings that say what is trained, and by what
 SHAPING = ("model", "size", "clip_length", "t5_length", "vae_channels", "vae_critic", "muon_rate", "lora")
 # what a resumed run may change
-FREE = ("minutes", "accumulate", "fsdp", "compile", "encoders", "preview_every", "save_every")
+FREE = ("minutes", "accumulate", "checkpointing", "fsdp", "compile", "encoders", "preview_every",
+        "save_every")
 
 
 LONGEST = 512               # tokens of an encoder; SD3's had 77 and 77 to 256
@@ -176,7 +177,7 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     for f in dataclasses.fields(TrainConfig):
         told = "" if f.type is bool or f.default == "" else f" (default: {f.default})"
         how = {"help": f.metadata["help"] + told, "default": None, "dest": f.name}
-        how |= {"action": "store_true"} if f.type is bool else {
+        how |= {"action": argparse.BooleanOptionalAction} if f.type is bool else {
             "type": f.type, "metavar": {int: "N", float: "X"}.get(f.type)}
         group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
         group.add_argument(flag_of(f.name), **how)
@@ -256,35 +257,46 @@ def second_phase(given: dict) -> dict:
         given = given | told
     size = given.get("size", saved["size"])
     known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "origin", "cache", "minutes", "lora"}
+    known -= {"fsdp"} if given.get("lora") else set()                   # adapters are not sharded
     kept = {k: v for k, v in saved.items() if k in known}
     kept |= of_adapters(given, config_of_part(run, "mmdit"), 5e-3)
     return {**kept, "shift": saved["shift"] * size / saved["size"], **given, "size": size}
 
 
 def by_published(given: dict) -> dict:
-    """Settings of a new transformer that learns from a cache which published encoders made."""
+    """Settings of a new transformer that learns from a cache which published encoders made. One of the
+    paper's sizes learns as there (section 5.1: AdamW, 1e-4, 1,000 steps of warm-up)."""
+    given = by_encoders(given)
+    as_there = {"flow_rate": 1e-4, "muon_rate": 0.0, "warmup": 1000}
+    return {**(as_there if given.get("model", "tiny") != "tiny" else {}), **given}
+
+
+def by_encoders(given: dict) -> dict:
+    """Settings that follow from a cache: whose encoders made it, and times shifted as for 1024 pixels, less
+    for fewer."""
     cache, told = checked_cache(given)
     where = given.get("encoders") or cache.index.get("encoders")
-    return {**given, "encoders": str(Path(where).resolve()) if where else "", **told}
+    return {"shift": max(1.0, 3.0 * told["size"] / 1024), **given,
+            "encoders": str(Path(where).resolve()) if where else "", **told}
 
 
 def fine_tuning(given: dict) -> dict:
     """Settings of a published transformer that is trained further, from a cache made by its encoders: small
-    steps of AdamW, and times shifted as for 1024 pixels, less for fewer."""
+    steps of AdamW."""
     if given.get("model"):
         raise ValueError(f"--model {given['model']} and --from {given['origin']}: the weights say what they "
                          "are, leave out --model")
     if not given.get("cache"):
         raise ValueError(f"--from {given['origin']}: published weights learn from a cache: add --cache DIR, "
                          f"made by  python train.py cache --model {given['origin']} --data DIR --size SIDE")
-    given = by_published(given)
+    given = by_encoders(given)
     if not given["encoders"]:
         raise ValueError(f"{given['cache']} was made by a run's encoders, of which published weights know "
                          f"nothing: make one with  python train.py cache --model {given['origin']} --data "
                          "DIR --size SIDE")
     c = config_of(given["origin"], "mmdit")                     # CheckpointError unless it is one of SD3
-    return {"flow_rate": 1e-5, "muon_rate": 0.0, "shift": max(1.0, 3.0 * given["size"] / 1024),
-            **of_adapters(given, c, 1e-4), **given, "origin": str(Path(given["origin"]).resolve())}
+    return {"flow_rate": 1e-5, "muon_rate": 0.0, **of_adapters(given, c, 1e-4), **given,
+            "origin": str(Path(given["origin"]).resolve())}
 
 
 def of_adapters(given: dict, c: MMDiTConfig, rate: float) -> dict:

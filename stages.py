@@ -28,7 +28,7 @@ import math
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -38,13 +38,13 @@ from torch import nn
 
 import flow
 from checkpoints import (bare_encoders, home_of_encoders, is_run, load_encoders, load_part, load_tokenizers,
-                         sole_writer, write_atomically)
+                         sole_writer, write_atomically, write_json)
 from data import contact_sheet, list_pictures, pick_captions, refuse_if_mostly_bad
 from finetune import add_lora, merge_lora, save_lora
 from mmdit import MMDiT, MMDiTConfig
 from parallel import Later, local, whole
 from pipeline import Pipeline
-from prepare import (Batches, Cache, Survey, digest, files_fingerprint, source_of, tensors_fingerprint,
+from prepare import (Batches, Cache, Survey, digest, files_fingerprint, send, source_of, tensors_fingerprint,
                      write_cache)
 from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
                            Conditioning, T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders,
@@ -244,15 +244,16 @@ def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
         run.ranks.together(partial(
             write_cache, folder / "cache", survey, parts["vae"], encoders, vae_print=prints[0],
             text_print=prints[1], t5_length=c.t5_length, source=source_of(c), autocast=run.autocast,
-            device=run.device, rank=run.ranks.rank, world=run.ranks.world))
+            device=run.device, rank=run.ranks.rank, world=run.ranks.world, verify=False))
     cache = Cache(c.cache or folder / "cache")
     cache.compare(*prints)
-    return Batches(cache, c.flow_batch, c.seed, synthetic=c.synthetic)
+    return Batches(cache, c.flow_batch, c.seed, synthetic=c.synthetic, locked=run.device.type == "cuda")
 
 
 def encode_all(run, out, prints, rank=0, world=1) -> None:
     """Writes a cache of run.config's data to `out`, with the encoders of run.folder, which may be published
-    weights. Each of `world` ranks does its share; if interrupted, the next call goes on from there."""
+    weights. Each of `world` ranks does its share; if interrupted, the next call goes on from there. It reads
+    what is there and makes damaged files again, which a run's start leaves out: a large cache takes long."""
     c = run.config
     listing = list_pictures(c.data, c.size, count=c.pictures, seed=c.seed)
     survey = Survey(listing.entries[:c.pictures], c.size, bucketed=c.buckets)
@@ -275,16 +276,22 @@ def encode_all(run, out, prints, rank=0, world=1) -> None:
         print(f"skipped {name}: {reason}")
 
 
-def take_over(origin, folder) -> None:
-    """Copy all that another run has learned: its encoders as they are, its transformer to start from."""
+def take_over(c, folder) -> None:
+    """Copy all that c.origin has learned, unless it is there: its encoders as they are, then its transformer
+    to start from. The settings come first, so that an interrupted copy can be resumed."""
+    origin = Path(c.origin)
+    if any((folder / name).is_file() for name in ("start/mmdit.safetensors", "mmdit.safetensors")):
+        return
     files = [f"{name}.safetensors" for stage, names in PARTS_OF.items() for name in names if stage != "flow"]
     files += [p.relative_to(origin) for p in (origin / "tokenizers").rglob("*") if p.is_file()]
     files = files if is_run(home_of_encoders(origin)) else []           # published ones stay where they are
     copies = [(name, name) for name in files] + [("mmdit.safetensors", "start/mmdit.safetensors")]
-    for source, target in copies:
+    for source, _ in copies:
         if not (origin / source).is_file():
             raise ValueError(f"--from {origin}: {source} is missing there: only a finished run can be taken "
                              "over")
+    write_json(folder / "config.json", asdict(c))
+    for source, target in copies:
         write_atomically(folder / target, partial(shutil.copyfile, origin / source))
 
 
@@ -383,14 +390,16 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
 
     def loss(step, g, rows=slice(None)):
         mean, std, context, pooled = batches.at(step, run.device, rows)     # two (b, C, H, W), and text
+        batches.expect(step + 1, rows)
         # times and dropped text are few, and drawn for the whole batch; noise, which takes seconds in batches
         # of thousands, is drawn for these rows alone: each has a generator of its own
-        t = flow.shift_t(flow.sample_t(c.density, c.flow_batch, generator=g), c.shift)[rows].to(run.device)
-        drops = sample_drops(c.flow_batch, g, c.text_drop)[rows].to(run.device)
+        t = flow.shift_t(flow.sample_t(c.density, c.flow_batch, generator=g), c.shift)[rows]
+        drops = sample_drops(c.flow_batch, g, c.text_drop)[rows]
         seeds = torch.randint(2**62, (c.flow_batch,), generator=g)[rows].tolist()
         own = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents = mean + std * flow.draw_noise(mean.shape, own, run.device)         # posterior samples
-        noise = flow.draw_noise(mean.shape, own, run.device)
+        noises = [flow.draw_noise(mean.shape, own) for _ in range(2)]
+        t, drops, spread, noise = (send(x, run.device) for x in (t, drops, *noises))
+        latents = mean + std * spread                                               # posterior samples
         context, pooled = drop_encoders(context, pooled, drops, c.clip_length, widths)
         losses = flow.loss(model, latents, t=t, noise=noise, context=context, pooled=pooled)
         return losses.mean() * (len(t) / c.flow_batch), {"by_t": loss_by_t(losses, t)}

@@ -69,9 +69,10 @@ from checkpoints import (CheckpointError, Saver, State, checkpoints_of, clean_ch
 from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiT
 from muon import Muon, split
+from offload import is_out_of_memory
 from parallel import local, whole
 from pipeline import pick_device
-from prepare import Cache, Survey, place_of, source_of
+from prepare import EVERY, Cache, Survey, place_of, source_of
 from settings import SHAPING, TrainConfig, go_on_as, parse, parse_cache
 from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, encoder_prints, flow_stage,
                     make_tokenizers, preview_prompts, pretrained_mmdit, t5_stage, take_over, vae_stage)
@@ -130,10 +131,15 @@ class Run:
             (self.config.seed * len(STAGES) + STAGES.index(stage)) * 10**9 + step)
 
     def load(self, state: State, healthy: bool = False) -> bool:
-        with self.tolerating(f"a checkpoint of {state.stage}"):
-            self.saver.settle()
+        self.settle(state.stage)
         return self.ranks.together(
             lambda: load_state(self.folder, state, self.facts, healthy, self.ranks))
+
+    def settle(self, stage: str) -> None:
+        """Wait for the save of a checkpoint that is under way, if one is."""
+        if self.saver.pending:
+            with self.tolerating(f"a checkpoint of {stage}"):
+                self.saver.settle()
 
     def save_part(self, name: str, module: nn.Module) -> None:
         """The ranks gather their shards and rank 0 writes; once this returns, the others may read."""
@@ -147,13 +153,17 @@ class Run:
 
     @contextmanager
     def tolerating(self, what: str):
-        """A full disk in here is reported once and does not end training."""
+        """A full disk in here, or one that does not answer, does not end training. It is reported once, and
+        again if it comes back after a success; what could not be written the last time is in `warned`."""
         try:
             yield
         except OSError as e:
             if what not in self.warned:
-                print(f"{what} could not be written ({e}): training goes on; make room", flush=True)
+                print(f"{what} could not be written ({e}): training goes on; see that the disk has room and "
+                      "answers", flush=True)
             self.warned.add(what)
+        else:
+            self.warned.discard(what)
 
 
 def rate_at(step: int, total: int, config: TrainConfig) -> float:
@@ -238,8 +248,7 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
             start = None if run.saver.saved[0] == stage.name else start
             if run.stop.wanted:
                 leave(run, stage.name, step)
-    with run.tolerating(f"a checkpoint of {stage.name}"):
-        run.saver.settle()
+    run.settle(stage.name)
     for name, value in average.items():
         local(params[name].data).copy_(local(value))
     log.bar.close()
@@ -315,12 +324,11 @@ def preview(run: Run, stage: Stage, state: State, log: Log) -> None:
 
 def leave(run: Run, stage: str, step: int):
     """Raises Stopped, or OSError if the state could not be saved."""
-    with run.tolerating(f"a checkpoint of {stage}"):
-        run.saver.settle()
+    run.settle(stage)
     if run.saver.saved != (stage, step):
         raise OSError(f"stopped at step {step} of {stage}, which could not be saved: what was saved before "
-                      f"is still there; make room, then  {parallel.launcher()} train.py --resume --out "
-                      f"{run.folder}")
+                      "is still there; see that the disk has room and answers, then  "
+                      f"{parallel.launcher()} train.py --resume --out {run.folder}")
     print(f"{stage}: saved at step {step}", flush=True)
     raise Stopped(run.stop.wanted)
 
@@ -388,8 +396,8 @@ def list_data(c: TrainConfig):
 
 def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: bool) -> Path:
     config, folder, pictures, captions, ranks = run.config, run.folder, words, words.captions, run.ranks
-    if config.origin and not (resume or is_published(config.origin)):
-        ranks.together(lambda: None if ranks.rank else take_over(Path(config.origin), folder))
+    if config.origin and not is_published(config.origin):
+        ranks.together(lambda: None if ranks.rank else take_over(config, folder))
     own = ("flow",) if config.encoders else STAGES                  # trained in this run
     todo = ranks.together(lambda: unfinished(folder, own))
     if "vae" in todo or "clip" in todo:                             # the others need no pixels
@@ -403,7 +411,8 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
                   "--pictures allows more")
         write_json(folder / "config.json", dataclasses.asdict(config))
         clean_checkpoints(folder, todo)
-    run.facts = {"settings": {name: getattr(config, name) for name in SHAPING}, "fingerprint": mark}
+    run.facts = {"settings": {name: getattr(config, name) for name in SHAPING}, "fingerprint": mark,
+                 "dtype": str(run.dtype).removeprefix("torch.")}
     cut_up = config.fsdp and ranks.world > 1 and "flow" in todo
     later = parallel.Later() if cut_up else nullcontext()
     parts = build(config, tokenizers, later)
@@ -442,6 +451,8 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
         if ranks.rank == 0:
             plot_run(folder / "metrics.csv")
             film(folder)
+    if run.warned:
+        print(f"could not be written the last time: {', '.join(sorted(run.warned))}")
     print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. "
           f'Now type\n    python sample.py "{preview_prompts(config, captions)[6]}"')
     return folder
@@ -563,15 +574,13 @@ def numbered(name: str):
 def cache_folder(c: TrainConfig, prints: tuple[str, str]) -> Path:
     """Where a cache goes if no folder was named: never to that of other pictures or encoders, which may have
     taken days."""
-    source = source_of(c)
+    wanted = source_of(c) | dict(zip(("vae", "text"), prints))
     for folder in numbered(f"cache-{named(c.data)}-{c.size}"):
         try:
             index = read_json(folder / "index.json")
         except CheckpointError:                     # none yet, or unreadable: write it anew
             return folder
-        theirs = index.get("source", source)
-        if ((theirs["data"], theirs["buckets"], index.get("vae"), index.get("text"))
-                == (source["data"], source["buckets"], *prints)):
+        if all(index.get(name) == value for name, value in wanted.items()):
             return folder
         print(f"{folder} is of other pictures or by other encoders: it stays as it is")
 
@@ -584,7 +593,7 @@ def cache_command(argv) -> None:
     rank, world, _ = parallel.launched()                # each writes files of its own: no exchange
     saved = {"t5_length": 77} if args.model else read_run(args.run)
     size, whose = args.size or saved["size"], Path(args.model or args.run)
-    every = TrainConfig.pictures if args.data == "drawn" else 10**9
+    every = TrainConfig.pictures if args.data == "drawn" else EVERY
     run = Run(TrainConfig(t5_length=saved["t5_length"], data=args.data, size=size, seed=args.seed,
                           pictures=args.pictures or every, buckets=args.buckets, device=args.device,
                           dtype=args.dtype), whose)
@@ -620,6 +629,13 @@ def main(argv=None) -> None:
         except (ValueError, FloatingPointError, OSError) as e:
             if parallel.launched()[0] == 0 or argv[:1] == ["cache"]:
                 print(f"train.py: {e}", file=sys.stderr)
+            sys.exit(2)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            print(f"train.py: out of memory ({str(e).splitlines()[0][:200]}): go on with  --resume  and, for "
+                  "the transformer, a larger --accumulate, --checkpointing or, under torchrun, --fsdp; other "
+                  "stages need a smaller batch, so a new run", file=sys.stderr)
             sys.exit(2)
 
 

@@ -241,7 +241,7 @@ class Log:
                 if not size:                                                # someone has removed it
                     table.writeheader()
                 table.writerows(self.unwritten)
-            self.unwritten = []
+            self.unwritten, self.warned = [], False
         except OSError as e:
             if self.path.exists():
                 os.truncate(self.path, size)                                # no half row

@@ -515,6 +515,51 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before_and_the_reason_told(
     assert Training().load(tmp_path / "run") and not capsys.readouterr().out
 
 
+def test_a_checkpoint_that_cannot_be_read_is_left_for_the_one_before(tmp_path, monkeypatch, capsys):
+    trained(tmp_path)
+
+    def sick(path):
+        if "flow-000002" in str(path):
+            raise OSError(5, "Input/output error")
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoints, "sha256", sick)
+    training = Training()
+    assert training.load(tmp_path) and training.state.step == 1
+    assert "cannot be read ([Errno 5] Input/output error)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damaged", [(4,), (4, 6)])
+def test_gone_back_from_damage_the_newest_two_that_are_kept_are_whole(tmp_path, monkeypatch, damaged):
+    monkeypatch.setattr(checkpoints, "KEEP", 3)                 # as if killed before the oldest was removed
+    trained(tmp_path, (2, *damaged))
+    monkeypatch.undo()
+    for step in damaged:
+        cut(at_step(tmp_path, step))
+    training = Training()
+    assert training.load(tmp_path) and training.state.step == 2
+    training.save(tmp_path, 3)
+    assert checkpoints_of(tmp_path, "flow") == [at_step(tmp_path, 2), at_step(tmp_path, 3)]
+    assert training.load(tmp_path) and training.state.step == 3
+
+
+def test_a_save_succeeds_though_older_checkpoints_cannot_be_deleted(tmp_path, monkeypatch):
+    """As on NFS, where a file that is open elsewhere gets another name instead."""
+    trained(tmp_path)
+
+    def stuck(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", stuck)
+    training = Training()
+    assert training.load(tmp_path)
+    for _ in range(2):                                          # the second in the place of the first
+        assert training.save(tmp_path, 3) == at_step(tmp_path, 3)
+    assert checkpoints_of(tmp_path, "flow") == [at_step(tmp_path, 2), at_step(tmp_path, 3)]
+    clean_checkpoints(tmp_path, ())
+
+
 @given(st.data())
 def test_no_flipped_bit_goes_unnoticed(tmp_path_factory, data):
     run = trained(tmp_path_factory.mktemp("run"), (1, 2))

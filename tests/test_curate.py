@@ -188,6 +188,19 @@ def test_the_command_reports_and_errors_are_one_line_with_exit_code_2(tmp_path, 
         assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("wrong, message", [
+    (["--size", "100"], "try 96"), (["--score", "aesthetic>5"], "is not a rule"),
+    (["--score", "aesthetics>=5"], "there are aesthetic"), (["--out", "pics/00.png"], "exists")])
+def test_bad_flags_are_refused_before_any_picture_is_decoded(tmp_path, monkeypatch, capsys, wrong, message):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "pics", [blur(i, 40) for i in range(3)])
+    (tmp_path / "pics" / "00.json").write_text('{"aesthetic": 5}')
+    monkeypatch.setattr(curate, "look", lambda *_, **how: pytest.fail("decoded"))
+    with pytest.raises(SystemExit):
+        curate.main(["check", "pics", *wrong])
+    assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 def test_pictures_that_captions_jsonl_passes_over_are_counted(tmp_path):
     fill(tmp_path / "pics", [blur(i) for i in range(5)])
     lines = [json.dumps({"file": f"{i:02}.png", "captions": ["x"]}) for i in range(3)]

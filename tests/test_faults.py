@@ -288,6 +288,17 @@ def test_a_full_disk_costs_no_training_and_keeps_the_older_checkpoint(straight, 
     assert_equal(straight, folder)
 
 
+def test_a_disk_that_is_full_again_after_a_save_is_reported_again(tmp_path, capsys):
+    run = training.Run(TrainConfig(**QUICK), tmp_path)
+    for full in (True, True, False, True):
+        with run.tolerating("a checkpoint of flow"):
+            if full:
+                raise OSError(28, "No space left on device")
+        run.settle("flow")                                      # nothing was under way: no success either
+    assert capsys.readouterr().out.count("No space left on device): training goes on") == 2
+    assert run.warned == {"a checkpoint of flow"}
+
+
 @POSIX
 def test_a_wish_to_stop_that_cannot_be_saved_is_no_success(tmp_path):
     folder = tmp_path / "run"

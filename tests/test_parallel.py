@@ -26,10 +26,11 @@ import torch
 import torch.distributed.checkpoint
 from hypothesis import settings
 
+import checkpoints
 import make_fake_checkpoint
 import parallel
 import train as training
-from checkpoints import checkpoints_of, load_tensors
+from checkpoints import State, checkpoints_of, load_tensors
 from conftest import ROOT, blank, small
 from mmdit import MMDiT, MMDiTConfig
 from muon import Muon
@@ -310,6 +311,21 @@ def test_compiled_blocks_learn_what_plain_ones_do_and_go_on_as_such(finished, tm
     assert_equal(finished, folder)
 
 
+def test_training_whose_last_checkpoint_could_not_be_written_says_so_at_its_end(
+        finished, tmp_path, monkeypatch, capsys):
+    folder, config = untrained(finished, tmp_path / "run", flow_steps=3, save_every=1)
+
+    def save(self, state, facts):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.Saver, "save", save)
+    train(config, resume=True)
+    said = capsys.readouterr().out
+    assert said.count("No space left on device") == 1
+    assert "could not be written the last time: a checkpoint of flow\n" in said
+    assert (folder / "mmdit.safetensors").exists()
+
+
 # -------------------------------------------------------------------------------------- what is cut up, alone
 
 def shards_in_little_memory(config):
@@ -343,6 +359,74 @@ def test_shards_are_those_of_one_process_and_take_little_more_memory_than_they_f
     for line in said.splitlines():
         grown, own, of_block, total = map(int, line.split())
         assert own < grown < own + of_block < 0.8 * total, line
+
+
+def state_of_two_kinds(cut_up):
+    """A state with one tensor for cut_up to cut up, and others that every rank holds."""
+    torch.manual_seed(0)
+    params = {"cut": torch.nn.Parameter(cut_up(torch.randn(64, 32)))}
+    params |= {f"{i}.{k}": torch.nn.Parameter(torch.randn(shape))
+               for i in range(8) for k, shape in (("weight", (32, 32)), ("bias", (32,)))}
+    optimizer = torch.optim.AdamW(params.values())
+    sum(p.square().sum() for p in params.values() if p.shape != (64, 32)).backward()
+    params["cut"].grad = params["cut"].detach().clone()
+    optimizer.step()
+    return State("flow", 9, params, {}, [optimizer], torch.zeros(51), torch.zeros(()), step=5)
+
+
+def saved_by_parts(folder):
+    """What each rank copies for a save, and which files it reads for their checksums."""
+    from torch.distributed import checkpoint
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    save, read = checkpoint.async_save, checkpoints.sha256
+
+    def counted(tensors, **how):
+        copied.append(sum(parallel.local(x).nbytes for x in tensors.values()))
+        return save(tensors, **how)
+
+    copied, files = [], []
+    checkpoint.async_save = counted
+    checkpoints.sha256 = lambda path: (files.append(Path(path).name[:11]), read(path))[1]
+    with parallel.processes("cpu") as ranks:
+        mesh = init_device_mesh("cpu", (ranks.world,))
+        state = state_of_two_kinds(lambda x: distribute_tensor(x, mesh, [Shard(0)]))
+        saver = checkpoints.Saver(folder, ranks)
+        saver.save(state, {})
+        saver.settle()
+        print(*copied, *files, file=sys.stderr)
+        before = {k: parallel.local(x).clone() for k, x in checkpoints.tensors_of(state).items()}
+        for x in checkpoints.tensors_of(state).values():
+            parallel.local(x).fill_(7)
+        assert checkpoints.load_state(folder, state, {}, ranks=ranks)
+        assert all(torch.equal(parallel.local(x), before[k])
+                   for k, x in checkpoints.tensors_of(state).items())
+
+
+@fsdp
+def test_each_rank_copies_its_share_of_a_checkpoint_and_computes_its_own_checksum(tmp_path):
+    """What all ranks hold is divided among them too, so that no copy in main memory is in vain."""
+    codes, said = spread(tmp_path / "x", 2, saved_by_parts, str(tmp_path / "run"))
+    assert codes == [0, 0], said
+    state = state_of_two_kinds(lambda x: x)
+    expected = checkpoints.tensors_of(state)
+    total = sum(x.nbytes for x in expected.values())
+    told = sorted((line.split() for line in said.splitlines()), key=lambda words: words[1:])
+    assert [words[1:] for words in told] == [["shard-00001"], ["shard-00002"]]
+    assert sum(int(words[0]) for words in told) == total
+    assert all(0.4 * total < int(words[0]) < 0.6 * total for words in told), (told, total)
+    found = checkpoints.read_shards(checkpoints_of(tmp_path / "run", "flow")[0], state)     # by one process
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], x) for k, x in expected.items())
+
+
+def test_ranks_wait_as_long_for_each_others_saves_as_for_anything_else(monkeypatch):
+    """gloo's own patience is half an hour, and a group that has lost it once never saves again."""
+    asked = {}
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **how: asked.update(how))
+    parallel.Ranks(0, 2)
+    assert asked == {"backend": "gloo", "timeout": parallel.PATIENCE}
 
 
 def muon_on_shards(shapes):

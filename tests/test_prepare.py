@@ -240,6 +240,38 @@ def test_any_number_of_ranks_make_the_same_cache(tmp_path, encoders, small_shard
         assert all(map(torch.equal, Batches(one, 8, 0).at(step), Batches(three, 8, 0).at(step)))
 
 
+def test_a_picture_more_changes_one_file_also_where_a_new_cache_would_have_more_files(
+        tmp_path, encoders, small_shards):
+    def squares(n, rank=0, world=1):
+        survey = Survey(data.list_pictures(fill(tmp_path / "a", n)).entries, 64, bucketed=False)
+        encoders.write(tmp_path / "cache", survey, rank=rank, world=world)
+        return {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("*.safetensors")}
+
+    before = squares(16)                                        # two shards of 8; of 17 there would be 4
+    after = squares(17)
+    assert sum(after[name] != before[name] for name in before) == 2         # latents, and their caption's
+    assert after.keys() == before.keys() and len(Cache(tmp_path / "cache")) == 17
+    for rank in (1, 0, 2):                                      # rank 0 writes another index in between
+        squares(32, rank, 3)
+    assert len(Cache(tmp_path / "cache")) == 32
+    assert sum("latents" in name for name in squares(32)) == 2
+    assert sum("latents" in name for name in squares(33)) > 2               # at last they are too large
+
+
+@given(st.integers(1, 40), st.integers(1, 400), st.integers(0, 3))
+def test_ranks_agree_on_the_files_whether_rank_0_has_written_its_index_or_not(one, other, seed):
+    def files(n, made):
+        shards = prepare._shards("text", [f"{seed} {i}" for i in range(n)], made)
+        assert sorted(i for _, part in shards for i in part) == list(range(n))
+        return [f"text-{k:05}.safetensors" for k, _ in shards]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "SHARD", 32)
+        then = files(10 * one, [])
+        now = files(other, then)
+        assert files(other, now) == now
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory, encoders):
     folder = tmp_path_factory.mktemp("shared")
@@ -267,6 +299,59 @@ def test_a_batch_is_of_one_shape_and_the_same_at_every_asking(cache):
     assert not torch.equal(batches.at(13)[0], Batches(cache, 8, 1).at(13)[0])
 
 
+def test_what_is_read_ahead_is_what_would_have_been_read_and_is_read_once(cache, monkeypatch):
+    asked, read = [], Batches._read
+    monkeypatch.setattr(Batches, "_read",
+                        lambda self, step, rows: asked.append((step, rows.start)) or read(self, step, rows))
+    batches, halves = Batches(cache, 8, 0, locked=True), (slice(0, 4), slice(4, 8))
+    steps = 5, 6, 7, 3, 4, 90                                   # with two jumps, which nobody expected
+    for step in steps:
+        for rows in halves:
+            found = batches.at(step, "cpu", rows)
+            batches.expect(step + 1, rows)
+            batches.at(step, "cpu", slice(0, 1))                # another part, which nobody expected either
+            assert all(map(torch.equal, found, Batches(cache, 8, 0).at(step, rows=rows)))
+        assert len(batches.ahead) <= 4
+    once = [(step, rows.start) for step in (5, 6, 7, 8, 3, 4, 5, 90, 91) for rows in halves]
+    assert sorted(asked) == sorted(once + [(step, k) for step in steps for k in (0, 0, 0, 4)])
+
+
+def test_an_error_while_reading_ahead_is_raised_where_the_batch_is_needed(cache, monkeypatch):
+    batches = Batches(cache, 8, 0)
+    batches.at(0)
+    monkeypatch.setattr(cache, "read", lambda *_: 1 / 0)
+    batches.expect(1)
+    with pytest.raises(ZeroDivisionError):
+        batches.at(1)
+    monkeypatch.undo()
+    assert all(map(torch.equal, batches.at(1), Batches(cache, 8, 0).at(1)))
+
+
+def test_reading_rows_as_large_as_those_of_sd3s_encoders_costs_hardly_more_than_copying_them(monkeypatch):
+    """into memory that was used before, as page-locked memory is; new memory costs as much again"""
+    cache, n, kept, room = Cache.__new__(Cache), 32, {}, prepare.room
+    monkeypatch.setattr(prepare, "room", lambda shape, *how: kept.setdefault(shape, room(shape, *how)))
+    cache.files, cache.first = {"text": ["a", "b"]}, torch.arange(2 * n)
+    cache.rows = np.random.default_rng(0).permutation(2 * n)
+    cache.text_place = np.stack([np.repeat([0, 1], n), np.tile(np.arange(n), 2)], 1)
+    sizes = {"clip": (77, 2048), "t5": (77, 4096), "pooled": (2048,)}
+    cache.mapped = {name: {kind: torch.randn(n, *size).bfloat16() for kind, size in sizes.items()}
+                    for name in "ab"}
+    seconds, copy = {"read": [], "copy": []}, torch.zeros(n, 154, 4096, dtype=torch.bfloat16)
+    for _ in range(7):
+        start = time.process_time()
+        context, pooled = cache.text(np.arange(n), torch.zeros(n, dtype=torch.long))
+        half = time.process_time()
+        copy.copy_(context)
+        seconds["read"].append(half - start)
+        seconds["copy"].append(time.process_time() - half)
+    for row, (shard, i) in zip(context, cache.text_place[cache.rows[:n]]):
+        there = cache.mapped["ab"[shard]]
+        assert torch.equal(row[:77, :2048], there["clip"][i]) and torch.equal(row[77:], there["t5"][i])
+        assert not row[:77, 2048:].any()
+    assert torch.equal(copy, context) and min(seconds["read"]) < 2.5 * min(seconds["copy"]), seconds
+
+
 def test_a_dataset_smaller_than_a_batch_fills_it(tmp_path, encoders):
     encoders.write(tmp_path / "cache", surveyed(fill(tmp_path / "a", 3)))
     batches = Batches(Cache(tmp_path / "cache"), 16, 0)
@@ -279,7 +364,7 @@ def test_synthetic_captions_come_half_of_the_time_where_there_are_any(cache):
         for step in range(60):
             batches = Batches(cache, 8, 0, synthetic=synthetic)
             chosen, read = [], cache.read
-            cache.read = lambda p, c: chosen.append((p, c)) or read(p, c)
+            cache.read = lambda p, c, *how: chosen.append((p, c)) or read(p, c, *how)
             batches.at(step)
             del cache.read
             pictures += chosen[0][0].tolist()

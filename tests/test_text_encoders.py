@@ -284,7 +284,7 @@ def test_without_the_table_t5_is_blind_to_order():
 
 @torch.no_grad()
 def test_every_attention_is_laid_out_as_cards_fused_kernels_need_it(tiny, monkeypatch):
-    """Theirs take queries, keys, values and a mask whose last stride is 1; without one, L x L scores are made."""
+    """Theirs take queries, keys, values and a mask whose last stride is 1; else L x L scores are made."""
     attend, laid_out = F.scaled_dot_product_attention, []
 
     def watched(*tensors, **how):

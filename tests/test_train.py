@@ -2,6 +2,7 @@
 and clear about bad input."""
 import csv
 import dataclasses
+import json
 import math
 import shutil
 from pathlib import Path
@@ -77,6 +78,28 @@ def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(
     train(*parse(["--resume", "--out", out]))
     assert_same(finished, out)
     assert told(finished) == told(out)                  # and no step is told twice
+
+
+def test_a_resumed_run_says_so_where_products_have_another_dtype_now(finished, tmp_path, monkeypatch, capsys):
+    """With --dtype auto a CPU's two dtypes are timed at each start."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "mmdit.safetensors").unlink()
+    judge = training.judge
+
+    def power_cut(state, *numbers):
+        if state.step == 3:
+            raise KeyboardInterrupt
+        return judge(state, *numbers)
+
+    monkeypatch.setattr(training, "judge", power_cut)
+    monkeypatch.setattr(training, "pick_dtype", lambda *_: (torch.float32, ""))
+    with pytest.raises(KeyboardInterrupt):
+        train(*parse(["--resume", "--out", str(folder)]))
+    monkeypatch.setattr(training, "judge", judge)
+    monkeypatch.setattr(training, "pick_dtype", lambda *_: (torch.bfloat16, ""))
+    capsys.readouterr()
+    train(*parse(["--resume", "--out", str(folder)]))
+    assert "saved with dtype float32, now bfloat16: what follows" in capsys.readouterr().out
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, capsys):
@@ -204,12 +227,39 @@ def test_bad_input_ends_in_one_line_with_cause_and_remedy_and_exit_code_2(
     assert not list(tmp_path.glob("runs/*/*.safetensors"))
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_line_that_names_what_saves_some(error, monkeypatch, capsys):
+    def fails(*_):
+        raise error
+    monkeypatch.setattr(training, "train", fails)
+    with pytest.raises(SystemExit) as end:
+        training.main(["--vae-batch", "100000000"])
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and len(said.splitlines()) == 1
+    for word in (str(error).splitlines()[0], "--resume", "--accumulate", "--checkpointing", "--fsdp"):
+        assert word in said
+    error = RuntimeError("a defect of ours")
+    with pytest.raises(RuntimeError, match="a defect of ours"):
+        training.main(["--vae-batch", "1"])
+
+
 def test_a_folder_that_holds_a_run_is_never_overwritten(finished, capsys):
     before = {p: p.read_bytes() for p in finished.glob("*.json")}
     with pytest.raises(SystemExit) as end:
         training.main(["--out", str(finished), "--flow-steps", "3"])
     assert end.value.code == 2 and "--resume" in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in finished.glob("*.json")}
+
+
+def test_what_changes_no_number_may_be_set_and_taken_back_when_resuming(finished, tmp_path):
+    saved = json.loads((finished / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"fsdp": True, "compile": True}))
+    resume = ["--resume", "--out", str(tmp_path)]
+    assert parse(resume)[0].fsdp and parse(resume)[0].compile
+    config, _ = parse([*resume, "--no-fsdp", "--no-compile", "--checkpointing", "--accumulate", "2"])
+    assert (config.fsdp, config.compile, config.checkpointing, config.accumulate) == (False, False, True, 2)
 
 
 def test_resume_refuses_other_settings_by_name(finished, capsys):

@@ -26,6 +26,7 @@ import finetune
 import make_fake_checkpoint
 import offload
 import pipeline
+import prepare
 import sample
 import stages
 import train as training
@@ -164,6 +165,55 @@ def test_a_cache_that_nobody_named_never_takes_the_place_of_another(finished, tm
     assert Cache(first).index["source"]["buckets"] is False and Path("runs/cache-mine-32-3").is_dir()
 
 
+def test_a_quick_try_with_fewer_pictures_leaves_the_cache_of_all_as_it_is(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["cache", *flags_of(run=finished, data=fill(tmp_path / "mine", 6), size=32, device="cpu")]
+    training.main(command)
+    whole, tried = Path("runs/cache-mine-32"), Path("runs/cache-mine-32-2")
+    before = {p: p.read_bytes() for p in whole.iterdir()}
+    training.main([*command, "--pictures", "2"])
+    assert {p: p.read_bytes() for p in whole.iterdir()} == before and len(Cache(tried)) == 2
+
+    def place(**wanted):
+        c = TrainConfig(data="mine", size=32, **{"pictures": 10**9} | wanted)
+        return training.cache_folder(c, stages.encoder_prints(finished)).name
+
+    # of all pictures the seed decides nothing, else it decides which they are
+    assert place() == place(seed=7) == whole.name and place(pictures=2) == tried.name
+    assert place(pictures=2, seed=7) == place(pictures=3) == "cache-mine-32-3"
+    for folder in (whole, tried):                               # as they were before they named their seed
+        index = read_json(folder / "index.json")
+        (folder / "index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "seed"}))
+    assert place() == whole.name and place(pictures=2) == "cache-mine-32-3"
+
+
+def test_a_cache_is_verified_by_its_command_and_not_by_each_start_of_a_run(finished, tmp_path, monkeypatch):
+    pictures, read = fill(tmp_path / "mine", 4), []
+    run = train(*parse(["--from", str(finished), "--out", str(tmp_path / "run"), "--data", str(pictures),
+                        *flags_of(flow_steps=1, flow_batch=2)]))
+    (run / "mmdit.safetensors").unlink()
+    load = prepare.load_tensors
+    monkeypatch.setattr(prepare, "load_tensors", lambda path: read.append(path) or load(path))
+    train(*parse(["--resume", "--out", str(run)]))
+    assert not read
+    training.main(["cache", *flags_of(run=run, data=pictures, out=run / "cache", pictures=24_000,
+                                      dtype="float32", device="cpu")])
+    assert sorted(read) == sorted((run / "cache").glob("*.safetensors")) and read
+
+
+def test_each_batch_is_read_while_the_step_before_it_is_learned(finished, tmp_path, monkeypatch):
+    asked, at = [], prepare.Batches.at
+
+    def asking(self, step, device="cpu", rows=slice(None)):
+        asked.append((step, rows.start, (step, rows.start, rows.stop) in self.ahead))
+        return at(self, step, device, rows)
+
+    monkeypatch.setattr(prepare.Batches, "at", asking)
+    train(*parse(["--from", str(finished), "--out", str(tmp_path / "run"), *flags_of(
+        flow_steps=3, flow_batch=8, accumulate=2, pictures=24)]))
+    assert [x for x in asked if x[0] and x[2]] == [(1, 0, True), (1, 4, True), (2, 0, True), (2, 4, True)]
+
+
 def test_a_run_knows_from_its_cache_what_it_learns(finished, tmp_path, monkeypatch, capsys):
     """so that it is judged by the prompts and pictures of that data"""
     monkeypatch.chdir(tmp_path)
@@ -292,13 +342,34 @@ def test_a_second_phase_takes_over_all_parts_moves_positions_and_times_and_start
 def test_a_second_phase_that_was_interrupted_equals_one_that_was_not(finished, tmp_path, monkeypatch):
     flags = ["--from", str(finished), *flags_of(size=96, pictures=8, flow_steps=4)]
     straight = train(*parse([*flags, "--out", str(tmp_path / "straight")]))
-    monkeypatch.setattr(training.Run, "generator", power_cut(training.Run.generator, 3))
+    copy = stages.write_atomically
+
+    def cut_short(path, write):
+        if path.name == "t5.safetensors":
+            raise KeyboardInterrupt
+        copy(path, write)
+
+    monkeypatch.setattr(stages, "write_atomically", cut_short)          # while the parts are copied
     with pytest.raises(KeyboardInterrupt):
         train(*parse([*flags, "--out", str(tmp_path / "cut")]))
+    monkeypatch.undo()
+    monkeypatch.setattr(training.Run, "generator", power_cut(training.Run.generator, 3))
+    with pytest.raises(KeyboardInterrupt):
+        train(*parse(["--resume", "--out", str(tmp_path / "cut")]))
     monkeypatch.undo()
     again = train(*parse(["--resume", "--out", str(tmp_path / "cut")]))
     a, b = (load_tensors(folder / "mmdit.safetensors")[0] for folder in (straight, again))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_adapters_of_a_run_that_was_sharded_are_not(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    saved = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(saved | {"fsdp": True}))
+    assert parse(["--from", str(run)])[0].fsdp
+    assert not parse(["--from", str(run), "--lora", "2"])[0].fsdp
+    with pytest.raises(ValueError, match="leave out --fsdp"):
+        parse(["--from", str(run), "--lora", "2", "--fsdp"])
 
 
 def test_a_second_phase_learns_from_a_cache_without_the_pictures(finished, tmp_path):
@@ -396,7 +467,7 @@ def test_going_on_from_python_is_as_strict_as_the_command(finished, tmp_path):
     (lambda run: edit_config(run, shift=None), "shift is None, not a number"),
     (lambda run: (run / "config.json").unlink(), "one part of a run"),
     (lambda run: save_part(run, "mmdit", MMDiT(dataclasses.replace(
-        load_part(run, "mmdit").config, in_channels=16))), "takes 16: the folder mixes two runs")])
+        load_part(run, "mmdit").config, in_channels=8))), "takes 8: the folder mixes two runs")])
 def test_a_run_whose_files_are_damaged_or_mixed_draws_nothing_and_says_why(
         finished, tmp_path, capsys, break_it, words):
     run = shutil.copytree(finished, tmp_path / "run")
@@ -470,6 +541,9 @@ def test_the_widths_of_sd3_come_out_as_154_x_4096_and_2048_and_fit_the_presets(t
     assert 950_272 < size < 951_300                             # the paper: 954 kB; the rest is the header
     config, _ = parse(["--cache", str(out), "--model", "d15"])
     bare = [part.config for part in map(bare_encoders(config.encoders).get, ("vae", *ENCODERS))]
+    assert (config.shift, config.flow_rate, config.muon_rate, config.warmup) == (1.0, 1e-4, 0.0, 1000)
+    assert parse(["--cache", str(out), "--model", "d15", "--flow-rate", "1"])[0].flow_rate == 1
+    assert parse(["--cache", str(out)])[0].muon_rate == TrainConfig.muon_rate           # of the miniature
     with torch.device("meta"):                                  # ValueError unless all shapes fit
         stages.build_mmdit(config, *bare).check_inputs(mean, torch.ones(2), context, pooled)
 
@@ -506,7 +580,7 @@ def test_a_new_transformer_learns_from_published_encoders_that_never_are_in_memo
 
 def test_it_draws_with_them(learned, capsys):
     pipe = Pipeline.from_pretrained(learned[0], device="cpu")
-    assert pipe.encoders.clip_length == 77 == pipe.t5_length and pipe.shift == TrainConfig.shift
+    assert pipe.encoders.clip_length == 77 == pipe.t5_length and pipe.shift == 1.0
     one, other = (pipe(["a plain picture number 3", "an even colour"], steps=2, output="latent", drop=drop)
                   for drop in ((), ("clip_g",)))
     assert one.shape == (2, 16, 4, 4) and one.isfinite().all() and not torch.equal(one, other)
@@ -543,7 +617,7 @@ def test_a_second_phase_keeps_published_encoders(learned, encoded, published, tm
     config, _ = parse(["--from", str(run), *flags_of(cache=large, flow_steps=1, preview_every=0,
                                                      out=tmp_path / "second")])
     second = load_part(train(config), "mmdit").config
-    assert (second.pos_sample, second.pos_base) == (4, 2) and config.shift == 2 * TrainConfig.shift
+    assert (second.pos_sample, second.pos_base) == (4, 2) and config.shift == 2.0
 
 
 @pytest.fixture(scope="module")
