@@ -35,6 +35,7 @@ here too.
 
 Run `python checkpoints.py`: saves a part, loads it back bit by bit, and shows what a damaged file says.
 """
+import errno
 import hashlib
 import json
 import os
@@ -562,8 +563,10 @@ def verify(folder: Path, facts: dict, rank: int = 0, world: int = 1) -> dict:
                 raise Damaged(f"{name} is not what was written: its sha256 differs")
         for name in ("step", "total", "bad_in_a_row", "rollbacks"):
             int(manifest[name])
-    except OSError as e:                        # a bad sector, say: the one before may be readable
-        raise Damaged(f"it cannot be read ({e})") from None
+    except OSError as e:
+        if e.errno != errno.EIO:                # it may be readable the next time: nothing is given up
+            raise
+        raise Damaged(f"it cannot be read ({e})") from None         # a bad sector
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, CheckpointError):
             raise

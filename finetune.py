@@ -42,7 +42,7 @@ from layouts import describe, is_foreign, mmdit_folder, same_names
 from tensor_files import CheckpointError, open_safetensors, write_safetensors
 
 # Keys: layer.lora_A.weight and its other spellings; what may precede a layer's name; those of text encoders.
-FACTOR = re.compile(r"(.+?)\.(?:lora_([AB])|lora[_.](down|up))(\.\w+)?\.weight")
+FACTOR = re.compile(r"(.+?)\.(?:lora_([AB])|lora[_.](down|up))(\.[^.]+)?\.weight")
 PREFIX = re.compile(r"^(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.|lora_unet_|"
                     r"lora_transformer_|lycoris_)?")
 OF_TEXT = re.compile(r"^(lora_te\d?_|text_encoder|(clip_[lg]|t5(xxl)?)\.)")
@@ -175,7 +175,8 @@ class Lora:
         if not found:
             raise CheckpointError(f"{path} has no factors of a LoRA, it is {describe(keys)}: give a model "
                                   "with --model, and an adapter in one of the namings of finetune.py")
-        if len(names := {m[4] for m in found.values()}) > 1:            # by peft, which can save several
+        names = {m[4] for key, m in found.items() if not OF_TEXT.match(key)}
+        if len(names) > 1:                                              # peft can save several
             raise CheckpointError(f"{path} holds several adapters ({', '.join(sorted(map(str, names)))}): "
                                   "save one alone")
         self.left_out = sum(bool(OF_TEXT.match(key)) for key in keys)

@@ -13,7 +13,7 @@ r"""What happens between a prompt and a picture? Kept apart from sample.py, whic
 
 Weights are a folder that train.py wrote, or published ones: SD3-medium, SD3.5-medium, SD3.5-large or its
 turbo, as Stability's single file or a diffusers folder (weights.py). Published models take steps and
-guidance from Stability's own scripts (DEFAULTS), and their weights are bfloat16 on a card. Where weights wait
+guidance from Stability's own scripts (DEFAULTS), and their weights have 16 bits on a card. Where weights wait
 while they are not needed is offload.py's concern.
 
 Each picture has its own generator on the CPU, seeded with its own number: picture i does not depend on the
@@ -104,7 +104,7 @@ class Pipeline:
         """A run's folder, as train.py leaves it, or published weights (see the top of this file).
 
         device: None picks the best. dtype: for a run, of autocast, None for none; else of the weights, None
-        for bfloat16 on a card and float32 elsewhere. drop: encoders to replace with zeros; published ones are
+        for half_of a card and float32 elsewhere. drop: encoders to replace with zeros; published ones are
         not even loaded; t5=False drops "t5". offload: one of offload.MODES; "auto": the fastest that fits the
         card, for this many `pictures` of `size` (see at_once). int8: transformer and T5 in 8 bits (see
         kernels/int8.py). tokenizers: a folder, if the model's has none. loras: adapters that change the
@@ -288,9 +288,9 @@ def text_dtype_of(run, device) -> torch.dtype:
 
 
 def half_of(device) -> torch.dtype:
-    """Cards before Ampere only emulate bfloat16: slowly, and with attention that builds its L x L scores."""
-    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
+    """The transformer's dtype on a card. Those before Ampere only emulate bfloat16: slowly, and attention
+    then builds its L x L scores. (In float16 the real weights were not tried.)"""
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, loras=()) -> dict:

@@ -293,8 +293,10 @@ def write_cache(folder, survey: Survey, vae, encoders, *, vae_print: str, text_p
     if rank == 0:
         _replace_index(folder, index, say)
     jobs = [("picture", job) for job in latents] + [("caption", job) for job in text]
-    jobs = [(kind, job) for kind, job in jobs[rank::world]
-            if not _holds(folder / job[0], job[1], verify, say)]
+    jobs = jobs[rank::world]
+    if verify and (there := sum((folder / job[0]).is_file() for _, job in jobs)):
+        say(f"cache: verifying {there} files")
+    jobs = [(kind, job) for kind, job in jobs if not _holds(folder / job[0], job[1], verify, say)]
     skipped, said, seconds, done = [], time.monotonic(), Counter(), Counter()
     for kind, (name, mark, part) in jobs:
         start = time.monotonic()

@@ -93,8 +93,8 @@ def parse(argv=None):
     memory = p.add_argument_group("memory and speed")
     memory.add_argument("--device", default="auto", help="auto | cuda | mps | cpu (default: auto)")
     memory.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of published weights "
-                        "(default: bfloat16 on a card, float16 on one too old for it, else float32); of "
-                        "autocast for a run (default: none)")
+                        "(default: bfloat16 on a card, float16 for the transformer on one too old for that, "
+                        "else float32); of autocast for a run (default: none)")
     memory.add_argument("--offload", default="auto", choices=("auto", *offload.MODES), help="where weights "
                         "wait for their turn, see offload.py (default: auto, the fastest that fits the card)")
     memory.add_argument("--int8", action=argparse.BooleanOptionalAction, default=False,
@@ -337,9 +337,10 @@ def dry_run(args) -> None:
 
 def out_of_memory(e, args) -> str:
     ram = re.search("CPUAllocator|not enough memory", str(e))               # not a card's
-    wide = ram and args.model and args.dtype in (None, torch.float32)
+    on_card = pick_device(args.device).type == "cuda"
+    wide = args.model and (args.dtype == torch.float32 or args.dtype is None and not on_card)
     lean = [flag for flag, helps in (("--int8", not args.int8), ("--drop-t5", "t5" not in args.drop),
-                                     ("--dtype bfloat16", wide),
+                                     ("--dtype bfloat16", ram and wide),
                                      ("--offload block", not ram and args.offload != "block")) if helps]
     whose = "main" if ram else "the card's"
     return (f"{whose} memory was not enough ({str(e).splitlines()[0]}): try "

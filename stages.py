@@ -67,6 +67,7 @@ class Stage:
     model: nn.Module                        # everything that is trained
     loss: Callable                          # (step, generator, rows) -> (scalar, {name: scalar for the log})
     preview: Callable | None = None         # (step) -> None: a sample grid, drawn with the averaged weights
+    ahead: Callable | None = None           # (step, rows) -> None: begin to read what its loss will need
     ema: bool = False                       # keep an average of the weights and return it
     finish: Callable | None = None          # () -> None: after training, before saving
 
@@ -253,7 +254,7 @@ def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
 def encode_all(run, out, prints, rank=0, world=1) -> None:
     """Writes a cache of run.config's data to `out`, with the encoders of run.folder, which may be published
     weights. Each of `world` ranks does its share; if interrupted, the next call goes on from there. It reads
-    what is there and makes damaged files again, which a run's start leaves out: a large cache takes long."""
+    what is there and makes damaged files again; a run does not when it starts, as that takes long."""
     c = run.config
     listing = list_pictures(c.data, c.size, count=c.pictures, seed=c.seed)
     survey = Survey(listing.entries[:c.pictures], c.size, bucketed=c.buckets)
@@ -390,7 +391,6 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
 
     def loss(step, g, rows=slice(None)):
         mean, std, context, pooled = batches.at(step, run.device, rows)     # two (b, C, H, W), and text
-        batches.expect(step + 1, rows)
         # times and dropped text are few, and drawn for the whole batch; noise, which takes seconds in batches
         # of thousands, is drawn for these rows alone: each has a generator of its own
         t = flow.shift_t(flow.sample_t(c.density, c.flow_batch, generator=g), c.shift)[rows]
@@ -429,7 +429,7 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
         sheet = contact_sheet({f"step {step}": row[:4], "": row[4:]})
         write_atomically(run.folder / "samples" / f"{step:06d}.png", partial(sheet.save, format="PNG"))
 
-    return Stage("flow", model, loss, preview, ema=True, finish=finish)
+    return Stage("flow", model, loss, preview, batches.expect, ema=True, finish=finish)
 
 
 class PrecomputedText:

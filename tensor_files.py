@@ -26,6 +26,7 @@ import math
 import os
 import re
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -195,23 +196,21 @@ def files_of_part(folder) -> list[Path]:
         indexes = sorted(folder.glob(f"{stem}*safetensors.index*.json"), key=lambda p: len(p.name))
         if whole and (whole[0].name == f"{stem}.safetensors" or not indexes):
             return whole[:1]
-        complete = [i for i in indexes if all((folder / str(name)).is_file() for name in shard_names(i))]
-        if indexes and (complete or not whole):         # others' shards were not downloaded
-            return shards((complete or indexes)[0])
+        for index in indexes:
+            with suppress(CheckpointError):             # perhaps another's shards are there
+                return shards(index)
         if whole:
             return whole[:1]
+        if indexes:
+            return shards(indexes[0])                   # raises, and says why
     return []
 
 
-def shard_names(index) -> set:
+def shards(index) -> list[Path]:
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{index} is not a list of shards ({e!r}): download it again") from None
-
-
-def shards(index) -> list[Path]:
-    names = shard_names(index)
     for name in names:
         if Path(str(name)).name != name or not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is not there: download the folder again")

@@ -531,11 +531,11 @@ def drop_encoders(context, pooled, dropped, clip_length, widths):
     wl, wg = widths
     if pooled.shape[-1] != wl + wg:
         raise ValueError(f"pooled {tuple(pooled.shape)} is not {wl} + {wg} wide: give the CLIPs' own widths")
-    l, g, t = dropped.to(context.device)[:, :, None].unbind(1)              # (B, 1) each
+    no_l, no_g, no_t5 = dropped.to(context.device)[:, :, None].unbind(1)    # (B, 1) each
     clips, t5 = context.split([clip_length, context.shape[1] - clip_length], dim=1)
-    wide = torch.cat([l.expand(-1, wl), g.expand(-1, wg)], dim=1)           # (B, wl + wg)
+    wide = torch.cat([no_l.expand(-1, wl), no_g.expand(-1, wg)], dim=1)     # (B, wl + wg)
     clips = clips.masked_fill(F.pad(wide, (0, clips.shape[-1] - wl - wg))[:, None], 0)
-    t5 = t5.masked_fill(t[:, None], 0)
+    t5 = t5.masked_fill(no_t5[:, None], 0)
     return torch.cat([clips, t5], dim=1), pooled.masked_fill(wide, 0)
 
 

@@ -159,8 +159,8 @@ class Run:
             yield
         except OSError as e:
             if what not in self.warned:
-                print(f"{what} could not be written ({e}): training goes on; see that the disk has room and "
-                      "answers", flush=True)
+                print(f"{what} could not be written ({e}): training goes on; check that the disk has room "
+                      "and responds", flush=True)
             self.warned.add(what)
         else:
             self.warned.discard(what)
@@ -290,6 +290,8 @@ def gradients(run: Run, stage: Stage, step: int, forward, pause) -> tuple[torch.
         with pause() if k < count - 1 else nullcontext():
             with run.autocast():
                 pieces.append(forward(step, run.generator(stage.name, step), rows))
+            if stage.ahead:
+                stage.ahead(step + 1, rows)
             (pieces[-1][0] * ranks.world).backward()                # averaged over ranks, not added
             pieces[-1] = pieces[-1][0].detach(), pieces[-1][1]      # frees the piece's graph
     return add_up(ranks, pieces)
@@ -327,7 +329,7 @@ def leave(run: Run, stage: str, step: int):
     run.settle(stage)
     if run.saver.saved != (stage, step):
         raise OSError(f"stopped at step {step} of {stage}, which could not be saved: what was saved before "
-                      "is still there; see that the disk has room and answers, then  "
+                      "is still there; check that the disk has room and responds, then  "
                       f"{parallel.launcher()} train.py --resume --out {run.folder}")
     print(f"{stage}: saved at step {step}", flush=True)
     raise Stopped(run.stop.wanted)
@@ -369,7 +371,7 @@ def plan_folder(c: TrainConfig, resume: bool, ranks: parallel.Ranks) -> Path:
     come does not divide among the ranks."""
     if resume:
         go_on_as(c)
-    own = ("flow",) if c.encoders or c.origin and not resume else STAGES    # trained in this run
+    own = ("flow",) if c.encoders or c.origin else STAGES                   # trained in this run
     for stage in unfinished(Path(c.out), own) if resume else own:
         try:
             ranks.rows(getattr(c, f"{stage}_batch"), pieces=c.accumulate if stage == "flow" else 1)
@@ -619,12 +621,8 @@ def main(argv=None) -> None:
                 arguments = parse(argv)
                 train(*arguments)
         except KeyboardInterrupt as e:              # Stopped is one
-            where = f" --out {arguments[0].out}" if arguments else ""
-            again = f"{parallel.launcher()} train.py --resume{where}"
-            begun = not arguments or has_run(arguments[0].out)
-            what = again if begun and argv[:1] != ["cache"] else "the same command"
             if parallel.launched()[0] == 0:
-                print(f"stopped; go on with  {what}", file=sys.stderr)
+                print(f"stopped; go on with  {again(argv, *arguments)}", file=sys.stderr)
             sys.exit(128 + getattr(e, "signum", signal.SIGINT))
         except (ValueError, FloatingPointError, OSError) as e:
             if parallel.launched()[0] == 0 or argv[:1] == ["cache"]:
@@ -633,10 +631,19 @@ def main(argv=None) -> None:
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
-            print(f"train.py: out of memory ({str(e).splitlines()[0][:200]}): go on with  --resume  and, for "
-                  "the transformer, a larger --accumulate, --checkpointing or, under torchrun, --fsdp; other "
-                  "stages need a smaller batch, so a new run", file=sys.stderr)
+            less = ("a smaller --size or --device cpu" if argv[:1] == ["cache"] else "a larger --accumulate, "
+                    "--checkpointing or, under torchrun, --fsdp, for the transformer; other stages need a "
+                    "smaller batch, so a new run")
+            print(f"train.py: out of memory ({str(e).splitlines()[0][:200]}): go on with  "
+                  f"{again(argv, *arguments)}  and {less}", file=sys.stderr)
             sys.exit(2)
+
+
+def again(argv, config: TrainConfig | None = None, resume: bool = False) -> str:
+    """The command that goes on where this one ended."""
+    if argv[:1] == ["cache"] or config and not has_run(config.out):
+        return "the same command"
+    return f"{parallel.launcher()} train.py --resume" + (f" --out {config.out}" if config else "")
 
 
 # Exercises. (1) --text-drop 0: guidance now compares with an input that the model never saw; what do samples

@@ -33,7 +33,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -234,8 +234,9 @@ class Log:
         if self.silent:
             return
         self.unwritten += rows
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = None
         try:
+            size = self.path.stat().st_size if self.path.exists() else 0
             with open(self.path, "a", newline="", encoding="utf-8") as f:
                 table = csv.DictWriter(f, METRICS)
                 if not size:                                                # someone has removed it
@@ -243,8 +244,9 @@ class Log:
                 table.writerows(self.unwritten)
             self.unwritten, self.warned = [], False
         except OSError as e:
-            if self.path.exists():
-                os.truncate(self.path, size)                                # no half row
+            if size is not None:
+                with suppress(OSError):                                     # if it can be written at all
+                    os.truncate(self.path, size)                            # no half row
             if not self.warned:
                 print(f"metrics.csv cannot be written ({e}): training goes on, rows are kept", flush=True)
             self.warned = True

@@ -529,6 +529,17 @@ def test_a_checkpoint_that_cannot_be_read_is_left_for_the_one_before(tmp_path, m
     assert "cannot be read ([Errno 5] Input/output error)" in capsys.readouterr().out
 
 
+def test_a_checkpoint_that_may_be_readable_the_next_time_is_not_given_up(tmp_path, monkeypatch):
+    trained(tmp_path)
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoints, "sha256", refused)
+    with pytest.raises(PermissionError):
+        Training().load(tmp_path)
+
+
 @pytest.mark.parametrize("damaged", [(4,), (4, 6)])
 def test_gone_back_from_damage_the_newest_two_that_are_kept_are_whole(tmp_path, monkeypatch, damaged):
     monkeypatch.setattr(checkpoints, "KEEP", 3)                 # as if killed before the oldest was removed

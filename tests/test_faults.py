@@ -5,6 +5,7 @@ Most of it happens to `fit` with a miniature of the transformer, in processes fo
 imported everything: so twenty kills take seconds. `pytest --hypothesis-profile=thorough` kills 20 times, the
 default 6 times. The command line itself gets its signals at the end of the file.
 """
+import builtins
 import csv
 import multiprocessing
 import multiprocessing.forkserver
@@ -297,6 +298,26 @@ def test_a_disk_that_is_full_again_after_a_save_is_reported_again(tmp_path, caps
         run.settle("flow")                                      # nothing was under way: no success either
     assert capsys.readouterr().out.count("No space left on device): training goes on") == 2
     assert run.warned == {"a checkpoint of flow"}
+
+
+def test_metrics_wait_for_a_disk_that_refuses_everything_and_each_such_time_is_reported(
+        tmp_path, monkeypatch, capsys):
+    log = watch.Log(tmp_path, SimpleNamespace(stage="flow", step=0, total=9), batch=1)
+
+    def refused(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    for step in range(1, 7):
+        with pytest.MonkeyPatch.context() as patch:
+            if step % 3:
+                patch.setattr(builtins, "open", refused)
+                patch.setattr(watch.os, "truncate", refused)
+            if step == 2:
+                patch.setattr(Path, "stat", refused)
+            log.write([{"stage": "flow", "step": step}])
+    log.bar.close()
+    assert [row["step"] for row in watch.read_metrics(tmp_path / "metrics.csv")] == [*"123456"]
+    assert capsys.readouterr().out.count("metrics.csv cannot be written") == 2
 
 
 @POSIX

@@ -187,8 +187,11 @@ def factors(rank=2, key=KEY, name=""):
 
 
 def test_an_adapter_that_peft_has_named_is_read(tmp_path):
-    save_file(factors(name=".style_0"), tmp_path / "a.safetensors")
-    assert Lora(tmp_path / "a.safetensors").factors.keys() == {KEY}
+    for name in (".default", ".my-style_0"):
+        of_text = factors(key="text_encoder.text_model.encoder.layers.0.mlp.fc1")      # by another name
+        save_file(factors(name=name) | of_text, tmp_path / "a.safetensors")
+        lora = Lora(tmp_path / "a.safetensors")
+        assert lora.factors.keys() == {KEY} and lora.left_out == 2
 
 
 @pytest.mark.parametrize("tensors, words", [

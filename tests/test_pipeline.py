@@ -785,12 +785,14 @@ def test_running_out_of_memory_names_the_flags_that_save_some(error, folder, tmp
     assert "20.00 GiB" in err and "--drop-t5" in err and "try --int8" not in err
     ram = "CPUAllocator" in str(error)                          # streaming saves nothing there
     assert ("--offload block" in err, "main memory" in err, "--dtype bfloat16" in err) == (not ram, ram, ram)
+    _, err = run_main(["a star", "--model", folder, "--device", "cpu", "--dtype", "bfloat16"], capsys)
+    assert "--dtype bfloat16" not in err and "--int8" in err
 
 
-def test_cards_that_only_emulate_bfloat16_get_float16(monkeypatch):
-    for native, dtype in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-        assert pipeline.half_of(torch.device("cuda")) == dtype
+def test_a_card_that_only_emulates_bfloat16_gets_float16_for_the_transformer(monkeypatch):
+    old, new = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {old: (7, 5), new: (8, 6)}.get)
+    assert (pipeline.half_of(old), pipeline.half_of(new)) == (torch.float16, torch.bfloat16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

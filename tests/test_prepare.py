@@ -256,6 +256,9 @@ def test_a_picture_more_changes_one_file_also_where_a_new_cache_would_have_more_
     assert len(Cache(tmp_path / "cache")) == 32
     assert sum("latents" in name for name in squares(32)) == 2
     assert sum("latents" in name for name in squares(33)) > 2               # at last they are too large
+    made = [f"text-{k:05}.safetensors" for k in range(8)]                   # of 2 texts each, or hardly one
+    many, few = (len(prepare._shards("text", [*map(str, range(n))], made)) for n in (16, 8))
+    assert many > 2 and few == 1
 
 
 @given(st.integers(1, 40), st.integers(1, 400), st.integers(0, 3))
@@ -501,7 +504,8 @@ def test_damaged_and_foreign_caches_are_refused_with_the_way_out_and_mended(tmp_
         (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))        # still a well-formed file
         said = []
         encoders.write(folder, survey, say=said.append)
-        assert name in said[0] and "damaged" in said[0] and (folder / name).read_bytes() == whole
+        assert "verifying" in said[0] and name in said[1] and "damaged" in said[1]
+        assert (folder / name).read_bytes() == whole
     (folder / "latents-999x999-00000.safetensors").write_bytes(b"of an older plan")
     (folder / "mine.safetensors").write_bytes(b"not ours to delete")
     encoders.write(folder, survey)

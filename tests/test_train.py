@@ -230,16 +230,21 @@ def test_bad_input_ends_in_one_line_with_cause_and_remedy_and_exit_code_2(
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
-def test_too_little_memory_is_one_line_that_names_what_saves_some(error, monkeypatch, capsys):
+def test_too_little_memory_is_one_line_that_names_what_saves_some(
+        error, finished, tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise error
     monkeypatch.setattr(training, "train", fails)
-    with pytest.raises(SystemExit) as end:
-        training.main(["--vae-batch", "100000000"])
-    said = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and len(said.splitlines()) == 1
-    for word in (str(error).splitlines()[0], "--resume", "--accumulate", "--checkpointing", "--fsdp"):
-        assert word in said
+    monkeypatch.setattr(training, "cache_command", fails)
+    spared = "--accumulate", "--checkpointing", "--fsdp"
+    for command, words in ((["--resume", "--out", finished], (f"--resume --out {finished}  and", *spared)),
+                           (["--out", tmp_path / "new"], ("with  the same command  and", *spared)),
+                           (["cache", "--run", finished], ("with  the same command  and", "--device cpu"))):
+        with pytest.raises(SystemExit) as end:
+            training.main([*map(str, command)])
+        said = capsys.readouterr().err.strip()
+        assert end.value.code == 2 and len(said.splitlines()) == 1
+        assert all(word in said for word in (str(error).splitlines()[0], *words)), said
     error = RuntimeError("a defect of ours")
     with pytest.raises(RuntimeError, match="a defect of ours"):
         training.main(["--vae-batch", "1"])
@@ -253,7 +258,7 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(finished, capsys):
     assert before == {p: p.read_bytes() for p in finished.glob("*.json")}
 
 
-def test_what_changes_no_number_may_be_set_and_taken_back_when_resuming(finished, tmp_path):
+def test_what_is_not_of_the_result_may_be_set_and_taken_back_when_resuming(finished, tmp_path):
     saved = json.loads((finished / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(saved | {"fsdp": True, "compile": True}))
     resume = ["--resume", "--out", str(tmp_path)]

@@ -28,6 +28,7 @@ import offload
 import pipeline
 import prepare
 import sample
+import settings
 import stages
 import train as training
 from checkpoints import (bare_encoders, load_part, load_tensors, load_tokenizers, read_json, run_configs,
@@ -35,7 +36,7 @@ from checkpoints import (bare_encoders, load_part, load_tensors, load_tokenizers
 from conftest import MICRO
 from data import Pictures
 from mmdit import MMDiT
-from prepare import Cache
+from prepare import Batches, Cache
 from pipeline import Pipeline
 from text_encoders import ENCODERS, CLIPTextConfig, T5Config
 from train import TrainConfig, parse, train
@@ -181,6 +182,10 @@ def test_a_quick_try_with_fewer_pictures_leaves_the_cache_of_all_as_it_is(finish
     # of all pictures the seed decides nothing, else it decides which they are
     assert place() == place(seed=7) == whole.name and place(pictures=2) == tried.name
     assert place(pictures=2, seed=7) == place(pictures=3) == "cache-mine-32-3"
+    vae, text = stages.encoder_prints(finished)
+    for prints in (("another", text), (vae, "another")):        # of other encoders
+        c = TrainConfig(data="mine", size=32, pictures=10**9)
+        assert training.cache_folder(c, prints).name == "cache-mine-32-3"
     for folder in (whole, tried):                               # as they were before they named their seed
         index = read_json(folder / "index.json")
         (folder / "index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "seed"}))
@@ -360,6 +365,41 @@ def test_a_second_phase_that_was_interrupted_equals_one_that_was_not(finished, t
     again = train(*parse(["--resume", "--out", str(tmp_path / "cut")]))
     a, b = (load_tensors(folder / "mmdit.safetensors")[0] for folder in (straight, again))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_finished_second_phase_needs_neither_its_start_nor_the_first(finished, tmp_path, capsys):
+    first = shutil.copytree(finished, tmp_path / "first")
+    run = train(*parse(["--from", str(first), *flags_of(size=96, pictures=8, flow_steps=2, preview_every=0,
+                                                        out=tmp_path / "second")]))
+    shutil.rmtree(run / "start")
+    shutil.rmtree(first)
+    before = (run / "mmdit.safetensors").read_bytes()
+    assert train(*parse(["--resume", "--out", str(run)])) == run
+    assert (run / "mmdit.safetensors").read_bytes() == before and not (run / "start").exists()
+
+
+@pytest.mark.parametrize("size, shift", [(32, 1), (256, 1), (512, 1.5), (1024, 3), (2048, 6)])
+def test_published_models_learn_at_times_shifted_by_3_at_1024_pixels(size, shift, monkeypatch):
+    cache = SimpleNamespace(index={"encoders": "weights"})
+    monkeypatch.setattr(settings, "checked_cache", lambda given: (cache, {"size": size}))
+    assert settings.by_encoders({"cache": "c"})["shift"] == shift
+    assert settings.by_encoders({"cache": "c", "shift": 2.0})["shift"] == 2.0           # a flag wins
+
+
+def test_the_noise_of_the_flow_is_not_that_of_the_posterior(finished, monkeypatch):
+    run = training.Run(TrainConfig(**read_json(finished / "config.json")), finished)
+    parts = {name: load_part(finished, name) for names in stages.PARTS_OF.values() for name in names}
+    words = Pictures(torch.empty(0), [("a star",)] * 8, [])
+    run.config.cache = str(finished / "cache")
+    stage, seen = stages.flow_stage(run, parts, load_tokenizers(finished, 10), None, words), {}
+    monkeypatch.setattr(stages.flow, "loss", lambda model, latents, **how: seen.update(
+        how, latents=latents) or torch.zeros(len(latents)))
+    stage.loss(0, run.generator("flow", 0))
+    mean, std, *_ = Batches(Cache(finished / "cache"), run.config.flow_batch, run.config.seed).at(0)
+    spread, noise = (seen["latents"] - mean) / std, seen["noise"]
+    for x in (spread, noise):
+        assert abs(x.mean()) < 0.05 and abs(x.std() - 1) < 0.05
+    assert abs((spread * noise).mean()) < 0.05
 
 
 def test_adapters_of_a_run_that_was_sharded_are_not(finished, tmp_path):

@@ -514,6 +514,9 @@ def test_shards_and_variants_of_a_folder_are_found(folders, tmp_path):
     other.write_text(json.dumps(
         {"weight_map": {k: name.replace("model", "model.fp16") for k, name in shard.items()}}))
     assert equal(load_mmdit(tmp_path), expected)
+    index.write_text("version https://git-lfs.github.com/spec/v1")
+    assert equal(load_mmdit(tmp_path), expected)
+    index.write_text(json.dumps({"weight_map": shard}))
     other.unlink()
     refuses(lambda: load_mmdit(tmp_path), "not there", "download")
     shutil.copy(whole, folder / "diffusion_pytorch_model.fp16.safetensors")
