@@ -395,7 +395,7 @@ def saved_by_parts(folder):
         saver = checkpoints.Saver(folder, ranks)
         saver.save(state, {})
         saver.settle()
-        print(*copied, *files, file=sys.stderr)
+        print(" ".join(map(str, copied + files)) + "\n", end="", file=sys.stderr)      # in one piece
         before = {k: parallel.local(x).clone() for k, x in checkpoints.tensors_of(state).items()}
         for x in checkpoints.tensors_of(state).values():
             parallel.local(x).fill_(7)
