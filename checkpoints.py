@@ -501,7 +501,7 @@ class Saver:
     def finish(self, written, temporary: Path, manifest: dict) -> tuple[str, int]:
         try:
             written.result()                    # raises on every rank if one has failed
-            told = self.ranks.told(self.sums(temporary))
+            told = self.ranks.told(self.sums(temporary), self.ranks.saving)
             if self.ranks.rank == 0:
                 seal(temporary, manifest, {name: x for sums in told for name, x in sums.items()})
         except BaseException as e:

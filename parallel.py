@@ -109,16 +109,13 @@ class Ranks:
 
     def first_word(self, text: str) -> str:
         """The text of the first rank that has one."""
-        said = [text]
-        if self.world > 1:
-            dist.all_gather_object(said := [None] * self.world, text)
-        return next(filter(None, said), "")
+        return next(filter(None, self.told(text)), "")
 
-    def told(self, value) -> list:
-        """All ranks' values, for the thread that saves."""
+    def told(self, value, group=None) -> list:
+        """All ranks' values. group: `saving`, in the thread that saves."""
         values = [value]
         if self.world > 1:
-            dist.all_gather_object(values := [None] * self.world, value, group=self.saving)
+            dist.all_gather_object(values := [None] * self.world, value, group=group)
         return values
 
     def together(self, action):

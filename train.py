@@ -69,7 +69,7 @@ from checkpoints import (CheckpointError, Saver, State, checkpoints_of, clean_ch
 from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiT
 from muon import Muon, split
-from offload import is_out_of_memory
+from offload import is_out_of_memory, short
 from parallel import local, whole
 from pipeline import pick_device
 from prepare import EVERY, Cache, Survey, place_of, source_of
@@ -414,7 +414,7 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
         write_json(folder / "config.json", dataclasses.asdict(config))
         clean_checkpoints(folder, todo)
     run.facts = {"settings": {name: getattr(config, name) for name in SHAPING}, "fingerprint": mark,
-                 "dtype": str(run.dtype).removeprefix("torch.")}
+                 "dtype": short(run.dtype)}
     cut_up = config.fsdp and ranks.world > 1 and "flow" in todo
     later = parallel.Later() if cut_up else nullcontext()
     parts = build(config, tokenizers, later)

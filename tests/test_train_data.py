@@ -367,7 +367,7 @@ def test_a_second_phase_that_was_interrupted_equals_one_that_was_not(finished, t
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_finished_second_phase_needs_neither_its_start_nor_the_first(finished, tmp_path, capsys):
+def test_a_finished_second_phase_needs_neither_its_start_nor_the_first(finished, tmp_path):
     first = shutil.copytree(finished, tmp_path / "first")
     run = train(*parse(["--from", str(first), *flags_of(size=96, pictures=8, flow_steps=2, preview_every=0,
                                                         out=tmp_path / "second")]))
