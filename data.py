@@ -39,7 +39,7 @@ Pitfalls
   row, loading stops. `python data.py check DIR` (curate.py) reports on a folder before training.
 - A JPEG with a damaged byte decodes without complaint into another picture; only a checksum would tell.
 
-DIFFERS: GenEval's prompts begin with "a photo of"; these do not, the words say nothing about a drawing.
+DIFFERS: GenEval's prompts begin with "a photo of"; these do not: the words say nothing about a drawing.
 DIFFERS: half of the position scenes name colours too ("a red star left of a blue ring"). GenEval's position
   task never does, and neither does `prompts("position")`.
 DIFFERS: the paper's synthetic captions come from a captioning model, CogVLM; ours from the drawing program.

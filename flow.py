@@ -31,8 +31,8 @@ step of the samplers.
 
 Pitfalls
 - The network's sinusoid sees 1000 t. That factor lives in the network; t is in [0, 1] everywhere else.
-- Weights trained with a shift must be sampled with the same: 3.0 for SD3 at 1024 x 1024, which human raters
-  preferred; sqrt(m / n) from 256 x 256 would be 4.
+- Weights trained with a shift must be sampled with the same: 3.0 for SD3 at 1024 x 1024 (human raters
+  preferred shifts above 1.5), where sqrt(m / n) from 256 x 256 would be 4.
 - A logit-normal m > 0 and a shift alpha > 1 mean more noise. In code whose t = 1 is data they mean less.
 - Guidance needs a model that was trained with some captions dropped; stages.py drops them, not this file.
 - DIFFERS: the default schedule is that of the public implementation, whose low end is shifted twice.
@@ -136,6 +136,8 @@ def loss(model, x0, *, t=None, noise=None, **cond):
     t (B,): if None, logit-normal(0, 1). noise (B, ...): if None, standard normal. Not averaged over B, so
     that a log can bin it by t: it varies more with t than over training. ValueError if shapes disagree.
     """
+    if x0.ndim < 2:
+        raise ValueError(f"x0 {tuple(x0.shape)} must be (B, ...): samples of at least one number each")
     x0 = x0.float()
     t = sample_t("logit_normal", len(x0), device=x0.device) if t is None else t.float()
     eps = torch.randn_like(x0) if noise is None else noise.float()
@@ -193,7 +195,7 @@ def sample(model, noise, ts, *, method="euler", callback=None, generator=None, *
     generator: for sde's noise, see draw_noise. cond goes to every model call.
     Raises ValueError for a bad method or ts, FloatingPointError if the model's output is not finite.
     """
-    ts = [float(t) for t in ts]
+    ts = [float(t) for t in ts] if hasattr(ts, "__iter__") else []
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
     if len(ts) < 2 or ts[0] > 1 or ts[-1] != 0 or not all(t > s for t, s in zip(ts, ts[1:])):
@@ -237,8 +239,8 @@ def _finite(model, x, t, cond):
 def draw_noise(shape, generator=None, device=None):
     """Standard normal noise (B, ...), drawn on the CPU, so that a seed means the same on every device.
 
-    generator: one torch.Generator, or a list with one for each picture, which then depends on its own seed
-    and not on its neighbours in the batch. Raises ValueError unless the list has B entries.
+    generator: a CPU torch.Generator, or a list with one for each picture, which then depends on its own
+    seed and not on its neighbours in the batch. Raises ValueError unless the list has B entries.
     """
     if generator is None or isinstance(generator, torch.Generator):
         return torch.randn(shape, generator=generator).to(device)
@@ -381,7 +383,7 @@ def _draw(out, path, data):
     print(f"picture   {out}")
 
 
-# Exercises, in demo()
+# Exercises, in demo() (whose assertions may then fail, as they should)
 # 1. Sample with schedule(1): the points crowd round the mean of the data, (0, 0), where there are no data.
 # 2. Let model() return (net(...) - x) / (1 - t[:, None]), so that net learns eps. It trains, but sampling
 #    stops at its first step with FloatingPointError: at t = 1, eps does not determine the velocity.

@@ -1,4 +1,4 @@
-"""Muon: how does a transformer learn in minutes what takes AdamW several times as many steps?
+"""Muon: how do the matrices of a transformer learn faster than with AdamW?
 
 A file of its own, since no other question here is about an optimizer; train.py uses it for
 the matrices of the transformer's blocks, and AdamW for everything else.
@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
     stacked in each (3 in a qkv).
 
     lr: the size of a step in singular values. 0.02 moves the entries of a 192 x 192 matrix by
-    0.02 / sqrt(192) = 1.4e-3, about as AdamW does at that rate.
+    0.02 / sqrt(192) = 1.4e-3, about as AdamW does at a rate of 1.4e-3.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01):
@@ -148,7 +148,7 @@ def demo() -> None:
     D, steps = 32, 300
     scale, basis = torch.logspace(0, -2, D), torch.linalg.qr(torch.randn(D, D))[0]
     wanted, errors = torch.randn(D, D), {}
-    # each at the best of the rates tried, 0.03 to 1 and 0.05 to 0.8
+    # each at the best of the rates tried, 0.03 to 8 and 0.05 to 0.8
     for name, optimizer, rate in (("AdamW", torch.optim.AdamW, 1.0), ("Muon", Muon, 0.2)):
         weight = torch.nn.Parameter(torch.zeros(D, D))
         optimizer = optimizer([weight], lr=rate, weight_decay=0)

@@ -13,8 +13,8 @@ r"""What happens between a prompt and a picture? Kept apart from sample.py, whic
 
 Weights are a folder that train.py wrote, or published ones: SD3-medium, SD3.5-medium, SD3.5-large or its
 turbo, as Stability's single file or a diffusers folder (weights.py). Published models take steps and
-guidance from Stability's own scripts (DEFAULTS), and their weights have 16 bits on a card. Where weights wait
-while they are not needed is offload.py's concern.
+guidance from Stability's own scripts (DEFAULTS); on a card their transformer and text encoders have 16 bits,
+the autoencoder 32. Where weights wait while they are not needed is offload.py's concern.
 
 Each picture has its own generator on the CPU, seeded with its own number: picture i does not depend on the
 batch it is drawn in or on the device (up to the rounding of the device's arithmetic).
@@ -35,6 +35,7 @@ import math
 import operator
 import unicodedata
 from contextlib import nullcontext
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -103,16 +104,18 @@ class Pipeline:
                         tokenizers=None, size=None, drop=(), pictures=1, loras=()) -> "Pipeline":
         """A run's folder, as train.py leaves it, or published weights (see the top of this file).
 
-        device: None picks the best. dtype: for a run, of autocast, None for none; else of the weights, None
-        for half_of a card and float32 elsewhere. drop: encoders to replace with zeros; published ones are
+        device: None picks the best. dtype: for a run, of autocast (None: no autocast); for published weights,
+        theirs (None: see half_of on a card, float32 elsewhere). drop: encoders to replace with zeros; published ones are
         not even loaded; t5=False drops "t5". offload: one of offload.MODES; "auto": the fastest that fits the
-        card, for this many `pictures` of `size` (see at_once). int8: transformer and T5 in 8 bits (see
+        card, for this many `pictures` of `size` (height, width) (see at_once). int8: transformer and T5 in 8 bits (see
         kernels/int8.py). tokenizers: a folder, if the model's has none. loras: adapters that change the
         transformer (finetune.Lora).
         Raises CheckpointError if the folder is neither, ValueError if something does not fit.
         """
         drop = {*([drop] if isinstance(drop, str) else drop), *(() if t5 else ("t5",))}
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype {dtype}: choose float32, bfloat16 or float16")
         device = pick_device(device or "auto")
         if wrong := drop - set(ENCODERS):
             raise ValueError(f"cannot drop {sorted(wrong)}: choose from {', '.join(ENCODERS)}")
@@ -209,10 +212,12 @@ class Pipeline:
         if isinstance(image, Image.Image):
             image = ImageOps.fit(image.convert("RGB"), (width, height), Image.LANCZOS)
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-        if image.ndim != 4 or image.shape[1:] != (3, height, width) or len(image) not in (1, B):
-            raise ValueError(f"image {tuple(image.shape)}: it must be (1 or {B}, 3, {height}, {width})")
+        right = image.ndim == 4 and image.shape[1:] == (3, height, width) and len(image) in (1, B)
+        if not right or not image.is_floating_point():
+            raise ValueError(f"image {tuple(image.shape)}, {image.dtype}: it must be (1 or {B}, 3, {height}, "
+                             f"{width}) in [0, 1]")
         with self.places.at_work(self.vae):
-            pieces = self.few_at_once(image.to(self.places.device) * 2 - 1, self.vae.config.factor)
+            pieces = self.few_at_once(image.to(self.places.device, torch.float32) * 2 - 1, self.vae.config.factor)
             x0 = torch.cat([self.vae.to_latent(self.vae.encode(piece).mean) for piece in pieces])
         return x0.expand(B, -1, -1, -1)
 
@@ -220,8 +225,7 @@ class Pipeline:
         """(B, C, H/8, W/8) -> (B, 3, H, W), about [-1, 1]. FloatingPointError if it is not finite: as
         pixels, NaN would be black."""
         with self.places.at_work(self.vae):
-            images = torch.cat([self.vae.decode(z).float()
-                                for z in self.few_at_once(self.vae.from_latent(latent), 1)])
+            images = torch.cat([self.vae.decode(z) for z in self.few_at_once(self.vae.from_latent(latent), 1)])
         if not images.isfinite().all():
             raise FloatingPointError("the decoded pictures contain NaN or infinity: "
                                      "decode in float32 or bfloat16, not float16")
@@ -400,7 +404,7 @@ def skipping(ts, scale, layers, begin, end):
 
 
 def check_side(name: str, side: int) -> None:
-    if side < 16 or side % 16:
+    if not isinstance(side, Integral) or side < 16 or side % 16:
         raise ValueError(f"{name} {side} is not a multiple of 16 (8 in the VAE, 2 in the patches): "
                          f"try {max(16, round(side / 16) * 16)}")
 
@@ -411,9 +415,9 @@ def check_request(prompts, negatives, height, width, steps, guidance, output) ->
                          "give one or more, and as many of each")
     check_side("height", height)
     check_side("width", width)
-    if not 1 <= steps <= 10_000 or steps != int(steps):
+    if not isinstance(steps, Integral) or not 1 <= steps <= 10_000:
         raise ValueError(f"steps is {steps}: give a whole number from 1 to 10,000")
-    if not math.isfinite(guidance):
+    if not isinstance(guidance, Real) or not math.isfinite(guidance):
         raise ValueError(f"guidance is {guidance}: give a number, 1 for none")
     if output not in ("pil", "tensor", "latent"):
         raise ValueError(f"no output {output!r}: choose pil, tensor or latent")
@@ -468,7 +472,8 @@ def demo() -> None:
 
 
 # Exercises. (1) guidance 0, 1, 3, 8 with one seed: from anything to the prompt to over-saturated colours.
-# (2) steps=1: the picture is the mean of all that fit the prompt. How many steps until it is sharp?
+# (2) steps=1, guidance=1, several seeds: the exact velocity would draw one picture for all, the mean of those
+# that fit the prompt (see flow.py). Is a run's velocity as good? How many steps until pictures are sharp?
 # (3) Use the encoded "" in place of zeros (zero_empty=False) on a run: how much does guidance lose?
 
 if __name__ == "__main__":

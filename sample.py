@@ -53,7 +53,7 @@ REPEATED = ("negative", "seed", "steps", "guidance", "height", "width", "method"
 def parse(argv=None):
     p = argparse.ArgumentParser(description="draw what a prompt says", allow_abbrev=False)
     p.add_argument("prompt", nargs="*", help='such as "a red star left of a blue ring"; several: in turn')
-    p.add_argument("--model", help="folder of a run, or published weights: a .safetensors file or a "
+    p.add_argument("--model", "--run", help="folder of a run, or published weights: a .safetensors file or a "
                    "diffusers folder; default: the last run under runs/")
     p.add_argument("-n", type=int, default=1,
                    help="pictures of each prompt, from seed, seed + 1, ... (default: 1)")

@@ -238,7 +238,7 @@ def go_on_as(c: TrainConfig) -> None:
 def second_phase(given: dict) -> dict:
     """Settings of a run that goes on from another: the other's, where no flag says otherwise.
 
-    With m pixels in place of n the times move towards noise by sqrt(m / n), paper section 5.3.2."""
+    With m pixels in place of n the training times move towards noise by sqrt(m / n), paper section 5.3.2."""
     run = Path(given["origin"])
     if not run.exists():
         raise ValueError(f"--from {run} does not exist: give the folder of a finished run, or published "

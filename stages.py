@@ -180,17 +180,16 @@ def clip_stage(run, parts, pictures, tokenizers) -> Stage:
     def loss(step, g, rows=slice(None)):
         i = torch.randint(len(pictures.images), (c.clip_batch,), generator=g)
         which = pick_captions([len(pictures.captions[k]) for k in i.tolist()], g, c.synthetic)
-        everybodys = [pictures.captions[k][n] for k, n in zip(i.tolist(), which.tolist())]
-        captions, images = everybodys[rows], pictures.images[i[rows]].to(run.device).float() / 255
+        captions = [pictures.captions[k][n] for k, n in zip(i[rows].tolist(), which[rows].tolist())]
+        images = pictures.images[i[rows]].to(run.device).float() / 255
         if images.shape[-1] != side:
             images = nn.functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
-        same = torch.tensor([[a == b for b in everybodys] for a in captions], device=run.device)
         losses, share = {}, len(captions) / c.clip_batch
         for name in names:
             _, text = parts[name](tokenizers[name](captions).to(run.device))
             image = parts[f"{name}_image"](images)
             everyone = run.ranks.gather(image), run.ranks.gather(text)      # the batch of all ranks
-            losses[name] = clip_loss(image, text, scales[name], same, everyone) * share
+            losses[name] = clip_loss(image, text, scales[name], everyone, rows.start or 0) * share
         return sum(losses.values()), {k: v.detach() for k, v in losses.items()}
 
     towers = {k: parts[k] for k in PARTS_OF["clip"]}

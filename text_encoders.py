@@ -10,7 +10,7 @@ Three frozen models read the same prompt; SD3 joins their features into two tens
                    0        768           2048                4096
                  0 +---------+--------------+-------------------+
     context        | CLIP-L  |     bigG     |       zeros       |     pooled (B, 2048) = [CLIP-L | bigG]
-    (B,154,4096)77 +---------+--------------+-------------------+
+    (B,154,4096) 77+---------+--------------+-------------------+
                    |                     T5                     |     context: the transformer's text stream,
                154 +--------------------------------------------+     pooled: its modulation
 
@@ -24,12 +24,12 @@ Worth knowing before reading on
 - T5 has no 1/sqrt(d) in its attention; one table of relative positions, in block 0, serves all blocks. It
   overflows in float16: use bfloat16 or float32.
 - Training drops (zeroes) each encoder independently, so any of them may be left out when sampling.
-  The empty prompt of guidance is not dropped but encoded like any other.
+  The empty prompt of guidance is not dropped but encoded like any other (models trained here: zeros).
 
 DIFFERS: CLIP text is cleaned as Hugging Face's fast tokenizer does; OpenAI's also repairs Unicode and HTML.
 DIFFERS: "!" in a prompt is id 0 for bigG, as in diffusers, where padding is special; Stability's has 256.
 DIFFERS: Stability's SD3.5 script cuts T5's text at 226 characters; here only the number of tokens limits it.
-Others, about pre-training, are noted at init_weights, the losses and train_t5_tokenizer.
+More of them, about pre-training, stand at init_weights, the losses and train_t5_tokenizer.
 
 Dims: B batch, L tokens, D width, nh heads, hd head dim. Parameter names are those of the Hugging Face files.
 Run `python text_encoders.py`: trains tiny tokenizers and asserts the layout drawn above, in seconds.
@@ -209,8 +209,9 @@ class CLIPImageEncoder(nn.Module):
     def forward(self, images):
         """images (B, 3, S, S) in [0, 1], S = image_size -> (B, projection_dim), not normalised."""
         vision, embed, S = self.vision_model, self.vision_model.embeddings, self.config.image_size
-        if images.shape[1:] != (3, S, S):
-            raise ValueError(f"images {tuple(images.shape)}: resize them to (B, 3, {S}, {S})")
+        if images.shape[1:] != (3, S, S) or not images.is_floating_point():
+            raise ValueError(f"images {tuple(images.shape)}, {images.dtype}: resize them to (B, 3, {S}, {S}), in "
+                             "[0, 1]")
         mean = images.new_tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)   # of CLIP's training set
         std = images.new_tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
         x = embed.patch_embedding((images - mean) / std).flatten(2).transpose(1, 2)     # (B, N, D)
@@ -221,23 +222,21 @@ class CLIPImageEncoder(nn.Module):
         return self.visual_projection(vision.post_layernorm(x[:, 0]))
 
 
-def clip_loss(image_embeds, text_embeds, logit_scale, same=None, everyone=None):
+def clip_loss(image_embeds, text_embeds, logit_scale, everyone=None, first=0):
     """Symmetric InfoNCE -> scalar: every picture picks its caption in the batch, every caption its picture.
 
     image_embeds, text_embeds (B, E). logit_scale: learned scalar, log of the inverse temperature, as in the
-    checkpoints; starts at ln(1 / 0.07), is clamped to ln 100. same (B, B) bool: which captions are equal.
-    everyone: (images, texts) of a larger batch to pick from, which has these rows; same is then (B, larger).
-    DIFFERS: web captions hardly ever repeat, ours do ("a star"); with `same`, equal ones share the target.
+    checkpoints; starts at ln(1 / 0.07), is clamped to ln 100. everyone: (images, texts) of a larger batch to
+    pick from, in which these rows begin at `first`.
     DIFFERS: the tiny CLIP-L has no text projection, as in SD3; its image tower projects to the text's width.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
         image, text = (F.normalize(e.float(), dim=-1) for e in (image_embeds, text_embeds))
         images, texts = (F.normalize(e.float(), dim=-1) for e in everyone or (image_embeds, text_embeds))
         scale = logit_scale.float().clamp(max=math.log(100)).exp()
-        same = torch.eye(len(image), device=image.device) if same is None else same.float()
-        target = same / same.sum(1, keepdim=True)
+        own = torch.arange(first, first + len(image), device=image.device)
         picks = scale * image @ texts.T, scale * text @ images.T            # pictures x captions, the reverse
-        return sum(F.cross_entropy(logits, target) for logits in picks) / 2
+        return sum(F.cross_entropy(logits, own) for logits in picks) / 2
 
 
 # --------------------------------------------------------------------------------------------------------- T5
@@ -314,7 +313,7 @@ class T5Encoder(nn.Module):
         bias = table(relative_buckets(ids.shape[1], c.buckets, c.max_distance, ids.device))
         bias = bias.permute(2, 0, 1)[None].contiguous()             # (1, nh, L, L), as fused kernels need it
         if mask is not None:            # not -inf: a row without any tokens must not become NaN
-            bias = bias.masked_fill(~mask[:, None, None, :], -1e30)                 # (B, nh, L, L)
+            bias = bias.masked_fill(~mask.bool()[:, None, None, :], -1e30)          # (B, nh, L, L)
         for block in self.encoder.block:
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
@@ -374,7 +373,7 @@ class TextTokenizer:
         texts = [texts] if isinstance(texts, str) else texts
         room = (self.length if length is None else length) - 1 - (self.bos is not None)
         if room < 0:
-            raise ValueError(f"length {length}: no room for EOS; ask for 2 or more")
+            raise ValueError(f"length {length}: no room for EOS; ask for {2 - (self.bos is None)} or more")
         texts = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]
         return room, [self.tok.encode(text, add_special_tokens=False).ids for text in texts]
 
@@ -383,7 +382,7 @@ class TextTokenizer:
         room, rows = self._encode(texts, length)
         head = [] if self.bos is None else [self.bos]
         rows = [head + ids[:room] + [self.eos] + [self.pad] * (room - len(ids)) for ids in rows]
-        return torch.tensor(rows, dtype=torch.long)
+        return torch.tensor(rows, dtype=torch.long).view(len(rows), -1 if rows else 0)
 
     def truncated(self, texts, length=None) -> list[bool]:
         """Which of the texts lose their end."""
@@ -501,6 +500,9 @@ class TextEncoders(nn.Module):
         """B prompts -> context (B, 77 + t5_length, 4096), pooled (B, 2048), on the first encoder's device.
         drop: names from ENCODERS; these are not run, their slices are zero."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        drop = (drop,) if isinstance(drop, str) else drop
+        if not prompts:
+            raise ValueError("no prompts: give one or more")
         if unknown := set(drop) - set(ENCODERS):
             raise ValueError(f"cannot drop {sorted(unknown)}: choose from {', '.join(ENCODERS)}")
         B, reference, features, pooled = len(prompts), next(self.parameters(), torch.zeros(())), [], []
@@ -565,7 +567,7 @@ def demo():
 
 # Exercises. (1) Pad CLIP-L with "!": its features change only after EOS, its pooled vector not at all. Why?
 # (2) Zero relative_attention_bias: T5 becomes blind to order: "b a" has the features of "a b", swapped.
-# (3) Leave out `same` in clip_loss on a batch of equal captions: the loss cannot fall below ln B.
+# (3) Give clip_loss a batch of equal captions: it cannot fall below ln B. Why, in both directions?
 
 if __name__ == "__main__":
     demo()

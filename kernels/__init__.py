@@ -7,7 +7,7 @@
     gate_residual_modulate   h = x + gate * y, and the next modulation of h               kernels/adaln.py
 
 Around its matrix products a block reads and writes whole activations while computing little, so the cost
-there is memory traffic: written as a chain of PyTorch calls, `modulate` moves an activation about five times,
+there is memory traffic: written as a chain of PyTorch calls, `modulate` moves an activation six times,
 where a fused kernel needs two. The files hold the formulas in plain PyTorch, which run on any device and
 are what every kernel is tested against, and the Triton kernels. This file only decides who gets which:
 
@@ -59,7 +59,7 @@ def joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, *, norm_weights=No
     q, k, v: (B, M, nh, hd) text and (B, N, nh, hd) image, any strides with a contiguous last dim.
     norm_weights: (q_txt, k_txt, q_img, k_img), each (hd,): RMSNorm per head before the product;
         None: no norm.
-    text_lengths: (B,) numbers of valid text tokens; the rest are ignored as keys. None: all are attended to,
+    text_lengths: (B,) numbers of valid text tokens, 0 to M; the rest are ignored as keys. None: all are attended to,
         as in SD3.
     All text None, or of length 0: attention among image tokens.
     q_txt alone None: the text queries are not needed (last block).

@@ -7,7 +7,7 @@ Mean and variance run over the D channels of one token; shift, scale and gate (B
 Nothing here computes much: the time goes into memory traffic, counted in passes over an activation (B, L, D).
 
                                           chain of calls    here
-    modulate                              5                 2     read x; write out
+    modulate                              6                 2     read x; write out
     gate_residual_modulate                11                4     read x, y; write h, out
     modulate, backward                                      3     read dout, x; write dx
     gate_residual_modulate, backward                        6     read dout, dh, h, y; write dx, dy

@@ -201,6 +201,19 @@ def test_cut_up_among_two_it_learns_the_same_is_saved_on_two_and_goes_on_on_one_
         assert_equal(finished, copy)
 
 
+@fsdp
+def test_in_bfloat16_cut_up_among_two_it_learns_what_one_process_does_under_autocast(finished, tmp_path):
+    """Each casts the weights at another place: FSDP2 before it gathers them, autocast before each product."""
+    losses = [[float(row["loss"]) for row in rows_of(finished, "flow")]]       # in float32
+    for world, cut_up in ((1, False), (2, True)):
+        folder, config = untrained(finished, tmp_path / str(world), dtype="bfloat16", fsdp=cut_up)
+        codes, said = launch(folder, world, config=config)
+        assert codes == [0] * world and ("cut up among" in said) == cut_up, said
+        losses.append([float(row["loss"]) for row in rows_of(folder, "flow")])
+    apart = [max(abs(x / y - 1) for x, y in zip(a, losses[1])) for a in losses]
+    assert apart[0] > 1e-5 and apart[2] < 2e-4, apart
+
+
 @pytest.mark.parametrize("cut_up", [False, pytest.param(True, marks=fsdp)])
 def test_what_one_process_saved_two_go_on_from(finished, tmp_path, cut_up):
     folder, config = untrained(finished, tmp_path / "run")

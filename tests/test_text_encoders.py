@@ -204,15 +204,18 @@ def test_the_image_tower_refuses_other_sizes():
         CLIPImageEncoder(CLIPImageConfig.preset("tiny"))(torch.zeros(1, 3, 32, 64))
 
 
-def test_equal_captions_cost_nothing_with_same_and_at_least_ln_b_without():
-    e = torch.eye(4, 8)[[0, 0, 1, 1]]                       # two pictures and captions of each of two kinds
-    kind, scale = torch.tensor([0, 0, 1, 1]), torch.tensor(math.log(100))
-    same = kind[:, None] == kind[None, :]
-    assert clip_loss(e, e, scale, same) == pytest.approx(math.log(2), abs=1e-5)   # the target's own entropy
-    alike = torch.ones(5, 8)
-    assert clip_loss(torch.randn(5, 8), alike, scale).item() >= math.log(5) - 1e-5
-    uniform = clip_loss(alike, alike, scale, torch.ones(5, 5, dtype=torch.bool))
-    assert uniform == pytest.approx(math.log(5), abs=1e-5)
+def test_clip_loss_is_zero_for_pairs_that_no_other_comes_near_and_at_least_ln_b_for_equal_captions():
+    e, scale = torch.eye(4, 8), torch.tensor(math.log(100))
+    assert clip_loss(e, e, scale) == pytest.approx(0, abs=1e-5)
+    assert clip_loss(e, e.roll(1, 0), scale) == pytest.approx(100, abs=1e-3)
+    assert clip_loss(torch.randn(5, 8), torch.ones(5, 8), scale).item() >= math.log(5) - 1e-5
+
+
+def test_clip_losses_of_the_parts_of_a_batch_add_up_to_that_of_the_batch():
+    images, texts = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor(2.0)
+    parts = [clip_loss(images[i:i + 2], texts[i:i + 2], scale, (images, texts), i) for i in (0, 2, 4)]
+    assert sum(parts) / 3 == pytest.approx(clip_loss(images, texts, scale).item())
 
 
 def test_clip_loss_is_symmetric_and_holds_its_temperature():
