@@ -25,7 +25,7 @@ Lengths are fractions of the picture's side, y downwards. H W: pixels, 64 x 64 w
 
 Pitfalls
 - A score means little without what stands beside it: true drawings of the same prompts through the scorer,
-  and through the run's VAE; and "shuffled", what the same pictures get for each other's prompts.
+  and through the run's VAE; and chance, what the same pictures get for any prompts of their tasks.
 - 25 prompts a task with 4 pictures each leave +-4 to 8 points a task, +-2 overall. Compare on equal seeds.
 - What is less than half way from the ground to a colour is not seen.
 - Shapes with lost corners count as the nearest one: a VAE turns small stars into pentagons, and they pass.
@@ -61,6 +61,8 @@ PAINTS = np.array(list(data.COLOURS.values()), np.float32)                      
 VIEWS = ((0.12, 0, 1), (0.15, 0, 1), (0.2, 0, 1), (0.3, 0, 1),      # r, blur in pixels, steepness: as drawn,
          (0.12, 1, 1), (0.2, 1, 1),                                 # blurred,
          (0.12, 1.3, 2), (0.12, 1.7, 2))                            # with lost corners, as VAEs leave them
+HOLES = (0.44, 0.60)                # of rings, in shares of r, beside the 0.52 of data.py: where a hole is a
+                                    # little wider the whole rim moves, which no other shape suffers
 
 
 class Found(NamedTuple):
@@ -95,9 +97,7 @@ def find_objects(image):
 
     pieces = []
     for piece in connected(share > 0.5, SMALLEST):
-        core = paint[piece & (share > 0.8)]
-        counts = np.bincount(core, minlength=len(PAINTS))
-        mixed = np.flatnonzero(counts >= max(SMALLEST, 0.25 * len(core)))
+        mixed = colours_of(pixels, piece & (share > 0.8), paint, rays)
         parts = [part for k in mixed for part in connected(piece & (paint == k), SMALLEST)]
         pieces += parts if len(mixed) > 1 else [piece]          # objects of different colours may touch
     regions = grow(pieces, np.ones((SIDE, SIDE), bool), 2)                      # with their soft edges
@@ -114,6 +114,19 @@ def unmix(pixels, rays):
     miss = shares * (shares * lengths - 2 * dots)   # |pixel - share ray|^2 - |pixel|^2: same order, less work
     paint = miss.argmin(axis=2)
     return np.take_along_axis(shares, paint[..., None], axis=2)[..., 0], paint
+
+
+def colours_of(pixels, core, paint, rays):
+    """The paints of a piece's core, (H, W) bool, that belong to objects of their own.
+
+    One hue between two paints, such as orange-red, has pixels nearest to either, though all are much alike:
+    that is one object."""
+    counts = np.bincount(paint[core], minlength=len(PAINTS))
+    mixed = np.flatnonzero(counts >= max(SMALLEST, 0.25 * core.sum()))
+    hues = {k: np.median(pixels[core & (paint == k)], axis=0) for k in mixed}
+    apart = any(np.linalg.norm(hues[i] - hues[j]) > 0.5 * np.linalg.norm(rays[i] - rays[j])
+                for i in mixed for j in mixed if i < j)
+    return mixed if apart else mixed[:1]
 
 
 def around(a):
@@ -183,15 +196,18 @@ def look(cover):
 
 @cache
 def known_views():
-    """The eight shapes under the conditions of VIEWS. -> names, views (64, 24, 24)"""
+    """The eight shapes under the conditions of VIEWS, and rings of HOLES. -> names, views (80, 24, 24)"""
+    def cover(shape, r, blur):
+        image = Image.fromarray(data.draw([data.Thing(shape, "white", 0.5, 0.5, r)], SIDE))
+        image = np.asarray(image.filter(ImageFilter.GaussianBlur(blur)), np.float32)[..., 0]
+        return (image - data.GROUND[0]) / (data.COLOURS["white"][0] - data.GROUND[0])           # (H, W)
+
     names, views = [], []
-    for shape in data.SHAPES:
-        for r, blur, steep in VIEWS:
-            image = Image.fromarray(data.draw([data.Thing(shape, "white", 0.5, 0.5, r)], SIDE))
-            cover = np.asarray(image.filter(ImageFilter.GaussianBlur(blur)), np.float32)[..., 0]
-            cover = (cover - data.GROUND[0]) / (data.COLOURS["white"][0] - data.GROUND[0])
-            names.append(shape)
-            views.append(look(np.clip((cover - 0.5) * steep + 0.5, 0, 1))[0])
+    for r, blur, steep in VIEWS:
+        covers = [(shape, cover(shape, r, blur)) for shape in data.SHAPES]
+        covers += [("ring", cover("circle", r, blur) - cover("circle", hole * r, blur)) for hole in HOLES]
+        names += [shape for shape, _ in covers]
+        views += [look(np.clip((c - 0.5) * steep + 0.5, 0, 1))[0] for _, c in covers]
     return names, np.stack(views)
 
 
@@ -276,14 +292,14 @@ def tally(jobs, found):
 
     -> {"score", "strict": {task: share right, ..., "overall": mean of the tasks}
         "any":      likewise, the share of prompts with any right picture
-        "shuffled": likewise, the share right if each picture is judged by other prompts of its task: chance
+        "chance":   likewise, the share right if pictures are judged by prompts of their task drawn anew
         "error":    the standard error of score, over the choice of prompts and seeds
         "seen", "unseen":  share right of colors and color_attr prompts whose pairs training has (never) shown
         "shape", "colour": share right of the most confident objects, where a single one was asked for
         "confusion": {"shape" | "colour" | "count" | "relation": {asked for: {seen: how often}}}
         "records":  [{"task", "prompt", "number", "seed", "found", "correct", "strict", "reason", ...}, ...]}
     A share of nothing is None; tasks without a picture are left out."""
-    records, result = [], {key: {} for key in ("score", "strict", "any", "shuffled", "error")}
+    records, result = [], {key: {} for key in ("score", "strict", "any", "chance", "error")}
     confusion = {key: {} for key in ("shape", "colour", "count", "relation")}
     for job, objects in zip(jobs, found):
         m, first = job.metadata, objects[:1]
@@ -304,7 +320,7 @@ def tally(jobs, found):
         chosen = [i for i, r in enumerate(records) if r["task"] == task]
         for key, value in shares([records[i] for i in chosen]).items():
             result[key][task] = value
-        result["shuffled"][task] = shuffled([jobs[i] for i in chosen], [found[i] for i in chosen])
+        result["chance"][task] = chance(task, [found[i] for i in chosen])
     for key, by_task in result.items():
         values = [v for v in by_task.values() if v is not None]
         total = math.hypot(*values) if key == "error" else sum(values)
@@ -328,15 +344,14 @@ def shares(records):
     q = (n * p + 1) / (n + 2)       # one more right, one wrong: 64 of 64 may be luck
     return {"score": p, "strict": sum(r["strict"] for r in records) / n,
             "any": sum(m > 0 for m in means) / len(means),
-            "error": float(max(math.sqrt(q * (1 - q) / n), error_of(hits, numbers)))}
+            "error": float(max(math.sqrt(q * (1 - q) / n), error_of(hits, numbers) or 0))}
 
 
-def shuffled(jobs, found, pairs=2000):
-    """The share right if pictures are judged by other prompts of the same task; None if there is only one."""
-    rng, n = np.random.default_rng(0), len(jobs)
-    picks = [(int(i), int(j)) for i, j in rng.integers(0, n, (pairs, 2)) if jobs[i].number != jobs[j].number]
-    hits = [judge(found[i], jobs[j].metadata)[0] for i, j in picks]
-    return sum(hits) / len(hits) if hits else None
+def chance(task, found, pairs=2000):
+    """The share right of pictures, each judged by prompts of the task that have nothing to do with it."""
+    picks = np.random.default_rng(0).integers(0, len(found), pairs)
+    asked = data.prompts(task, pairs, seed=1)
+    return sum(judge(found[i], m)[0] for i, m in zip(picks, asked)) / pairs
 
 
 def confusions(metadata, found):

@@ -191,7 +191,8 @@ def retrieval(image, texts):
 # --- Distances between two sets of pictures ---------------------------------------------------------------
 
 class Statistics:
-    """Mean and covariance of features that come in batches; only the first KEPT of them are kept.
+    """Mean and covariance of features that come in batches; only the first KEPT of them are kept, so let them
+    come in any order.
 
     Float64: in float32 the differences that FID consists of would be lost. Exact up to rounding, whatever the
     batches (Chan, Golub and LeVeque 1979)."""
@@ -232,10 +233,11 @@ def fid(a, b):
     return (apart + a.covariance.trace() + b.covariance.trace() - 2 * cross).item()
 
 
-def kid(x, y):
+def kid(x, y, numbers=None):
     """Unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3. (n, D), (m, D) -> float, and
     its standard error over the choice of x, by leaving out each tenth of it in turn.
 
+    numbers (n,): of the prompts of x; those of one prompt are left out together. None: all differ.
     Unbiased: a picture is not compared with itself, so that equal sets give 0 on average, and half of the
     time less."""
     x, y = x.double(), y.double()
@@ -247,17 +249,24 @@ def kid(x, y):
     def inside(k):
         return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
 
-    own, folds, tenth = inside(yy), min(n, 10), torch.arange(n) % 10
+    prompts = torch.arange(n) if numbers is None else torch.as_tensor(numbers).unique(return_inverse=True)[1]
+    own, folds, tenth = inside(yy), min(int(prompts.max()) + 1, 10), prompts % 10
     value = inside(xx) + own - 2 * xy.mean()
     others = [inside(xx[kept][:, kept]) + own - 2 * xy[kept].mean()
               for kept in (tenth != i for i in range(folds))]
-    return value.item(), (torch.stack(others).std() * (folds - 1) / folds ** 0.5).item()
+    error = (torch.stack(others).std() * (folds - 1) / folds ** 0.5).item() if folds > 1 else None
+    return value.item(), error
+
+
+def any_order(n):
+    """0 .. n - 1 shuffled, always alike: pictures come sorted by task, or by folder."""
+    return np.random.default_rng(0).permutation(n).tolist()
 
 
 def reference(towers, images, cache):
     """Statistics of pictures (n, 3, S, S) uint8, read from the folder `cache` if they were taken before: the
     file's name is a digest of towers and pictures. A cache file that cannot be read is written again."""
-    digest = hashlib.sha256(towers.name.encode() + str(tuple(images.shape)).encode())
+    digest = hashlib.sha256(towers.name.encode() + str((*images.shape, KEPT, "in any order")).encode())
     digest.update(images.contiguous().numpy().data)
     path, stats = Path(cache, f"reference-{digest.hexdigest()[:16]}.safetensors"), Statistics()
     if path.is_file():
@@ -268,7 +277,7 @@ def reference(towers, images, cache):
             return stats
         except (CheckpointError, KeyError) as e:
             print(f"the cached statistics are taken again: {e}")
-    for features in towers.look(images.permute(0, 2, 3, 1).numpy()):
+    for features in towers.look(images[any_order(len(images))].permute(0, 2, 3, 1).numpy()):
         stats.update(features)
     about = {"n": stats.n, "towers": towers.name}
     save_tensors(path, {"mean": stats.mean, "scatter": stats.scatter, "kept": stats.kept}, about)
@@ -426,9 +435,9 @@ def by_prompt(values, numbers):
 
 
 def error_of(values, numbers):
-    """The standard error of a mean over pictures, over the choice of prompts."""
+    """The standard error of a mean over pictures, over the choice of prompts; None if there is only one."""
     means = by_prompt(values, numbers)
-    return float(np.std(means) / math.sqrt(len(means)))
+    return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
 
 
 def name_of(path):

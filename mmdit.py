@@ -389,7 +389,8 @@ def demo():
 
 
 # Exercises, in demo() (whose assertions may then fail, as they should). (1) Leave final_layer.linear out of
-# `zeros` in initialize_weights, and the assertion that v is 0: blocks are still the identity, but the first loss is about 4, where predicting nothing costs 2.
+# `zeros` in initialize_weights, and the assertion that v is 0: blocks are still the identity, but the first
+# loss is about 4, where predicting nothing costs 2.
 # (2) Give all four captions the same context: the loss stops near 0.75, the variance among the four pictures,
 # since the best prediction is then their mean. (3) Multiply the MLP's gate by zero in
 # StreamBlock.post_attention: attention alone still learns the batch, a little more slowly (loss 0.0097

@@ -105,11 +105,11 @@ class Pipeline:
         """A run's folder, as train.py leaves it, or published weights (see the top of this file).
 
         device: None picks the best. dtype: for a run, of autocast (None: no autocast); for published weights,
-        theirs (None: see half_of on a card, float32 elsewhere). drop: encoders to replace with zeros; published ones are
-        not even loaded; t5=False drops "t5". offload: one of offload.MODES; "auto": the fastest that fits the
-        card, for this many `pictures` of `size` (height, width) (see at_once). int8: transformer and T5 in 8 bits (see
-        kernels/int8.py). tokenizers: a folder, if the model's has none. loras: adapters that change the
-        transformer (finetune.Lora).
+        theirs (None: see half_of on a card, float32 elsewhere). drop: encoders to replace with zeros;
+        published ones are not even loaded; t5=False drops "t5". offload: one of offload.MODES; "auto": the
+        fastest that fits the card, for this many `pictures` of `size`, (height, width) (see at_once). int8:
+        transformer and T5 in 8 bits (see kernels/int8.py). tokenizers: a folder, if the model's has none.
+        loras: adapters that change the transformer (finetune.Lora).
         Raises CheckpointError if the folder is neither, ValueError if something does not fit.
         """
         drop = {*([drop] if isinstance(drop, str) else drop), *(() if t5 else ("t5",))}
@@ -217,7 +217,8 @@ class Pipeline:
             raise ValueError(f"image {tuple(image.shape)}, {image.dtype}: it must be (1 or {B}, 3, {height}, "
                              f"{width}) in [0, 1]")
         with self.places.at_work(self.vae):
-            pieces = self.few_at_once(image.to(self.places.device, torch.float32) * 2 - 1, self.vae.config.factor)
+            image = image.to(self.places.device, torch.float32) * 2 - 1
+            pieces = self.few_at_once(image, self.vae.config.factor)
             x0 = torch.cat([self.vae.to_latent(self.vae.encode(piece).mean) for piece in pieces])
         return x0.expand(B, -1, -1, -1)
 
@@ -225,7 +226,8 @@ class Pipeline:
         """(B, C, H/8, W/8) -> (B, 3, H, W), about [-1, 1]. FloatingPointError if it is not finite: as
         pixels, NaN would be black."""
         with self.places.at_work(self.vae):
-            images = torch.cat([self.vae.decode(z) for z in self.few_at_once(self.vae.from_latent(latent), 1)])
+            pieces = self.few_at_once(self.vae.from_latent(latent), 1)
+            images = torch.cat([self.vae.decode(z) for z in pieces])
         if not images.isfinite().all():
             raise FloatingPointError("the decoded pictures contain NaN or infinity: "
                                      "decode in float32 or bfloat16, not float16")

@@ -210,8 +210,8 @@ class CLIPImageEncoder(nn.Module):
         """images (B, 3, S, S) in [0, 1], S = image_size -> (B, projection_dim), not normalised."""
         vision, embed, S = self.vision_model, self.vision_model.embeddings, self.config.image_size
         if images.shape[1:] != (3, S, S) or not images.is_floating_point():
-            raise ValueError(f"images {tuple(images.shape)}, {images.dtype}: resize them to (B, 3, {S}, {S}), in "
-                             "[0, 1]")
+            raise ValueError(f"images {tuple(images.shape)}, {images.dtype}: resize them to "
+                             f"(B, 3, {S}, {S}), in [0, 1]")
         mean = images.new_tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)   # of CLIP's training set
         std = images.new_tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
         x = embed.patch_embedding((images - mean) / std).flatten(2).transpose(1, 2)     # (B, N, D)

@@ -17,15 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import TASKS  # noqa: E402
 from studies.training_length import (  # noqa: E402
-    figure, flags, save_figure, scores, told_in_one_line, trained, write_table)
+    by_task, figure, flags, save_figure, scores, told_in_one_line, trained, write_table)
 
 SHARES = (0.0, 0.5, 1.0)            # of synthetic captions
 
 
 def row(share: float, steps: int, found: dict) -> dict:
-    return {"synthetic": share, "steps": steps, "overall": found["score"]["overall"],
-            "error": found["error"]["overall"], **{task: found["score"][task] for task in TASKS},
-            "shape": found["shape"], "unseen": found["unseen"]}
+    return {"synthetic": share, "steps": steps, **by_task(found)}
 
 
 def plot(rows: list[dict], path: Path) -> None:

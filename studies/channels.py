@@ -19,9 +19,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints import load_part, read_run  # noqa: E402
-from data import TASKS, load_pictures  # noqa: E402
+from data import load_pictures  # noqa: E402
 from stages import to_signed  # noqa: E402
-from studies.training_length import flags, scores, told_in_one_line, trained, write_table  # noqa: E402
+from studies.training_length import (  # noqa: E402
+    by_task, flags, scores, told_in_one_line, trained, write_table)
 from vae import psnr  # noqa: E402
 
 CHANNELS = (4, 8, 16)
@@ -38,9 +39,7 @@ def exactness(folder: Path, count: int = 512) -> float:
 
 def row(channels: int, steps: int, folder: Path, found: dict) -> dict:
     return {"channels": channels, "steps": steps, "psnr": exactness(folder),
-            "after_vae": found["ceilings"]["after VAE"]["overall"], "overall": found["score"]["overall"],
-            "error": found["error"]["overall"], **{task: found["score"][task] for task in TASKS},
-            "shape": found["shape"], "unseen": found["unseen"]}
+            "after_vae": found["ceilings"]["after VAE"]["overall"], **by_task(found)}
 
 
 def main(argv=None) -> None:

@@ -32,6 +32,8 @@ from stages import PARTS_OF  # noqa: E402
 from train import train  # noqa: E402
 from watch import read_metrics  # noqa: E402
 
+USUAL = {"pictures": 4, "steps": 20, "guidance": 3.0, "seed": 0, "prompts": None, "clip": None, "data": None}
+
 
 def trained(run: Path, folder: Path, **changes) -> Path:
     """The run `folder`, trained now if it is not finished, with RUN's settings except for the changes. Its
@@ -59,14 +61,30 @@ def trained(run: Path, folder: Path, **changes) -> Path:
 
 
 def scores(folder: Path, prompts: int, measures: str = "drawn,loss") -> dict:
-    """What scores.json says; made if it is missing, lacks a measure or has another number of prompts."""
+    """What scores.json says; made anew if it is missing, older than the weights, lacks a measure or was made
+    with other settings."""
     path = folder / "scores.json"
-    found = read_json(path) if path.is_file() else {}
+    found = read_json(path) if is_newer(path, folder) else {}
     wanted = {"score" if name == "drawn" else name for name in measures.split(",")}
-    if not wanted <= found.keys() or found["settings"]["n"] != prompts:
+    asked = USUAL | {"n": prompts}
+    if not wanted <= found.keys() or asked != {k: found["settings"].get(k) for k in asked}:
         report.measure(report.parse(["--run", str(folder), "--measures", measures, "-n", str(prompts)]))
         found = read_json(path)
     return found
+
+
+def is_newer(path: Path, run: Path) -> bool:
+    """Is there such a file, made after the run's transformer?"""
+    return path.is_file() and path.stat().st_mtime > (run / "mmdit.safetensors").stat().st_mtime
+
+
+def by_task(found: dict) -> dict:
+    """Columns of a table: the score of all tasks, of each one, and their standard errors over the choice of
+    prompts. What another training of the same kind would score differs by more."""
+    tasks = {task: found["score"][task] for task in TASKS}
+    errors = {f"{task}_error": found["error"][task] for task in TASKS}
+    return {"overall": found["score"]["overall"], "error": found["error"]["overall"], **tasks, **errors,
+            "shape": found["shape"], "unseen": found["unseen"]}
 
 
 def point(folder: Path, prompts: int) -> dict:
@@ -78,9 +96,7 @@ def point(folder: Path, prompts: int) -> dict:
         minutes += pictures / float(line["samples_per_s"]) / 60
         steps = int(line["step"])
     return {"seed": config["seed"], "steps": steps, "minutes": minutes, "loss": found["loss"]["mean"],
-            "loss_error": found["loss"]["error"], "overall": found["score"]["overall"],
-            "error": found["error"]["overall"], **{task: found["score"][task] for task in TASKS},
-            "shape": found["shape"], "unseen": found["unseen"]}
+            "loss_error": found["loss"]["error"], **by_task(found)}
 
 
 def plot(rows: list[dict], path: Path) -> None:

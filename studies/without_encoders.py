@@ -7,8 +7,7 @@ encoders' features; nothing is trained.
 
     python studies/without_encoders.py runs/drawn               as long as scoring six times
 
-Scores are kept in RUN/without/, so a stopped command goes on where it was; beside it, without.csv. Delete the
-folder if the run has been trained again.
+Scores are kept in RUN/without/, so a stopped command goes on where it was; beside it, without.csv.
 """
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import evaluate  # noqa: E402
 from checkpoints import read_json, read_run, write_json  # noqa: E402
 from data import TASKS  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
-from studies.training_length import flags, told_in_one_line, write_table  # noqa: E402
+from studies.training_length import by_task, flags, is_newer, told_in_one_line, write_table  # noqa: E402
 
 DROPS = ((), ("t5",), ("clip_l",), ("clip_g",), ("clip_l", "clip_g"), ("clip_l", "clip_g", "t5"))
 
@@ -29,14 +28,14 @@ DROPS = ((), ("t5",), ("clip_l",), ("clip_g",), ("clip_l", "clip_g"), ("clip_l",
 def scored(run: Path, pipe: Pipeline, drop: tuple, n: int, per_prompt: int) -> dict:
     """The scores without the encoders in `drop`: those kept, or of pictures that are drawn now."""
     path = run / "without" / f"{'-'.join(drop) or 'none'}-{n}x{per_prompt}.json"
-    if not path.is_file():
+    if not is_newer(path, run):
         def draw(prompts, seeds):
             images = pipe(list(prompts), seed=list(seeds), drop=drop)
             return np.stack([np.asarray(image) for image in images])                        # (b, S, S, 3)
 
         path.parent.mkdir(exist_ok=True)
         result = evaluate.score(draw, n=n, per_prompt=per_prompt)
-        write_json(path, {key: result[key] for key in ("score", "error", "shape", "colour", "unseen")})
+        write_json(path, {key: result[key] for key in ("score", "error", "shape", "unseen")})
     return read_json(path)
 
 
@@ -49,9 +48,7 @@ def main(argv=None) -> None:
         pipe, rows = Pipeline.from_pretrained(args.run), []
         for drop in DROPS:
             found = scored(args.run, pipe, drop, args.n, args.pictures)
-            rows.append({"without": " ".join(drop) or "none", "overall": found["score"]["overall"],
-                         "error": found["error"]["overall"], **{task: found["score"][task] for task in TASKS},
-                         **{key: found[key] for key in ("shape", "colour", "unseen")}})
+            rows.append({"without": " ".join(drop) or "none", **by_task(found)})
             print(f"without {rows[-1]['without']:15s} score {100 * rows[-1]['overall']:5.1f} +- "
                   f"{100 * rows[-1]['error']:.1f}  "
                   + "  ".join(f"{t} {100 * rows[-1][t]:.0f}" for t in TASKS), flush=True)

@@ -214,6 +214,24 @@ def test_objects_that_touch_are_told_apart_by_colour_or_waist():
         assert names(find_objects(data.draw(row))) == [("red", shape)] * 3, (shape, step)
 
 
+@pytest.mark.parametrize("shape", data.SHAPES)
+@pytest.mark.parametrize("between", [("red", "orange"), ("yellow", "orange"), ("red", "brown"), ("blue", "purple")])
+def test_an_object_of_a_hue_between_two_colours_is_one_object(shape, between):
+    """Its pixels, which vary a little, lie nearest to either."""
+    first, second = (data.draw([Thing(shape, c, 0.5, 0.5, 0.25)]).astype(float) for c in between)
+    share = 0.5 + 0.1 * np.sin(np.arange(64) / 5)[None, :, None]
+    found = find_objects(((1 - share) * first + share * second).round().astype(np.uint8))
+    assert len(found) == 1 and found[0].shape == shape and found[0].colour in between
+
+
+@pytest.mark.parametrize("hole", np.arange(0.42, 0.63, 0.04))
+@pytest.mark.parametrize("r", [0.15, 0.2, 0.3])
+def test_rings_may_be_thick_or_thin(r, hole):
+    disc, inner = (data.draw([Thing("circle", "blue", 0.5, 0.5, s)]).astype(int) for s in (r, hole * r))
+    found = find_objects((disc - inner + 128).clip(0, 255).astype(np.uint8))
+    assert [(f.shape, f.colour) for f in found] == [("ring", "blue")]
+
+
 def test_a_shape_of_two_colours_is_neither():
     red, blue = (data.draw([Thing("circle", c, 0.5, 0.5, 0.25)]) for c in ("red", "blue"))
     halves = find_objects(np.where(np.arange(64)[None, :, None] < 32, red, blue))
@@ -380,10 +398,17 @@ def test_a_run_with_shuffled_captions_scores_at_chance():
     right, wrong = evaluate.tally(jobs, found), evaluate.tally(jobs, [found[i] for i in order])
     assert right["score"]["overall"] == 1
     for task in data.TASKS:         # of 30, one stays in its place on average
-        chance = right["shuffled"][task] + 1 / 30
+        chance = right["chance"][task] + 1 / 30
         assert abs(wrong["score"][task] - chance) < 4 * (chance * (1 - chance) / 30) ** 0.5, task
-    assert abs(wrong["score"]["overall"] - right["shuffled"]["overall"] - 1 / 30) < 0.06
-    assert 0.06 < right["shuffled"]["single_object"] < 0.2 and right["shuffled"]["overall"] < 0.06  # 1 of 8
+    assert abs(wrong["score"]["overall"] - right["chance"]["overall"] - 1 / 30) < 0.06
+
+
+def test_chance_is_what_a_blind_model_gets_however_few_prompts_there_are():
+    for n in (1, 8, 30):
+        jobs = evaluate.requests(n, per_prompt=4)
+        found = [find_objects(evaluate.illustrate(job.metadata, np.random.default_rng(job.seed))) for job in jobs]
+        chance = evaluate.tally(jobs, found)["chance"]
+        assert chance["single_object"] == pytest.approx(1 / 8, abs=0.03) and chance["overall"] < 0.05
 
 
 def test_any_of_four_counts_prompts_and_the_error_grows_where_pictures_of_a_prompt_agree():
@@ -394,7 +419,7 @@ def test_any_of_four_counts_prompts_and_the_error_grows_where_pictures_of_a_prom
     one_each, some = results(jobs, one_each), results(jobs, some)
     assert (one_each["score"]["overall"], one_each["any"]["overall"]) == (0.25, 1)
     assert (some["score"]["overall"], some["any"]["overall"]) == (0.5, 0.5)
-    assert some["error"]["single_object"] == pytest.approx(0.5 / 10 ** 0.5)     # ten prompts, not 40 pictures
+    assert some["error"]["single_object"] == pytest.approx(0.5 / 9 ** 0.5)      # ten prompts, not 40 pictures
     assert one_each["error"]["single_object"] == pytest.approx((11 / 42 * 31 / 42 / 40) ** 0.5)
 
 

@@ -73,7 +73,7 @@ def test_a_run_is_drawn_once_and_measured_in_every_way(run, small, monkeypatch, 
     command("--run", run, "-n", 2, "--pictures", 2, "--steps", 2, "--measures", "all", "--device", "cpu")
     table, told = capsys.readouterr().out, scores(run)
     assert set(report.MEASURES) - {"drawn"} <= set(told)
-    assert set(told["score"]) == set(told["any"]) == set(told["shuffled"]) == {*data.TASKS, "overall"}
+    assert set(told["score"]) == set(told["any"]) == set(told["chance"]) == {*data.TASKS, "overall"}
     assert len(told["records"]) == 24 and told["ceilings"]["drawn"]["overall"] == 1
     assert set(told["ceilings"]) == {"drawn", "after VAE"} and "unseen" in told["ceilings"]["after VAE"]
     assert told["loss"]["pictures"] == 6 and told["loss"]["of"] == "fresh drawings"
@@ -83,7 +83,9 @@ def test_a_run_is_drawn_once_and_measured_in_every_way(run, small, monkeypatch, 
     assert "not comparable with figures on Inception features" in table
     assert told["steps"]["2"]["lost"] == 0 and told["steps"]["pictures"] == 12
     assert told["steps"]["1"]["path"] == pytest.approx(told["steps"]["1"]["straight"], rel=1e-4)
-    assert told["memory"]["training"] == 60 and told["memory"]["copies"] == 0
+    assert told["memory"]["training"] == 60 and 0 <= told["memory"]["copies"] <= 1
+    beside = told["memory"]["beside"]
+    assert list(beside) == ["true copies", "fresh drawings"] and beside["true copies"]["copies"] >= 0.9
     assert (run / "scores.txt").read_text(encoding="utf-8").strip() in table
     with Image.open(run / "scores.png") as page:
         assert page.width > 900 and page.height > 900
@@ -174,8 +176,9 @@ def test_the_references_size_is_that_of_most_pictures(tmp_path):
 
 def test_the_error_of_clips_figures_counts_prompts_and_not_their_pictures():
     values = [0.0, 0.0, 1.0, 1.0]
-    assert report.error_of(values, [1, 1, 2, 2]) == pytest.approx(0.5 / 2 ** 0.5)
-    assert report.error_of(values, [1, 2, 3, 4]) == pytest.approx(0.25)
+    assert report.error_of(values, [1, 1, 2, 2]) == pytest.approx(0.5)
+    assert report.error_of(values, [1, 2, 3, 4]) == pytest.approx(0.5 / 3 ** 0.5)
+    assert report.error_of(values, [1, 1, 1, 1]) is None                        # one prompt says nothing of it
 
 
 def test_pictures_do_not_depend_on_how_many_are_drawn_together(run, monkeypatch):
@@ -197,7 +200,8 @@ def test_a_run_on_other_data_is_asked_for_their_captions(run, small, capsys):
     command(*flags)
     assert "score" not in scores(run) and scores(run)["clip"]["pictures"]
     command(*flags, "--measures", "loss,memory")
-    assert scores(run)["loss"]["of"] == "training pictures" and "too_near" not in scores(run)["memory"]
+    assert scores(run)["loss"]["of"] == "training pictures"
+    assert list(scores(run)["memory"]["beside"]) == ["true copies"]
 
 
 def test_published_prompts_are_drawn_for_genevals_own_scorer(run, tmp_path, capsys):

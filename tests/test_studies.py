@@ -1,5 +1,6 @@
 """Claims about studies/: each makes its table and picture from a run, and goes on where it was stopped."""
 import csv
+import os
 import shutil
 import sys
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT))
 
-from checkpoints import load_part  # noqa: E402
+from checkpoints import load_part, write_json  # noqa: E402
 from studies import captions, channels, timesteps, training_length, without_encoders  # noqa: E402
 
 
@@ -18,6 +19,7 @@ def run(finished, miniature, tmp_path, monkeypatch):
     parse = training_length.report.parse                        # what is drawn matters little here
     monkeypatch.setattr(training_length.report, "parse",
                         lambda argv: parse([*argv, "--pictures", "1", "--steps", "2"]))
+    monkeypatch.setattr(training_length, "USUAL", training_length.USUAL | {"pictures": 1, "steps": 2})
     monkeypatch.setattr(training_length.report, "HELDOUT", 8)
     return shutil.copytree(finished, tmp_path / "run")
 
@@ -39,6 +41,18 @@ def test_each_length_is_a_whole_run_from_the_same_encoders_each_seed_has_its_own
         first, shorter, other = ((folder / f"{part}.safetensors").read_bytes() for folder in (
             run, run / "lengths" / "seed0-steps2", run / "lengths" / "seed1-steps2"))
         assert (first == shorter) == shared and first != other
+
+
+def test_a_report_with_other_settings_or_of_earlier_weights_is_not_believed(run):
+    first = training_length.scores(run, 1, "drawn")
+    settings = first["settings"]
+    for changed in ({"settings": settings | {"guidance": 1.0}}, {"settings": settings | {"pictures": 4}}):
+        write_json(run / "scores.json", first | changed | {"score": {"overall": 2.0}})
+        assert training_length.scores(run, 1, "drawn")["score"] == first["score"]
+    write_json(run / "scores.json", first | {"score": {"overall": 2.0}})
+    assert training_length.scores(run, 1, "drawn")["score"] == {"overall": 2.0}         # these are kept,
+    os.utime(run / "scores.json", (0, 0))                                               # but not from before
+    assert training_length.scores(run, 1, "drawn")["score"] == first["score"]
 
 
 def table(path):
