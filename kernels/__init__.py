@@ -18,7 +18,8 @@ are what every kernel is tested against, and the Triton kernels. This file only 
 The environment variable SD3_KERNELS replaces "auto". Measured means: kernels/results/*.csv, which
 `python kernels/bench.py` writes, has rows for this GPU, operation, dtype and head dim in which the kernel won
 at the nearest size. So a GPU without measurements gets the formulas, and a line for each operation and dtype
-says so.
+says so. float16 gets them on every GPU: the bench measures bfloat16 alone (modulations also with a float32
+stream).
 There are two kernels for attention, one that attends ("triton") and one that normalises and joins in front
 of PyTorch's attention ("triton+sdpa"): "auto" chooses among three, and backend="triton" between these two, or
 the one that attends if nothing was measured.
@@ -59,8 +60,8 @@ def joint_attention(q_txt, k_txt, v_txt, q_img, k_img, v_img, *, norm_weights=No
     q, k, v: (B, M, nh, hd) text and (B, N, nh, hd) image, any strides with a contiguous last dim.
     norm_weights: (q_txt, k_txt, q_img, k_img), each (hd,): RMSNorm per head before the product;
         None: no norm.
-    text_lengths: (B,) numbers of valid text tokens, 0 to M; the rest are ignored as keys. None: all are attended to,
-        as in SD3.
+    text_lengths: (B,) numbers of valid text tokens, 0 to M; the rest are ignored as keys. None: all are
+        attended to, as in SD3.
     All text None, or of length 0: attention among image tokens.
     q_txt alone None: the text queries are not needed (last block).
     Returns (out_txt, out_img), shaped like the queries; out_txt is None where there are no text queries.
@@ -162,28 +163,38 @@ def ranking(operation: str, head_dim: int, tensors: dict, gpu: str) -> tuple[tup
            "forward+backward" if training else "forward", torch.compiler.is_compiling())
     if key not in MEASURED:
         return (), f"not measured on {gpu} in {key[2]}; run python kernels/bench.py"
-    size = first.numel()
+    size = size_of(operation, first.numel(), first.shape[1])
     order = [order for upto, order in MEASURED[key] if size <= upto][0]
     return order, f"it was measured to be faster on {gpu}, at this size in {key[2]}"
+
+
+def size_of(operation: str, elements: int, tokens: int) -> int:
+    """What measurements are ordered by, of the first activation: its elements. In attention each takes a step
+    for every token: by elements alone 4 pictures of 512 pixels would be one of 1024."""
+    return elements * tokens if "attention" in operation else elements
+
+
+def whole_rows(path: Path) -> list[dict]:
+    """The rows of one of the bench's CSVs, except those that were cut off while they were written, whether or
+    not another row follows in the same line."""
+    with path.open(newline="", encoding="utf-8") as f:
+        return [row for row in csv.DictReader(f) if None not in row and None not in row.values()]
 
 
 def read_results(*folders: Path) -> dict:
     """*.csv of all folders -> {(gpu, operation, dtype, head dim, pass, compiled): [(to size, names)]}, names
     from fastest to slowest.
 
-    Sizes are elements of the first activation; the limit between two measured ones is their geometric mean.
+    Sizes are those of `size_of`; the limit between two measured ones is their geometric mean.
     Of two rows for the same case, the one in the later file counts. A kernel whose result was wrong there
     comes last, after PyTorch: "auto" never takes it.
     """
     times = {}                                          # key without compiled -> size -> provider -> ms
     for path in sorted((p for folder in folders for p in folder.glob("*.csv")), key=lambda p: p.name):
-        with path.open(newline="", encoding="utf-8") as f:
-            for row in csv.DictReader(f):
-                if None in row.values():                # cut off while it was written
-                    continue
-                key = (row["gpu"], row["operation"], row["dtype"], int(row["head_dim"]), row["pass"])
-                sizes = times.setdefault(key, {}).setdefault(int(row["elements"]), {})
-                sizes[row["provider"]] = float(row["ms"]) if is_right(row) else float("inf")
+        for row in whole_rows(path):
+            key = (row["gpu"], row["operation"], row["dtype"], int(row["head_dim"]), row["pass"])
+            sizes = times.setdefault(key, {}).setdefault(int(row["size"]), {})
+            sizes[row["provider"]] = float(row["ms"]) if is_right(row) else float("inf")
     table = {}
     for key, sizes in times.items():
         for compiled, rival in ((False, "torch"), (True, "torch compiled")):

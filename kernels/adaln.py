@@ -29,7 +29,11 @@ Pitfalls
 - h is rounded to its stored dtype before its statistics are taken, as in the chain of calls. The backward
   takes them again from h: the row is read anyway, so nothing needs to be saved.
 - The sums over tokens are written as one partial sum per chunk and added in a fixed order. Atomic additions
-  would be shorter, but give different bits on every run.
+  would be shorter, but give different bits on every run. In float32, written and read again, the partial
+  sums add an eighth to the 6 passes at 16 tokens a chunk, and half at 4.
+- Triton loads ahead only in loops with a matrix product, unless told to (`tl.range`). Told so, it has the
+  backward's next row on its way while this one is summed; and with 8 channels a thread, at least 16 warps
+  share a multiprocessor at the models' widths. Both were read off the machine code, not timed.
 - shift, scale and gate are slices of one Linear's output: they are read in place, by their row stride.
 - A kernel is an ordinary function until `load_triton`: this file must import where Triton is absent.
 
@@ -47,7 +51,6 @@ triton = tl = None                          # set by load_triton
 KERNELS = []                                # functions that wait for it
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FUSED = dict(enable_fp_fusion=True)         # fused multiply-adds; in Triton 3.10 not the default
-CHUNK = 16                                  # tokens per partial sum in the backward
 
 
 # ------------------------------------------------------------------------------------ the formulas in PyTorch
@@ -153,10 +156,10 @@ def modulate_tile(X, Y, GATE, SHIFT, SCALE, H, OUT, L, x_batch, x_row, y_batch, 
 
 @kernel
 def modulate_tile_backward(DOUT, DH, H, Y, GATE, SCALE, DX, DY, PARTIAL, L, h_batch, h_row, y_batch, y_row,
-                           gate_batch, scale_batch, eps, GATED: tl.constexpr, D: tl.constexpr,
-                           CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """CHUNK tokens of picture program_id(1), one after the other: dx and dy of each, and the chunk's part of
-    dshift, dscale and dgate into PARTIAL (3, B, chunks, D)."""
+                           gate_batch, scale_batch, eps, tokens, GATED: tl.constexpr, D: tl.constexpr,
+                           BLOCK: tl.constexpr):
+    """A chunk of `tokens` tokens of picture program_id(1), one after the other: dx and dy of each, and the
+    chunk's part of dshift, dscale and dgate into PARTIAL (3, B, chunks, D)."""
     chunk = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -167,12 +170,15 @@ def modulate_tile_backward(DOUT, DH, H, Y, GATE, SCALE, DX, DY, PARTIAL, L, h_ba
     dgate = tl.zeros((BLOCK,), tl.float32)
     if GATED:
         gate = tl.load(GATE + b * gate_batch + d, mask=inside, other=0.0).to(tl.float32)
-    first = (chunk * CHUNK).to(tl.int64)
-    for i in range(tl.minimum(CHUNK, L - chunk * CHUNK)):
+    first = (chunk * tokens).to(tl.int64)
+    for i in tl.range(0, tl.minimum(tokens, L - chunk * tokens), num_stages=2):     # 2: one row ahead
         row = first + i
         at = (b * L + row) * D + d
         dout = tl.load(DOUT + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(H + b * h_batch + row * h_row + d, mask=inside, other=0.0).to(tl.float32)
+        if GATED:                                       # all loads before the sums, which wait for them
+            dh = tl.load(DH + at, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(Y + b * y_batch + row * y_row + d, mask=inside, other=0.0).to(tl.float32)
         n = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
         rstd = tl.rsqrt(tl.sum(n * n, 0) / D + eps)
         n *= rstd
@@ -181,8 +187,7 @@ def modulate_tile_backward(DOUT, DH, H, Y, GATE, SCALE, DX, DY, PARTIAL, L, h_ba
         u = dout * scale
         dx = rstd * (u - tl.sum(u, 0) / D - n * (tl.sum(u * n, 0) / D))
         if GATED:
-            dx += tl.load(DH + at, mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(Y + b * y_batch + row * y_row + d, mask=inside, other=0.0).to(tl.float32)
+            dx += dh
             dgate += dx * y
             tl.store(DY + at, (dx * gate).to(DY.dtype.element_ty), mask=inside)
         tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=inside)
@@ -203,6 +208,16 @@ def in_rows(x):
 def tile(D: int) -> dict:
     """How the forward is cut: enough rows a program to give a thread 16 channels; one row at width 2432."""
     return dict(ROWS=max(1, min(16, 4096 // triton.next_power_of_2(D))), num_warps=8)
+
+
+def chunk_of(B: int, L: int) -> int:
+    """Tokens per partial sum in the backward: up to 16, but few enough for 256 programs where L allows, so
+    that a short text keeps a GPU of 132 multiprocessors busy too. It follows from the shape alone: every GPU
+    adds in the same order."""
+    tokens = 16
+    while tokens > 1 and B * triton.cdiv(L, tokens) < 256:
+        tokens //= 2
+    return tokens
 
 
 def launch_forward(x, shift, scale, eps, y=None, gate=None):
@@ -226,7 +241,8 @@ def launch_backward(dout, dh, h, y, gate, scale, eps):
     """-> dx, dy, and [dshift, dscale, dgate] in float32. Without the gated residual, y, gate, dh are None."""
     load_triton()
     B, L, D = h.shape
-    gated, chunks = y is not None, triton.cdiv(L, CHUNK)
+    gated, tokens = y is not None, chunk_of(B, L)
+    chunks = triton.cdiv(L, tokens)
     dout, dh = dout.contiguous(), dh.contiguous() if gated else dout
     h, y, gate, scale = (in_rows(t) for t in (h, y, gate, scale))
     y, gate = (y, gate) if gated else (h, scale)                        # stand-ins, which are never read
@@ -237,8 +253,8 @@ def launch_backward(dout, dh, h, y, gate, scale, eps):
         block = triton.next_power_of_2(D)
         modulate_tile_backward[(chunks, B)](
             dout, dh, h, y, gate, scale, dx, dy, partial, L, h.stride(0), h.stride(1), y.stride(0),
-            y.stride(1), gate.stride(0), scale.stride(0), eps, GATED=gated, D=D, CHUNK=CHUNK, BLOCK=block,
-            num_warps=8 if block >= 2048 else 4, **FUSED)
+            y.stride(1), gate.stride(0), scale.stride(0), eps, tokens, GATED=gated, D=D, BLOCK=block,
+            num_warps=max(4, min(16, block // 256)), **FUSED)
     return dx, dy, [p.sum(1) for p in partial]
 
 
@@ -411,8 +427,8 @@ def demo() -> None:
 
 
 # Exercises. (1) In `modulate_row`, take the variance as the mean of the squares minus the square of the mean,
-# and add 1000 to x: how many digits are left? (2) Set CHUNK to 1 and to 256: what do the partial sums cost,
-# and how many programs are there to keep a GPU of 132 multiprocessors busy?
+# and add 1000 to x: how many digits are left? (2) Let `chunk_of` return 1, and 256: what do the partial sums
+# cost, and how many programs are there to keep a GPU of 132 multiprocessors busy?
 
 if __name__ == "__main__":
     demo()

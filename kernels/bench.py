@@ -45,11 +45,15 @@ Pitfalls
 - GPUs slow down when warm: the rivals of a case run one after the other, then again in the opposite order.
 - Launching a short kernel takes the host longer than the kernel runs. An operation is launched while the GPU
   sleeps, so its time is the GPU's alone, as where many launches are waiting; a model's includes the host.
+  So "auto" compares the GPU's time alone. In eager code the host spends about 50 us on a modulation by a
+  kernel, 25 of them on the launch, and about 25 on its formula (counted without a GPU). Where the host is
+  what a model waits for, as at 512 pixels, compare the model's rows, and compile.
 - PyTorch caches what it compiled under the function's code and what it noticed while tracing it: which of its
   attentions is allowed must be said inside, or every rival is the one that was compiled first.
 - Under autocast the stream of activations stays float32 beside branches of half precision: the modulations
   are measured in that mixture too, with dtype float32, forward + backward.
-- A rival that cannot run a case (flash needs half precision, say) is left out with its reason, once.
+- A rival that cannot run a case (flash needs half precision, say) is left out with its reason, once. So is
+  one for which memory does not last.
 """
 import argparse
 import copy
@@ -71,7 +75,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as a f
 
 import kernels  # noqa: E402
 from kernels import adaln  # noqa: E402
-from kernels.joint_attention import join, joint_attention_reference, joint_attention_triton  # noqa: E402
+from kernels.joint_attention import (cut_in_two, join, joint_attention_reference,  # noqa: E402
+                                     joint_attention_triton)
 from kernels.norm_layout import joint_attention_sdpa  # noqa: E402
 from mmdit import MMDiT, MMDiTConfig  # noqa: E402
 
@@ -105,6 +110,8 @@ def cases(pixels=(512, 1024), batches=(1, 2, 4, 8), smoke=False) -> list[dict]:
                     for operation in ("modulate", "gate_residual_modulate"):
                         for dtype in ("bfloat16", "float32"):
                             found.append(dict(shape, operation=operation, norm=False, M=0, dtype=dtype))
+                            if (model, p) == (MODELS[0], pixels[0]):            # the text's own, of no pixels
+                                found.append(dict(found[-1], pixels=0, N=TEXT))
                 if B <= 2:                                          # 2: one picture with guidance
                     found.append(dict(shape, operation="model"))
     return sorted(found, key=lambda c: c["operation"] == "model")
@@ -140,8 +147,7 @@ def sdpa_rivals(function, how) -> dict:
 def flex(*a):
     from torch.nn.attention.flex_attention import flex_attention
     q, k, v = (x.transpose(1, 2) for x in join(*a[:6], a[6:] or None))
-    out, M = flex_attention(q, k, v).transpose(1, 2), 0 if a[0] is None else a[0].shape[1]
-    return out[:, :M], out[:, M:]
+    return cut_in_two(flex_attention(q, k, v).transpose(1, 2), a[0])
 
 
 def rivals(case, device) -> dict:
@@ -187,12 +193,7 @@ def model_rivals(case, device) -> dict:
     """The model with random weights, by both back ends, and diffusers' of the same shape."""
     dtype, c = getattr(torch, case["dtype"]), model_config(case)
     how = dict(dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
-    with torch.device(device):
-        torch.set_default_dtype(dtype)                              # by way of float32: twice the memory
-        try:
-            model = MMDiT(c).to(dtype).eval()
-        finally:
-            torch.set_default_dtype(torch.float32)
+    model = built(lambda: MMDiT(c), dtype, device)
     for p in model.parameters():
         if not p.any():                                             # gates of zero would hide the blocks
             torch.nn.init.normal_(p, std=0.02)
@@ -203,23 +204,38 @@ def model_rivals(case, device) -> dict:
         found[backend + " compiled"] = with_kernels(backend, compiled)
     if not find_spec("diffusers"):
         print("  diffusers left out: it is not installed")
-    else:
-        from diffusers import SD3Transformer2DModel
-        with torch.device(device):
-            theirs = SD3Transformer2DModel(
-                sample_size=128, in_channels=c.in_channels, out_channels=c.in_channels, num_layers=c.depth,
-                attention_head_dim=c.head_dim, num_attention_heads=c.num_heads,
-                caption_projection_dim=c.width, joint_attention_dim=c.context_dim,
-                pooled_projection_dim=c.pooled_dim, pos_embed_max_size=c.pos_max,
-                dual_attention_layers=tuple(range(c.dual_blocks)), qk_norm="rms_norm" if c.qk_norm else None)
-        theirs = theirs.to(dtype).eval()
+        return found
+    try:
+        theirs = built(lambda: diffusers_model(c), dtype, device)
+    except torch.OutOfMemoryError as e:                             # two of 8B: ours is measured alone then
+        print(f"  diffusers left out: {in_short(e)}")
+        return found
 
-        def peer(module):
-            return lambda x, t, context, pooled: module(x, context, pooled, 1000 * t, return_dict=False)[0]
+    def peer(module):
+        return lambda x, t, context, pooled: module(x, context, pooled, 1000 * t, return_dict=False)[0]
 
-        found["diffusers"] = peer(theirs)
-        found["diffusers compiled"] = peer(compiled_blocks(theirs, "transformer_blocks", how))
+    found["diffusers"] = peer(theirs)
+    found["diffusers compiled"] = peer(compiled_blocks(theirs, "transformer_blocks", how))
     return found
+
+
+def built(make, dtype, device):
+    """make(), its weights drawn in dtype: by way of float32 they would need twice the memory."""
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        try:
+            return make().to(dtype).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def diffusers_model(c: MMDiTConfig):
+    from diffusers import SD3Transformer2DModel
+    return SD3Transformer2DModel(
+        sample_size=128, in_channels=c.in_channels, out_channels=c.in_channels, num_layers=c.depth,
+        attention_head_dim=c.head_dim, num_attention_heads=c.num_heads, caption_projection_dim=c.width,
+        joint_attention_dim=c.context_dim, pooled_projection_dim=c.pooled_dim, pos_embed_max_size=c.pos_max,
+        dual_attention_layers=tuple(range(c.dual_blocks)), qk_norm="rms_norm" if c.qk_norm else None)
 
 
 def compiled_blocks(model, name, how):
@@ -496,17 +512,20 @@ def measured_before(folders, gpu, versions) -> list[dict]:
     """Rows of this GPU and these versions of torch and triton, from every CSV there."""
     rows = []
     for path in sorted(path for folder in folders for path in folder.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as f:
-            rows += [r for r in csv.DictReader(f) if (r["gpu"], r["torch"], r["triton"]) == (gpu, *versions)]
+        rows += [r for r in kernels.whole_rows(path)
+                 if (r["gpu"], r["torch"], r["triton"]) == (gpu, *versions)]
     return rows
 
 
 def append(path, rows) -> list[dict]:
-    """Append rows to the CSV at `path`. -> rows"""
+    """Append rows to the CSV at `path`, in lines of their own if the last one was cut off. -> rows"""
+    before = path.read_bytes() if path.exists() else b""
     with path.open("a", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, rows[0])
-        if f.tell() == 0:
+        if not before:
             writer.writeheader()
+        elif not before.endswith(b"\n"):
+            f.write("\n")
         writer.writerows(rows)
     return rows
 
@@ -589,7 +608,8 @@ def main(argv=None) -> None:
         took.append((case["operation"], time.monotonic() - start - spent))
         common = {"gpu": gpu, "date": today, "torch": versions[0], "triton": versions[1], **case,
                   "pass": name, "head_dim": case["hd"] if "attention" in case["operation"] else 0,
-                  "elements": case["B"] * case["N"] * case["nh"] * case["hd"],
+                  "size": kernels.size_of(case["operation"], case["B"] * case["N"] * case["nh"] * case["hd"],
+                                          case["N"]),
                   "peak_tflops": peak[0], "peak_gbps": peak[1]}
         everything += append(path, [common | r for r in rows])
         print(f"{len(took)} of {len(left)} after {(time.monotonic() - start) / 60:.1f} minutes", flush=True)

@@ -3,14 +3,14 @@
     out = softmax(n(q) n(k)^T / sqrt(hd)) v       over the M + N tokens [text, image], for each of nh heads
     n(x) = x / sqrt(mean(x^2) + eps) * w          RMSNorm of a head, w (hd,) differs between text and image
 
-PyTorch's attention takes one q, one k and one v, so three concatenations, four norms and two slices surround
-it. What is moved, at M = 154, N = 4096, 24 heads of 64 in bfloat16, where one activation is 13 MB:
+PyTorch's attention takes one q, one k and one v, so three concatenations, four norms and a cut surround it.
+What is moved, at M = 154, N = 4096, 24 heads of 64 in bfloat16, where one activation is 13 MB:
 
                               chain of PyTorch calls                     here
     norms of q, k             read 2, write 2 (if each is one pass)      read 1, write 1 (only k)
     concatenate q, k, v       read 3, write 3                            -
     attention                 read 3, write 1                            the same
-    slice and copy out        read 1, write 1                            -
+    cut and copy out          read 1, write 1                            -
 
         queries   | text |        image        |          a program takes one tile of queries of one stream,
                       |                                     normalises it in registers
@@ -109,15 +109,22 @@ def joint_attention_reference(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_wei
     """-> (out_txt, out_img), shaped like the queries; out_txt is None where there are no text queries."""
     q, k, v = join(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, eps)
     mask = key_mask(k_txt, k, text_lengths)
-    M = 0 if q_txt is None else q_txt.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # (B, nh, L, hd)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 1024:
         # PyTorch's CPU kernel is slow here: forward + backward take 5x as long at 52 tokens, 1.4x at 1024
         out = attention(q, k, v, mask)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    out = out.transpose(1, 2)
-    return (None if q_txt is None else out[:, :M]), out[:, M:]
+    return cut_in_two(out.transpose(1, 2), q_txt)
+
+
+def cut_in_two(out, q_txt):
+    """-> text's part, None without text queries, and the image's. The backward of `split` concatenates both
+    gradients; that of two slices would fill each up with zeros to the whole length, and add them."""
+    if q_txt is None:
+        return None, out
+    M = q_txt.shape[1]
+    return out.split([M, out.shape[1] - M], dim=1)
 
 
 # ------------------------------------------------------------------------------------------ the simple kernel
@@ -575,7 +582,7 @@ def launch_forward(q_txt, k_txt, v_txt, q_img, k_img, v_img, weights, lengths, e
 
 def launch_backward(dout_txt, dout_img, out_txt, out_img, lse, q_txt, k_txt, v_txt, q_img, k_img, v_img,
                     weights, lengths, eps):
-    """-> gradients of the six tensors, and of the four weights in float32 (meaningless without them)."""
+    """-> gradients of the six tensors, and of the four weights in float32: [] without norms."""
     load_triton()
     norm = weights[2] is not None
     q_txt, k_txt, v_txt, q_img, k_img, v_img, w_q_txt, w_k_txt, w_q_img, w_k_img = filled_in(
@@ -594,20 +601,25 @@ def launch_backward(dout_txt, dout_img, out_txt, out_img, lse, q_txt, k_txt, v_t
     read = (*(stream(x) for x in (q[0], k[0], v_txt, q[1], k[1], v_img)), lengths, do_txt, do_img, lse, delta)
     numbers = M_Q, M, N, nh, hd ** -0.5 * math.log2(math.e), hd ** -0.5, eps
 
+    def parts_of_dw(programs):
+        return torch.empty(B * nh, programs, head_block(q_img), dtype=torch.float32, device=q_img.device)
+
     t = tiles("keys", q_img)
     blocks_k = [triton.cdiv(count, t["BLOCK_N"]) for count in (N, M)]
-    dw_k = torch.empty(B * nh, sum(blocks_k), t["BLOCK_D"], dtype=torch.float32, device=q_img.device)
+    dw_k = parts_of_dw(sum(blocks_k)) if norm else None
     attend_backward_keys[sum(blocks_k), B * nh](
         *read, stream(k_txt), stream(k_img), w_k_txt, w_k_img, dk_txt, dv_txt, dk_img, dv_img, dw_k, *numbers,
         NORM=norm, ALL_TXT=M_Q % t["BLOCK_M"] == 0, ALL_IMG=N % t["BLOCK_M"] == 0,
         D=hd, DOT=dot_dtype(q_img), **t)
     t = tiles("queries", q_img)
     blocks_q = [triton.cdiv(count, t["BLOCK_M"]) for count in (N, M_Q)]
-    dw_q = torch.empty(B * nh, sum(blocks_q), t["BLOCK_D"], dtype=torch.float32, device=q_img.device)
+    dw_q = parts_of_dw(sum(blocks_q)) if norm else None
     attend_backward_queries[sum(blocks_q), B * nh](
         *read, stream(q_txt), stream(q_img), w_q_txt, w_q_img, dq_txt, dq_img, dw_q, *numbers, NORM=norm,
         ALL_TXT=lengths is None and M % t["BLOCK_N"] == 0, ALL_IMG=N % t["BLOCK_N"] == 0,
         D=hd, DOT=dot_dtype(q_img), **t)
+    if not norm:
+        return grads, []
     (dw_q_img, dw_q_txt), (dw_k_img, dw_k_txt) = (
         [part[..., :hd].sum((0, 1)) for part in dw.split(blocks, dim=1)]
         for dw, blocks in ((dw_q, blocks_q), (dw_k, blocks_k)))

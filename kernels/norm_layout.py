@@ -2,7 +2,7 @@
 
 PyTorch's attention on Hopper is cuDNN's, written for that card by its maker, and a kernel in Triton may not
 beat it. But it takes one q, one k and one v, so the chain of calls around it moves more data than it does.
-Here everything in front of it is one kernel, and nothing follows it:
+Here everything in front of it is one kernel, and behind it the output is only cut in two, where it lies:
 
     q_txt k_txt v_txt                           q = [n(q_txt), n(q_img)]                  out_txt = out[:, :M]
     q_img k_img v_img  - `norm_layout_tile` ->  k = [n(k_txt), n(k_img)]  - attention ->  out_img = out[:, M:]
@@ -16,11 +16,12 @@ Passes over an activation (B, L, nh, hd), 13 MB in bfloat16 at 154 + 4096 tokens
                          chain of calls    here    inside kernels/joint_attention.py
     norms and layout     10, or more       6       2, its keys' norm
     their backward       6, or more        6       6, norms computed again, then their gradient
+    the cut's backward   2                 2       0
 
 The chain is counted with one pass for each norm, as torch.compile makes it; called one by one, they are more.
-Compared with the fused attention this costs four passes more, and memory: PyTorch's attention keeps q, k and
-v for its backward, besides the raw ones kept here. So neither is always better, both stay, and
-kernels/__init__.py takes the one that was measured to be faster.
+Compared with the fused attention this costs four passes more, two more in the backward, and memory: PyTorch's
+attention keeps q, k and v for its backward, besides the raw ones kept here. So neither is always better, both
+stay, and kernels/__init__.py takes the one that was measured to be faster.
 
 Backward, with z = x / rms(x), u = dn * w and < > the mean over the head (`norm_layout_tile_backward`):
 
@@ -54,8 +55,8 @@ if __name__ == "__main__":                              # run as a file: the pac
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels.adaln import FUSED, device_of, for_demo, kernel, load_triton
-from kernels.joint_attention import (filled_in, head_block, join, joint_attention_reference, key_mask,
-                                     load_weight, over_rms, stream, under_autocast)
+from kernels.joint_attention import (cut_in_two, filled_in, head_block, join, joint_attention_reference,
+                                     key_mask, load_weight, over_rms, stream, under_autocast)
 
 triton = tl = None                                      # set by load_triton
 
@@ -290,8 +291,9 @@ CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBacken
 
 
 def cudnn_first(device) -> bool:
-    """On Hopper and later, where others measured it to be faster than FlashAttention 2, PyTorch's default."""
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
+    """On Hopper and on data centres' Blackwell (compute capability 9 and 10), where others measured it to be
+    faster than FlashAttention 2, PyTorch's default. On the desktop's (12.0) they found it slower."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major in (9, 10)
 
 
 def attend_joined(q, k, v, mask):
@@ -314,9 +316,7 @@ def joint_attention_sdpa(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights,
         weights = norm_weights or (None,) * 4
         q, k, v = norm_layout_op(q_txt, k_txt, v_txt, q_img, k_img, v_img, *weights, eps)
         v = v_img if k_txt is None else v
-    out = attend_joined(q, k, v, key_mask(k_txt, k, text_lengths))
-    M = 0 if q_txt is None else q_txt.shape[1]
-    return (None if q_txt is None else out[:, :M]), out[:, M:]
+    return cut_in_two(attend_joined(q, k, v, key_mask(k_txt, k, text_lengths)), q_txt)
 
 
 # ------------------------------------------------------------------------------------------------------- demo

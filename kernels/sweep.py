@@ -71,7 +71,8 @@ def cut(step: str, way: tuple):
 def problem(M, N, nh, hd, dtype, device):
     """-> {step: call} on random activations of M text and N image tokens, with norms."""
     g = torch.Generator(device).manual_seed(0)
-    six = [torch.randn(1, L, nh, hd, generator=g, device=device).to(dtype) for L in (M, M, M, N, N, N)]
+    six = [x for L in (M, N)                                        # views of a packed qkv, as models give
+           for x in torch.randn(1, L, 3, nh, hd, generator=g, device=device).to(dtype).unbind(2)]
     weights = [torch.rand(hd, generator=g, device=device).to(dtype) + 0.5 for _ in range(4)]
     *outs, lse = launch_forward(*six, weights, None, 1e-6)
     pulls = [torch.randn(x.shape, generator=g, device=device).to(dtype) for x in outs]

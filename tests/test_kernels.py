@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch.utils import flop_counter
 
 import kernels
-from kernels import adaln, attention, bench, gate_residual_modulate, joint_attention, modulate, rms_norm
+from kernels import (adaln, attention, bench, gate_residual_modulate, joint_attention, modulate, norm_layout,
+                     rms_norm)
 
 HD = 8
 NAMES = ("q_txt", "k_txt", "v_txt", "q_img", "k_img", "v_img")
@@ -316,7 +317,7 @@ def test_without_a_gpu_the_formulas_run_and_triton_stays_unimported():
     assert re.match("modulate cannot run in Triton: (it needs a CUDA|Triton is not installed)", done.stdout)
 
 
-HEADER = "gpu,operation,dtype,head_dim,pass,elements,provider,ms,error"
+HEADER = "gpu,operation,dtype,head_dim,pass,size,provider,ms,error"
 MEASURED = """H100,modulate,bfloat16,0,forward,1000,torch,1.0,0.004
 H100,modulate,bfloat16,0,forward,1000,torch compiled,0.4,0.004
 H100,modulate,bfloat16,0,forward,1000,triton,0.5,0.004
@@ -342,7 +343,7 @@ def test_auto_follows_what_was_measured_on_this_gpu_at_the_nearest_size(tmp_path
     monkeypatch.setattr(kernels, "MEASURED", table)
 
     def ranking(size, dtype=torch.bfloat16, gpu="H100", grad=False):
-        x = torch.zeros(size, dtype=dtype, requires_grad=grad)
+        x = torch.zeros(1, size, 1, dtype=dtype, requires_grad=grad)
         return kernels.ranking("modulate", 0, {"x": x, "gate": None}, gpu)
 
     assert ranking(1999)[0] == ranking(10)[0] == ("triton", "torch")
@@ -370,7 +371,7 @@ def h100(monkeypatch):
     monkeypatch.setattr(kernels, "MEASURED", {
         ("H100", "modulate", "bfloat16", 0, "forward", False): [(ever, ("triton", "torch"))],
         ("H100", "joint_attention", "bfloat16", 4, "forward", False): [
-            (40, ("torch", "triton+sdpa", "triton")), (ever, ("triton", "triton+sdpa", "torch"))]})
+            (400, ("torch", "triton+sdpa", "triton")), (ever, ("triton", "triton+sdpa", "torch"))]})
     monkeypatch.setattr(kernels, "_told", set())
     return gpu
 
@@ -408,12 +409,67 @@ def test_of_the_two_kernels_for_attention_the_one_measured_to_be_faster_runs(h10
     assert kernels.choose("triton", "joint_attention, no text", 4, q_img=large) == "triton"     # not measured
 
 
+def test_cases_that_the_dispatch_cannot_tell_apart_are_of_one_shape():
+    """Else the time of one would stand for the other's: attention's grows with the square of its tokens."""
+    shapes = {}
+    for c in bench.cases():
+        B, N, width, of_attention = c["B"], c["N"], c["nh"] * c["hd"], "attention" in c["operation"]
+        if c["operation"] != "model":
+            key = (c["operation"], c["dtype"], c["hd"] * of_attention,
+                   kernels.size_of(c["operation"], B * N * width, N))
+            shapes.setdefault(key, set()).add((B, c["M"], N, width) if of_attention else (B * N, width))
+    assert max(map(len, shapes.values())) == 1
+    large, small = (kernels.size_of("joint_attention", 4096 * 2432, N) for N in (4096, 1024))
+    assert large == 4 * small                                       # one picture of 1024 pixels, four of 512
+
+
+def test_auto_counts_the_tokens_of_attention_and_the_elements_of_a_modulation(h100, monkeypatch):
+    sizes = []
+    usual = kernels.size_of
+    monkeypatch.setattr(kernels, "size_of", lambda *a: sizes.append(usual(*a)) or sizes[-1])
+    for operation, head_dim in (("modulate", 0), ("joint_attention", 4)):
+        kernels.choose("auto", operation, head_dim, x=OnGpu())
+    assert sizes == [40, 400]                                       # 10 tokens of 4 channels
+
+
+def test_a_row_cut_off_anywhere_is_no_row_nor_is_what_was_written_into_its_line(tmp_path):
+    """As where the disk was full, or the machine went down."""
+    torch_row, triton_row, broken = (f"A,modulate,float16,0,forward,8,{end},0,\n"
+                                     for end in ("torch,3", "triton,1.25", "triton,9.75"))
+    rows = torch_row + triton_row
+    expected = {("A", "modulate", "float16", 0, "forward", False): [(float("inf"), ("triton", "torch"))]}
+    for cut in range(len(broken) - 1):
+        for end in ("", "\n" + rows, rows.replace("A,", "B,")):
+            (tmp_path / "A.csv").write_text(f"{HEADER},reason\n{rows}{broken[:cut]}{end}", encoding="utf-8")
+            found = kernels.read_results(tmp_path)
+            assert {k: v for k, v in found.items() if k[0] == "A"} == expected, (cut, end)
+
+
+def test_the_bench_goes_on_in_a_line_of_its_own_behind_a_row_that_was_cut_off(tmp_path):
+    path, row = tmp_path / "A.csv", dict(gpu="A", torch="2", triton="3", ms=1.25, reason="a, b")
+    for rows in ([row], [row, row]):
+        bench.append(path, rows)
+    assert bench.measured_before([tmp_path], "A", ("2", "3")) == 3 * [{k: str(v) for k, v in row.items()}]
+    with path.open("a", encoding="utf-8") as f:
+        f.write("A,2,3,1.")
+    bench.append(path, [row])
+    assert len(bench.measured_before([tmp_path], "A", ("2", "3"))) == 4
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 6
+
+
 def test_a_later_measurement_replaces_an_earlier_one(tmp_path):
     for day, ms in ((1, 0.5), (2, 2.0)):
         rows = f"A,modulate,float16,0,forward,8,torch,1,0\nA,modulate,float16,0,forward,8,triton,{ms},0\n"
         (tmp_path / f"A_{day}.csv").write_text(f"{HEADER}\n{rows}", encoding="utf-8")
     assert kernels.read_results(tmp_path) == {
         ("A", "modulate", "float16", 0, "forward", False): [(float("inf"), ("torch", "triton"))]}
+
+
+@pytest.mark.parametrize("major, first", [(8, False), (9, True), (10, True), (12, False)])
+def test_cudnn_is_asked_first_where_others_measured_it_to_be_faster(major, first, h100):
+    h100.major = major
+    assert norm_layout.cudnn_first(torch.device("cuda")) == first
+    assert not norm_layout.cudnn_first(torch.device("cpu"))
 
 
 def test_what_was_wrong_or_failed_where_it_was_measured_is_not_taken(tmp_path):
@@ -465,9 +521,31 @@ def test_the_bench_compiles_alike_blocks_once_and_keeps_the_models_parameters():
     assert compiler.frame_count == 3                    # with second attention (two), without, and the last
 
 
-def test_the_bench_covers_the_three_models_at_both_sizes():
+def test_a_rival_is_built_in_the_dtype_of_ours_and_left_out_if_memory_does_not_last(monkeypatch, capsys):
+    def theirs(**shape):
+        dtypes.append(torch.get_default_dtype())
+        if len(dtypes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 92 MiB.\nOf 80 GB ...")
+        return torch.nn.Sequential()
+
+    dtypes = []
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(SD3Transformer2DModel=theirs))
+    monkeypatch.setattr(bench, "compiled_blocks", lambda model, name, how: model)
+    case = bench.cases(smoke=True)[-1] | {"dtype": "bfloat16"}
+    ours = ["torch", "torch compiled", "triton", "triton compiled"]
+    assert case["operation"] == "model" and list(bench.rivals(case, "cpu")) == ours
+    assert "diffusers left out: CUDA out of memory. Tried to allocate 92 MiB.\n" in capsys.readouterr().out
+    assert list(bench.rivals(case, "cpu")) == ours + ["diffusers", "diffusers compiled"]
+    assert dtypes == [torch.bfloat16] * 2 and torch.get_default_dtype() == torch.float32
+
+
+def test_the_bench_covers_the_three_models_at_both_sizes_and_a_text():
     found = bench.cases()
-    assert {(c["model"], c["pixels"], c["B"]) for c in found} == {
+    assert {(c["operation"], c["dtype"], c["B"]) for c in found if c["N"] == bench.TEXT} == {
+        (operation, dtype, B) for operation in ("modulate", "gate_residual_modulate")
+        for dtype in ("bfloat16", "float32") for B in (1, 2, 4, 8)}
+    assert {(c["model"], c["pixels"], c["B"]) for c in found if c["pixels"]} == {
         (model, pixels, B) for model in ("sd3-medium", "sd3.5-medium", "sd3.5-large")
         for pixels in (512, 1024) for B in (1, 2, 4, 8)}
     assert {c["operation"] for c in found} == {

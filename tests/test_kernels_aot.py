@@ -128,7 +128,8 @@ def describe(name, case, kwargs, binary) -> dict:
             "loops": [len(loop) for loop in loops],
             "spills": sum(op in ("LDL", "STL") for loop in loops for op in loop),
             "tensor": {op: sum(op in loop for loop in loops) for op in ("HMMA", "HGMMA", "UTCHMMA")},
-            "wide loads": len(re.findall(r"LDG\.E\S*\.128", sass)),
+            "loaded ahead": sum(op == "LDGSTS" for loop in loops for op in loop),       # to shared memory
+            "wide loads": len(re.findall(r"LDG(?:STS)?\.E\S*\.128", sass)),
             "narrow loads": len(re.findall(r"LDG\.E\S*\.U16", sass))}
 
 
@@ -153,11 +154,11 @@ def thorough():
     return settings.get_current_profile_name() == "thorough"
 
 
-# The models' own head dim and width; the limits of what is allowed. 8.6 stands for 8.0 and 8.9, whose
+# The models' own head dim and widths; the limits of what is allowed. 8.6 stands for 8.0 and 8.9, whose
 # instructions it shares, with the least shared memory of the three.
-MODELS = [("bfloat16", 64, 0), ("bfloat16", 0, 1536)]
+MODELS = [("bfloat16", 64, 0), ("bfloat16", 0, 1536), ("bfloat16", 0, 2432)]
 LIMITS = [("float16", 256, 0), ("float32", 64, 0), ("float32", 256, 0), ("bfloat16", 128, 0),
-          ("bfloat16", 0, 2432)]
+          ("float32", 0, 2432)]
 DEFAULT = (86, 90)
 
 
@@ -210,6 +211,16 @@ def test_on_hopper_two_programs_of_the_forward_share_a_multiprocessor(everything
     forward, = (k for k in models if k["kernel"] == "attend_forward")
     a_warp = -(-forward["registers"] // 8) * 8 * 32                         # registers come in eights
     assert 65_536 // (a_warp * forward["warps"]) >= 2 and 233_472 // (forward["shared"] + 1024) >= 2, forward
+
+
+def test_the_modulations_backward_loads_ahead_with_16_warps_on_a_multiprocessor(found):
+    """dout, dh, h and y of the next token, while this one is summed"""
+    backwards = [k for k in found[1] if k["kernel"] == "modulate_tile_backward"]
+    assert [k["case"][2] for k in backwards] == [1536, 2432]
+    for k in backwards:
+        assert len(k["loops"]) == 1 and k["loaded ahead"] >= 4 and k["spills"] == 0, k
+        a_warp = -(-k["registers"] // 8) * 8 * 32
+        assert 65_536 // (a_warp * k["warps"]) * k["warps"] >= 16, k
 
 
 @pytest.mark.parametrize("odd", ODD)
