@@ -14,6 +14,8 @@ Nothing changes until --apply, which names what was found in DIR/excluded.txt; l
 What to know
 - Thumbnails find copies that were resized, recompressed or blurred, not those that were cropped. The CLIP of
   a run finds crops of 3 % along each side, most of the time; it does not find crops of 6 %.
+- Line art, glyphs and logos on a plain ground look alike to thumbnails: of letters in black on a white ground
+  of 512 pixels, "B" is taken for a copy of "A". Look at the sheet of copies before --apply.
 
 DIFFERS: the paper finds duplicates with SSCD, a network made to detect copies, in clusters of its
   embeddings; here it is done by thumbnails, and the CLIP image tower that training leaves behind.
@@ -34,7 +36,7 @@ import torch
 from PIL import Image, ImageOps
 
 import data
-from checkpoints import load_part, write_atomically, write_json
+from checkpoints import load_part, read_json, write_atomically, write_json
 from prepare import bucket_shapes, nearest_bucket, upright_size
 
 SAME_LOOK = 0.1             # thumbnails nearer than this are copies. 99 of 100 emoji are within 0.05 of
@@ -100,7 +102,11 @@ def passes(about: dict, rule: str):
     """Whether a picture's score satisfies `rule`, such as "aesthetic>=5"; None if it has no such score."""
     name, sign, bound = parse_rule(rule)
     value = about.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+    try:
+        value = float("nan" if isinstance(value, bool) else value)          # some tools write "6.0" in quotes
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if value != value:
         return None
     return value >= bound if sign == ">=" else value <= bound
 
@@ -160,7 +166,7 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
         if name not in names:
             raise ValueError(f"no picture of {source} has the score of {rule!r}; there "
                              + (f"are {', '.join(names)}" if names else "are no scores at all"))
-    out = Path(out or Path("runs") / f"check-{Path(source).resolve().name}")
+    out = Path(out) if out else report_folder(source)
     out.mkdir(parents=True, exist_ok=True)
     entries, sizes, thumbs, embeds, lost = examine(listing, run)
     removed = {"unusable": [(name, why, None, None) for name, why in listing.skipped + lost]}
@@ -196,21 +202,21 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
     return result
 
 
-def pictures_beside(source: Path, listing) -> int:
-    """How many pictures of a folder are not named in its captions.jsonl, if it has one."""
-    if not (source / "captions.jsonl").is_file():
-        return 0
-    named = {entry.picture for entry in listing.entries} | {source.resolve() / n for n, _ in listing.skipped}
-    there = {path.resolve() for path in source.rglob("*") if path.suffix.lower() in data.SUFFIXES}
-    return len(there - named) - listing.excluded
+def report_folder(source) -> Path:
+    """runs/check-NAME. ValueError if it holds the report on another source of that name."""
+    folder = Path("runs") / f"check-{Path(source).resolve().name}"
+    if (folder / "report.json").is_file():
+        other = read_json(folder / "report.json").get("source", source)
+        if Path(other).resolve() != Path(source).resolve():
+            raise ValueError(f"{folder} holds the report on {other}: choose another folder with --out")
+    return folder
 
 
 def exclude(source: Path, names) -> None:
     """Add to the source's excluded.txt, except bad lines of captions.jsonl: they are skipped anyway."""
     path = (source if source.is_dir() else source.parent) / "excluded.txt"
-    known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    new = [n for n in dict.fromkeys(names) if not n.startswith("captions.jsonl:")]
-    text = "\n".join(dict.fromkeys(known + new)) + "\n"
+    new = [n for n in names if not n.startswith("captions.jsonl:")]
+    text = "\n".join(n for n in dict.fromkeys(data.excluded_names(source) + new) if n) + "\n"
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
@@ -218,8 +224,9 @@ def report(source, listing, entries, sizes, left, removed, size, out, say) -> No
     """Print the counts, and save a contact sheet of each step that removed something."""
     total = len(listing.entries) + len(listing.skipped)
     say(f"{source}: {total:,} entries" + f" and {listing.excluded:,} excluded" * bool(listing.excluded))
-    if unnamed := pictures_beside(Path(source), listing):
-        say(f"  besides, {unnamed:,} pictures that captions.jsonl does not name, which loading passes over")
+    if listing.unnamed:
+        say(f"  besides, {listing.unnamed:,} pictures or shards for which captions.jsonl has no usable line, "
+            "which loading passes over")
     for number, (name, items) in enumerate(removed.items(), 1):
         sheet = out / f"{number}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png"
         sheet.unlink(missing_ok=True)

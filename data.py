@@ -6,7 +6,8 @@ Three sources, one result: `Pictures`, square RGB pictures in a uint8 tensor, ea
     "emoji"     1,026 Twemoji, kept in assets/ as one sheet, so that the first real pictures need no download
     a folder    yours: name.png beside name.txt (each line is a caption), or a captions.jsonl of lines such as
                 {"file": "cats/1.jpg", "captions": ["a cat", "a grey cat asleep on a red sofa"]}
-                The first caption is the original, those after it are synthetic
+                The first caption is the original, those after it are synthetic. Beside a captions.jsonl no
+                name.txt is read: only the pictures that it names are loaded, the others are counted
     tar shards  the same files in .tar (the WebDataset layout), one or a folder full; name.json may take the
                 place of name.txt: {"captions": [...], "aesthetic": 5.1}
 
@@ -34,9 +35,11 @@ Lengths are fractions of the picture's side, and y grows downwards: "above" mean
 
 Pitfalls
 - Dropping alpha shows the colours hidden under transparent pixels, often black: pictures are laid on white.
-  Cameras keep rotation in EXIF, 16-bit files need scaling, and a small file may decode to gigabytes.
-- A bad file is skipped and listed in `Pictures.skipped`, never silently; when most are bad, or a hundred in a
-  row, loading stops. `python data.py check DIR` (curate.py) reports on a folder before training.
+  Cameras keep rotation in EXIF, 16-bit files need scaling (as 65,535 is white, what a camera's 12 bits leave
+  in them comes out almost black: scale it first), and a small file may decode to gigabytes.
+- A bad file, or a name.txt without a picture, is skipped and listed in `Pictures.skipped`, never silently;
+  when most are bad, or a hundred in a row, loading stops. `python data.py check DIR` (curate.py) reports on a
+  folder before training.
 - A JPEG with a damaged byte decodes without complaint into another picture; only a checksum would tell.
 
 DIFFERS: GenEval's prompts begin with "a photo of"; these do not: the words say nothing about a drawing.
@@ -287,6 +290,7 @@ class Listing(NamedTuple):
     entries: list[Entry]
     skipped: list[tuple[str, str]]  # what cannot be used: (file, or captions.jsonl:line, and the reason)
     excluded: int                   # how many excluded.txt leaves out (`python data.py check --apply` adds)
+    unnamed: int = 0                # pictures and shards for which captions.jsonl has no usable line
 
 
 @dataclass
@@ -296,6 +300,7 @@ class Pictures:
     skipped: list[tuple[str, str]]      # (file, or captions.jsonl:line, and the reason)
     excluded: int = 0
     names: list[str] = field(default_factory=list)      # of the n entries
+    unnamed: int = 0                # as in Listing; perhaps left out on purpose, so they do not count as bad
 
 
 def load_pictures(source, size=64, *, count=None, seed=0, listing=None):
@@ -305,7 +310,7 @@ def load_pictures(source, size=64, *, count=None, seed=0, listing=None):
     returns for the same arguments, if it has been called already.
     -> Pictures; what could not be used is listed in `skipped`.
     Raises ValueError: what `list_pictures` and `each` raise, more than half unusable, a bad size."""
-    entries, skipped, excluded = listing or list_pictures(source, size, count=count, seed=seed)
+    entries, skipped, excluded, unnamed = listing or list_pictures(source, size, count=count, seed=seed)
     skipped = list(skipped)
     wanted, untried, captions, names = min(count or len(entries), len(entries)), len(entries), [], []
     images = torch.empty((wanted, 3, size, size), dtype=torch.uint8)
@@ -321,7 +326,7 @@ def load_pictures(source, size=64, *, count=None, seed=0, listing=None):
             break
     # beyond `count` pictures nothing is opened: presumed good
     refuse_if_mostly_bad(source, len(captions) and len(captions) + untried, skipped)
-    return Pictures(images[:len(captions)], captions, skipped, excluded, names)
+    return Pictures(images[:len(captions)], captions, skipped, excluded, names, unnamed)
 
 
 def list_pictures(source, size=64, *, count=None, seed=0):
@@ -337,10 +342,11 @@ def list_pictures(source, size=64, *, count=None, seed=0):
         scenes = (scene(np.random.default_rng((seed, i))) for i in range(count or 24_000))
         return Listing([Entry(f"drawn/{seed}/{i}", partial(draw, s.things), s.captions, {})
                         for i, s in enumerate(scenes)], [], 0)
-    entries, skipped = _emoji() if source == "emoji" else _listing(Path(source))
-    excluded = _excluded(Path(source)) if source != "emoji" else set()
+    entries, skipped, unnamed = (_emoji(), [], 0) if source == "emoji" else _listing(Path(source))
+    excluded = set(excluded_names(Path(source))) if source != "emoji" else set()
     kept = [entry for entry in entries if entry.name not in excluded]
-    listing = Listing(kept, [(n, why) for n, why in skipped if n not in excluded], len(entries) - len(kept))
+    skipped = [(name, why) for name, why in skipped if name not in excluded]
+    listing = Listing(kept, skipped, len(entries) - len(kept), unnamed)
     if count is not None and count < len(kept):
         listing = listing._replace(
             entries=[kept[int(i)] for i in np.random.default_rng(seed).permutation(len(kept))])
@@ -409,8 +415,9 @@ def read_picture(picture, size):
 def opened(picture, whole=False):
     """A PIL image that is small enough to decode, of which only the header has been read. whole: a PNG's
     checksums are verified first, which Pillow's decoder does not do: a wrong bit may go unnoticed there."""
-    if isinstance(picture, Path) and not picture.is_file():
-        raise ValueError("a folder" if picture.is_dir() else "no such file")    # or a pipe, to wait for
+    if isinstance(picture, Path) and not picture.is_file():                     # or a pipe, to wait for
+        windows = ": write / for each \\ in its path" * ("\\" in picture.name)    # no name there has one
+        raise ValueError("a folder" if picture.is_dir() else "no such file" + windows)
     if isinstance(picture, Image.Image):
         image = picture
     else:
@@ -443,12 +450,21 @@ def read_bytes(member):
         return shard.read(member.size)
 
 
+def orientation(image):
+    """How a freshly opened PIL image is to be turned, 1 to 8 as in EXIF. That of a PNG may also follow its
+    pixels, where it does not count: its getexif would decode them all, and a bucket is chosen without."""
+    return Image.Image.getexif(image).get(0x0112, 1)
+
+
 def upright(image, side):
     """A freshly opened PIL image -> RGB, turned as its EXIF says, transparent parts white, 16 bits scaled.
 
     A JPEG decodes at 1/2, 1/4 or 1/8 of its size where that leaves 2 * side pixels both ways."""
+    turned = orientation(image) != 1                # asked first: load() also finds what follows the pixels
     image.draft("RGB", (2 * side, 2 * side))
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if turned:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":     # 16 or 32 bits: convert() clips at 255
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         white = 65535 if image.mode.startswith("I") else 255 if values.max() > 1 else 1
@@ -459,22 +475,24 @@ def upright(image, side):
     return image.convert("RGB")
 
 
-def _excluded(root):
+def excluded_names(root):
     """The names in excluded.txt, one a line: in the folder, or beside a single shard."""
     path = (root if root.is_dir() else root.parent) / "excluded.txt"
-    try:
-        return set(path.read_text(encoding="utf-8-sig").splitlines()) if path.is_file() else set()
+    try:                            # splitlines() would cut names at U+2028 and its like
+        return path.read_text(encoding="utf-8-sig").split("\n") if path.is_file() else []
     except ValueError as e:
         raise ValueError(f"{path} is not UTF-8 text ({e}): save it as such") from None
 
 
 def _listing(root):
-    """The entries of a folder or a .tar, and [(name, reason)] for those that cannot be used."""
-    if root.suffix == ".tar" and root.is_file():
+    """The entries of a folder or a .tar, [(name, reason)] for those that cannot be used, and how many
+    pictures and shards lie beside a captions.jsonl that has no usable line for them."""
+    listed = (root / "captions.jsonl").is_file()
+    if root.suffix.lower() == ".tar" and root.is_file():
         raw, skipped = _shard(root.name, root)
     elif not root.is_dir():
         raise ValueError(f'{root}: no such folder; a source is "drawn", "emoji", a folder or a .tar')
-    elif (root / "captions.jsonl").is_file():       # lines in bytes: broken UTF-8 spoils only one of them
+    elif listed:                                    # lines in bytes: broken UTF-8 spoils only one of them
         lines = (root / "captions.jsonl").read_bytes().splitlines()
         raw = [(f"captions.jsonl:{n}", None, None, line) for n, line in enumerate(lines, 1) if line.strip()]
         skipped = []
@@ -483,33 +501,49 @@ def _listing(root):
     entries, seen, real = [], set(), root.resolve()
     for name, *parts in raw:
         try:
-            if (printed := name.encode("utf-8", "backslashreplace").decode()) != name:
-                name = printed
-                raise ValueError("its name is not UTF-8 text: rename it")
             entry = _entry(real, name, *parts)
-            if entry.name in seen:
+            if _printed(entry.name) != entry.name:
+                raise ValueError("its name is not one line of UTF-8 text: rename it")
+            file = os.path.normpath(entry.name) if listed else entry.name       # ./a.png is a.png
+            if file in seen:
                 raise ValueError("listed before: a picture has all its captions in one place")
-            seen.add(entry.name)
+            seen.add(file)
             entries.append(entry)
         except (ValueError, OSError, RuntimeError) as error:    # RuntimeError: deep nesting, looping links
             skipped.append((name, str(error)[:160]))
-    if not entries and all(reason.startswith("no captions") for _, reason in skipped):
-        raise ValueError(f"{root}: no captioned pictures here: {FORMAT}")
-    return entries, skipped
+    if not entries and all(reason.startswith(("no captions", "no picture")) for _, reason in skipped):
+        first = "".join(f" ({_printed(name)}: {reason})" for name, reason in skipped[:1])
+        raise ValueError(f"{root}: no captioned pictures here{first}: {FORMAT}")
+    there = {str(p) for p in _paths(root) if p.suffix.lower() in SUFFIXES | {".tar"}} if listed else set()
+    unnamed = sum((root / file).is_file() for file in there - seen)
+    return entries, [(_printed(name), reason) for name, reason in skipped], unnamed
+
+
+def _printed(name):
+    """A file's name as one line of UTF-8 text: on the screen, and in excluded.txt, it takes a line."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _paths(root):
+    """All that lies in a folder, except hidden, as sorted paths in it."""
+    paths = sorted(path.relative_to(root) for path in root.rglob("*"))
+    return [path for path in paths if not any(part.startswith(".") for part in path.parts)]
 
 
 def _files(root):
     """A folder's pictures and those of its shards: [(name, picture, .txt, .json)], and [(name, reason)]."""
-    raw, skipped = [], []
-    for path in sorted(p.relative_to(root) for p in root.rglob("*")):
-        name = path.as_posix()
-        if any(part.startswith(".") for part in path.parts):
-            continue
+    raw, skipped, paths = [], [], _paths(root)
+    kinds = {(path.with_suffix(""), path.suffix.lower()): path for path in paths}   # also a.TXT is a's .txt
+    pictured = {stem for stem, kind in kinds if kind in SUFFIXES}
+    for path in paths:
+        name, stem, kind = path.as_posix(), path.with_suffix(""), path.suffix.lower()
         if (root / path).is_symlink() and (root / path).is_dir():
             skipped.append((name, "a link to a folder, which is not followed: put the folder itself there"))
-        elif path.suffix.lower() in SUFFIXES:
-            raw.append((name, name, path.with_suffix(".txt"), path.with_suffix(".json")))
-        elif path.suffix == ".tar":
+        elif kind in SUFFIXES:
+            raw.append((name, name, kinds.get((stem, ".txt")), kinds.get((stem, ".json"))))
+        elif kind == ".txt" and stem not in pictured and name != "excluded.txt":
+            skipped.append((name, f"no picture of this name; known are {' '.join(sorted(SUFFIXES))}"))
+        elif kind == ".tar":
             inside, lost = _shard(name, root / path)
             raw, skipped = raw + inside, skipped + lost
         elif name.endswith((".tar.gz", ".tgz")):
@@ -576,8 +610,6 @@ def _content(root, file):
     """The bytes of a caption file: a Path in the folder, or what _shard found; None if there is none."""
     if file is None or isinstance(file, bytes):
         return file
-    if isinstance(file, Path) and not os.path.lexists(root / file):
-        return None
     path = _inside(root, file) if isinstance(file, Path) else None
     if path is None or path.stat().st_size > MAX_CAPTION_FILE:      # a shard's small ones are bytes already
         raise ValueError(f"a caption file of more than {MAX_CAPTION_FILE:,} bytes")
@@ -605,7 +637,7 @@ def _caption(text):
 
 
 def _emoji():
-    """The bundled Twemoji (CC-BY 4.0, see assets/LICENSE-twemoji.md), as _listing gives a folder."""
+    """The entries of the bundled Twemoji (CC-BY 4.0, see assets/LICENSE-twemoji.md)."""
     with Image.open(ASSETS / "twemoji.png") as opened:
         sheet = opened.convert("RGB")
     entries = []
@@ -613,7 +645,7 @@ def _emoji():
         row, x, y = json.loads(line), i % COLUMNS * TILE, i // COLUMNS * TILE
         tile = sheet.crop((x, y, x + TILE, y + TILE))
         entries.append(Entry(row["file"], tile, tuple(row["captions"]), {}))
-    return entries, []
+    return entries
 
 
 def pack_sheet(folder, out, style="twemoji"):

@@ -327,7 +327,7 @@ class MMDiT(nn.Module):
         x = x.view(B, h, w, P, P, C)                                        # channel innermost
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
 
-    def check_inputs(self, x, t, context, pooled, skip_layers):
+    def check_inputs(self, x, t, context, pooled, skip_layers=()):
         config, B = self.config, x.shape[0]
         C, P, ctx, pool = config.in_channels, config.patch_size, config.context_dim, config.pooled_dim
         if x.ndim != 4 or x.shape[1] != C or x.shape[2] % P or x.shape[3] % P:

@@ -82,10 +82,10 @@ def picture_size(picture) -> tuple[int, int]:
 
 
 def upright_size(image) -> tuple[int, int]:
-    """(width, height) of a freshly opened PIL image, once it is turned as its EXIF says."""
-    # if a PNG has no EXIF before its pixels, getexif would decode them all to look for some after them
-    turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(0x0112, 1) >= 5
-    return image.size[::-1] if turned else image.size
+    """(width, height) of a freshly opened PIL image, once `data.upright` has turned it."""
+    # the size that Pillow gives a TIFF is, in newer versions only, that of the turned picture
+    size = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+    return size[::-1] if data.orientation(image) in (5, 6, 7, 8) else size
 
 
 class Order:

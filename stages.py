@@ -265,7 +265,9 @@ def encode_all(run, out, prints, rank=0, world=1) -> None:
         refuse_if_mostly_bad(c.data, 0, skipped)
     if rank == 0:
         print(f"cache: {len(survey.entries):,} pictures in {len(set(survey.buckets))} shapes with "
-              f"{len(survey.captions):,} captions, {len(skipped)} skipped, into {out}", flush=True)
+              f"{len(survey.captions):,} captions, {len(skipped)} skipped"
+              + f", {listing.unnamed:,} without a usable line in captions.jsonl" * bool(listing.unnamed)
+              + f", into {out}", flush=True)
     with nullcontext() if rank else sole_writer(out):
         lost = write_cache(out, survey, vae, encoders, vae_print=prints[0], text_print=prints[1],
                            source=source_of(c), origin=str(home.resolve()) if published else "",

@@ -393,7 +393,8 @@ def list_data(c: TrainConfig):
     captions = [entry.captions for entry in survey.entries]
     skipped = listing.skipped + survey.skipped
     refuse_if_mostly_bad(c.data, len(listing.entries) - len(survey.skipped) if captions else 0, skipped)
-    return survey, Pictures(torch.empty(0), captions, skipped, listing.excluded), survey.fingerprint, listing
+    words = Pictures(torch.empty(0), captions, skipped, listing.excluded, unnamed=listing.unnamed)
+    return survey, words, survey.fingerprint, listing
 
 
 def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: bool) -> Path:
@@ -501,8 +502,9 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
         print(f"and {len(pictures.skipped) - 5:,} more")
     count = len(pictures.names or pictures.captions)
     print(f"data: {c.cache or c.data}, {count} pictures of {c.size} x {c.size}, "
-          f"{len(pictures.skipped)} skipped, {pictures.excluded} left out by excluded.txt; "
-          f"text: {c.clip_length} tokens for CLIP, {c.t5_length} for T5")
+          f"{len(pictures.skipped)} skipped, {pictures.excluded} left out by excluded.txt"
+          + f", {pictures.unnamed:,} without a usable line in captions.jsonl" * bool(pictures.unnamed)
+          + f"; text: {c.clip_length} tokens for CLIP, {c.t5_length} for T5")
     print("parameters: " + ", ".join(
         f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in parts.items()))
     if not todo:

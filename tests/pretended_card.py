@@ -158,6 +158,6 @@ def install(free=80 * 10**9):
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **how: answer)
     torch.cuda.Stream = torch.cuda.Event = Nothing
-    torch.accelerator.current_stream = torch.cuda.current_stream            # torch 2.15's optimizers ask there
+    torch.accelerator.current_stream = torch.cuda.current_stream      # torch 2.15's optimizers ask there
     Requests().__enter__()
     Ledger().__enter__()

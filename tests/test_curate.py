@@ -164,8 +164,11 @@ def test_a_runs_clip_finds_crops_that_thumbnails_miss(tmp_path):
 @pytest.mark.parametrize("rule, about, verdict", [
     ("aesthetic>=5", {"aesthetic": 5}, True), ("aesthetic >= 5.5", {"aesthetic": 5}, False),
     ("nsfw<=0.1", {"nsfw": 0.05}, True), ("nsfw<=1e-3", {"nsfw": 0.05}, False), ("nsfw<=1", {}, None),
-    ("nsfw<=1", {"nsfw": "0.05"}, None), ("nsfw<=1", {"nsfw": float("nan")}, None),
-    ("a<=1", {"a": True}, None)])
+    ("nsfw<=1", {"nsfw": "0.05"}, True), ("nsfw<=1", {"nsfw": "6.0"}, False),
+    ("nsfw<=1", {"nsfw": "no"}, None), ("nsfw<=1", {"nsfw": "nan"}, None),
+    ("nsfw<=1", {"nsfw": float("nan")}, None),
+    ("a<=1", {"a": True}, None), ("a<=1", {"a": [0]}, None), ("a<=1", {"a": None}, None),
+    ("a<=1", {"a": -10 ** 400}, None)])
 def test_scores_are_compared_as_numbers_and_missing_ones_pass_nothing(rule, about, verdict):
     assert curate.passes(about, rule) is verdict
 
@@ -208,7 +211,56 @@ def test_pictures_that_captions_jsonl_passes_over_are_counted(tmp_path):
     said = []
     (tmp_path / "pics" / "excluded.txt").write_text("01.png\n")
     curate.check(tmp_path / "pics", out=tmp_path / "r", say=said.append)
-    assert "2 entries and 1 excluded" in said[0] and "2 pictures that captions.jsonl does not name" in said[1]
+    assert "2 entries and 1 excluded" in said[0]
+    assert "2 pictures or shards for which captions.jsonl has no usable line" in said[1]
+
+
+def test_pictures_that_are_missing_and_then_excluded_leave_none_beside(tmp_path):
+    fill(tmp_path / "pics", [blur(i) for i in range(6)])
+    lines = [json.dumps({"file": f"{i:02}.png", "captions": ["x"]}) for i in range(9)]
+    (tmp_path / "pics" / "captions.jsonl").write_text("\n".join(lines))
+    for excluded in range(2):
+        said = []
+        curate.check(tmp_path / "pics", out=tmp_path / "r", apply=True, say=said.append)
+        assert not any("besides" in line for line in said)
+    assert "6 entries and 3 excluded" in said[0]
+
+
+def test_excluded_txt_holds_names_with_the_line_ends_of_unicode_and_grows_without_blank_lines(tmp_path):
+    folder = tmp_path / "pics"
+    fill(folder, [blur(i) for i in range(3)])
+    names = [f"c{end}d.png" for end in "\u2028\u2029\x85"]
+    for name in names:
+        blur(9).save(folder / name)
+        (folder / name).with_suffix(".txt").write_text("odd")
+    (folder / "excluded.txt").write_text("\n00.png\n\n", encoding="utf-8-sig")
+    for _ in range(2):
+        curate.exclude(folder, ["captions.jsonl:3", *names])
+        written = (folder / "excluded.txt").read_text(encoding="utf-8")
+        assert written == "\n".join(["00.png", *names]) + "\n"
+    assert [entry.name for entry in data.list_pictures(folder).entries] == ["01.png", "02.png"]
+
+
+def test_a_folder_of_caption_files_alone_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("whole")
+    with pytest.raises(SystemExit):
+        curate.main(["check", str(tmp_path)])
+    assert "a.txt: no picture of this name" in capsys.readouterr().err
+
+
+def test_the_report_on_another_folder_of_the_same_name_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        fill(tmp_path / place / "pics", [blur(i, 40) for i in range(3)])
+    curate.main(["check", "a/pics"])
+    curate.main(["check", str(tmp_path / "a" / "pics")])            # the same folder: its report is renewed
+    with pytest.raises(SystemExit):
+        curate.main(["check", "b/pics"])
+    assert "choose another folder with --out" in capsys.readouterr().err
+    report = json.loads((tmp_path / "runs" / "check-pics" / "report.json").read_text())
+    assert report["source"] == str(tmp_path / "a" / "pics")
+    curate.main(["check", "b/pics", "--out", "runs/check-pics"])
 
 
 def test_data_py_check_is_the_command(tmp_path, monkeypatch, capsys):

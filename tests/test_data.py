@@ -347,12 +347,76 @@ def test_text_files_and_captions_jsonl_give_the_same_pictures(tmp_path):
     (folder / "notes.txt").write_text("not a caption: no picture has this name")
     texts = data.load_pictures(folder, 16)
     assert texts.captions == [("blue",), ("green",), ("a red field", "the whole picture is red")]
-    assert texts.images[:, :, 8, 8].tolist() == [[0, 0, 255], [0, 255, 0], [255, 0, 0]] and not texts.skipped
+    assert texts.images[:, :, 8, 8].tolist() == [[0, 0, 255], [0, 255, 0], [255, 0, 0]]
+    assert [name for name, _ in texts.skipped] == ["notes.txt"]
     files = ("blue.png", "deep/green.png", "red.png")
     rows = [{"file": f, "captions": c} for f, c in zip(files, texts.captions)]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     lines = data.load_pictures(str(folder), 16)
     assert lines.captions == texts.captions and torch.equal(lines.images, texts.images)
+    assert not lines.skipped and not lines.unnamed
+
+
+def test_a_caption_file_whose_picture_is_missing_or_of_an_unknown_kind_is_told(tmp_path):
+    folder = fill(tmp_path, a=flat(), b=flat(), c=flat(), d=flat())
+    flat().save(folder / "e.ppm")
+    flat().save(folder / "f", format="PNG")
+    for name in "efg":
+        (folder / f"{name}.txt").write_text(name)
+    (folder / "excluded.txt").write_text("d.png\n")                             # is no caption
+    got = data.load_pictures(folder, 8)
+    assert got.captions == [("a",), ("b",), ("c",)]
+    assert [name for name, _ in got.skipped] == ["e.txt", "f.txt", "g.txt"]
+    assert all("no picture of this name; known are .avif" in reason for _, reason in got.skipped)
+    for name in "abc":
+        (folder / f"{name}.png").unlink()
+    (folder / "d.png").unlink()
+    with pytest.raises(ValueError, match=r"no captioned pictures here \(a.txt: no picture of this.*name.txt"):
+        data.list_pictures(folder)
+
+
+def test_caption_files_may_have_a_suffix_in_capitals(tmp_path):
+    folder = fill(tmp_path, a=flat(), b=flat())
+    (folder / "a.txt").rename(folder / "a.TXT")
+    (folder / "b.txt").unlink()
+    (folder / "b.JSON").write_text('{"captions": ["from JSON"]}')
+    shard(folder / "c.TAR", [("c.png", png()), ("c.txt", b"from a shard")])
+    got = data.list_pictures(folder)
+    assert [entry.captions for entry in got.entries] == [("a",), ("from JSON",), ("from a shard",)]
+    assert not got.skipped and len(data.list_pictures(folder / "c.TAR").entries) == 1
+
+
+def test_pictures_that_captions_jsonl_does_not_name_are_counted_and_are_no_fault(tmp_path):
+    folder = fill(tmp_path / "a", **{f"p{i:02}": flat() for i in range(30)})
+    fill(folder / ".trash", hidden=flat())
+    shard(folder / "x.tar", [("c.png", png()), ("c.txt", b"fine")])
+    rows = [json.dumps({"file": f"./p{i:02}.png", "captions": ["x"]}) for i in range(5)]
+    (folder / "captions.jsonl").write_text("\n".join([*rows, '{"file": "p05.png", "captions": [""]}']))
+    for got in (data.list_pictures(folder), data.load_pictures(folder, 8)):
+        assert got.unnamed == 26 and [name for name, _ in got.skipped] == ["captions.jsonl:6"]
+    assert data.list_pictures("drawn", count=1).unnamed == data.list_pictures("emoji").unnamed == 0
+
+
+def test_a_picture_under_three_spellings_counts_once(tmp_path):
+    folder = fill(tmp_path, a=flat("red"), b=flat("blue"))
+    (folder / "x").mkdir()
+    files = ("a.png", "./a.png", "b.png", "x/../a.png")
+    (folder / "captions.jsonl").write_text("\n".join(
+        json.dumps({"file": file, "captions": [file]}) for file in files))
+    got = data.load_pictures(folder, 8)
+    assert got.captions == [("a.png",), ("b.png",)] and not got.unnamed
+    assert [name for name, _ in got.skipped] == ["captions.jsonl:2", "captions.jsonl:4"]
+    assert all("listed before" in reason for _, reason in got.skipped)
+
+
+@pytest.mark.skipif(os.sep == "\\", reason="there the path is right")
+def test_a_windows_path_in_captions_jsonl_is_told_how_to_be_written(tmp_path):
+    folder = fill(tmp_path / "a", a=flat(), b=flat())
+    files = ("a.png", "b.png", "cats\\1.png", "gone.png")
+    (folder / "captions.jsonl").write_text("\n".join(
+        json.dumps({"file": file, "captions": ["x"]}) for file in files))
+    assert dict(data.load_pictures(folder, 8).skipped) == {
+        "cats\\1.png": "no such file: write / for each \\ in its path", "gone.png": "no such file"}
 
 
 @pytest.mark.parametrize("size", [(96, 32), (33, 70), (20, 50)])
@@ -742,7 +806,7 @@ def test_names_that_are_no_text_linked_and_hidden_folders_are_skipped_and_told(t
     (folder / "excluded.txt").write_text("a.png\n", encoding="utf-8-sig")
     got = data.list_pictures(folder, 8)
     assert not got.entries and got.excluded == 1
-    assert sorted(got.skipped) == [("caf\\udce9.png", "its name is not UTF-8 text: rename it"), (
+    assert sorted(got.skipped) == [("caf\\udce9.png", "its name is not one line of UTF-8 text: rename it"), (
         "link", "a link to a folder, which is not followed: put the folder itself there")]
     (folder / "excluded.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="excluded.txt is not UTF-8 text"):
@@ -765,6 +829,21 @@ def test_what_excluded_txt_names_is_left_out_and_counted(tmp_path):
     (folder / "excluded.txt").write_text("b.png\nd.png\ngone.png\n")
     got = data.load_pictures(folder, 4)
     assert got.captions == [("a",), ("c",)] and not got.skipped and got.excluded == 2
+
+
+@pytest.mark.skipif(os.sep == "\\", reason="Windows refuses such names")
+def test_a_name_of_two_lines_is_skipped_for_excluded_txt_has_one_a_line(tmp_path):
+    fill(tmp_path / "a", **{"a\nb": flat(), "c\rd": flat(), "b": flat(), "e\u2028f": flat()})
+    skipped = [("a\\nb.png", "its name is not one line of UTF-8 text: rename it"),
+               ("c\\rd.png", "its name is not one line of UTF-8 text: rename it")]
+    got = data.list_pictures(tmp_path / "a")
+    assert [e.name for e in got.entries] == ["b.png", "e\u2028f.png"] and got.skipped == skipped
+    rows = [json.dumps({"file": file, "captions": ["x"]}) for file in ("a\nb.png", "b.png")]
+    (tmp_path / "a" / "captions.jsonl").write_text("\n".join(rows))
+    got = data.list_pictures(tmp_path / "a")
+    assert [e.name for e in got.entries] == ["b.png"] and got.skipped == [("captions.jsonl:1", skipped[0][1])]
+    shard(tmp_path / "x.tar", [("a\nb.txt", b"alone"), ("c.png", png()), ("c.txt", b"fine")])
+    assert [name for name, _ in data.list_pictures(tmp_path / "x.tar").skipped] == ["x.tar/a\\nb"]
 
 
 def test_the_demo_runs_and_saves_its_sheet(tmp_path, capsys):

@@ -215,7 +215,8 @@ def test_objects_that_touch_are_told_apart_by_colour_or_waist():
 
 
 @pytest.mark.parametrize("shape", data.SHAPES)
-@pytest.mark.parametrize("between", [("red", "orange"), ("yellow", "orange"), ("red", "brown"), ("blue", "purple")])
+@pytest.mark.parametrize("between", [("red", "orange"), ("yellow", "orange"), ("red", "brown"),
+                                     ("blue", "purple")])
 def test_an_object_of_a_hue_between_two_colours_is_one_object(shape, between):
     """Its pixels, which vary a little, lie nearest to either."""
     first, second = (data.draw([Thing(shape, c, 0.5, 0.5, 0.25)]).astype(float) for c in between)
@@ -406,8 +407,8 @@ def test_a_run_with_shuffled_captions_scores_at_chance():
 def test_chance_is_what_a_blind_model_gets_however_few_prompts_there_are():
     for n in (1, 8, 30):
         jobs = evaluate.requests(n, per_prompt=4)
-        found = [find_objects(evaluate.illustrate(job.metadata, np.random.default_rng(job.seed))) for job in jobs]
-        chance = evaluate.tally(jobs, found)["chance"]
+        truth = [evaluate.illustrate(job.metadata, np.random.default_rng(job.seed)) for job in jobs]
+        chance = results(jobs, truth)["chance"]
         assert chance["single_object"] == pytest.approx(1 / 8, abs=0.03) and chance["overall"] < 0.05
 
 

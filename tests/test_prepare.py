@@ -5,8 +5,11 @@ ranks see what one sees. Cache: it holds what the encoders say, goes on after an
 number of ranks, notices other data and other encoders, and is fast.
 """
 
+import io
 import json
+import struct
 import time
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -56,6 +59,42 @@ def test_the_size_is_that_of_the_upright_picture_and_costs_no_decoding(tmp_path,
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
     sizes = [prepare.picture_size(tmp_path / name) for name in ("turned.jpg", "turned.png", "plain.png")]
     assert sizes == [(20, 40), (20, 40), (40, 20)]
+
+
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def png_with(chunk, body, late):
+    """40 x 20 pixels, with a chunk before or after them."""
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 20)).save(stream, "png")
+    whole = stream.getvalue()
+    place = whole.index(b"IEND" if late else b"IDAT") - 4
+    chunk = struct.pack(">I", len(body)) + chunk + body + struct.pack(">I", zlib.crc32(chunk + body))
+    return whole[:place] + chunk + whole[place:]
+
+
+@pytest.mark.parametrize("name, turned", [
+    ("exif.jpg", True), ("xmp.jpg", True), ("9.jpg", False), ("exif.png", True), ("xmp.png", True),
+    ("late exif.png", False), ("late xmp.png", False), ("exif.webp", True), ("exif.tif", True),
+    ("lzw.tif", True)])
+def test_the_size_is_that_of_the_picture_as_it_is_loaded(tmp_path, name, turned):
+    kind, suffix, exif = name.split(".")[0], name.split(".")[1], Image.Exif()
+    exif[0x0112] = 9 if kind == "9" else 6
+    path, picture = tmp_path / name, Image.new("RGB", (40, 20))
+    if suffix == "png":
+        chunk = (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP) if "xmp" in kind else (
+            b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+        path.write_bytes(png_with(*chunk, late="late" in kind))
+    elif kind == "xmp":
+        picture.save(path, xmp=XMP)
+    else:
+        picture.save(path, exif=exif, **({"compression": "tiff_lzw"} if kind == "lzw" else {}))
+    with data.opened(path) as image:
+        first = prepare.upright_size(image), data.upright(image, 64).size      # as curate does, in one go
+    with data.opened(path, whole=True) as image:
+        loaded = data.upright(image, 64).size
+    assert {*first, loaded, prepare.picture_size(path)} == {(20, 40) if turned else (40, 20)}
 
 
 # --- Order ---

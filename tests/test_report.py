@@ -178,7 +178,7 @@ def test_the_error_of_clips_figures_counts_prompts_and_not_their_pictures():
     values = [0.0, 0.0, 1.0, 1.0]
     assert report.error_of(values, [1, 1, 2, 2]) == pytest.approx(0.5)
     assert report.error_of(values, [1, 2, 3, 4]) == pytest.approx(0.5 / 3 ** 0.5)
-    assert report.error_of(values, [1, 1, 1, 1]) is None                        # one prompt says nothing of it
+    assert report.error_of(values, [1, 1, 1, 1]) is None                    # one prompt says nothing of it
 
 
 def test_pictures_do_not_depend_on_how_many_are_drawn_together(run, monkeypatch):
