@@ -37,7 +37,7 @@ from PIL import Image, ImageOps
 
 import data
 from checkpoints import load_part, read_json, write_atomically, write_json
-from prepare import bucket_shapes, nearest_bucket, upright_size
+from prepare import bucket_shapes, nearest_bucket, place_of, upright_size
 
 SAME_LOOK = 0.1             # thumbnails nearer than this are copies. 99 of 100 emoji are within 0.05 of
                             # themselves resized, 0.06 of their JPEG of quality 40; of all 1,026 only two
@@ -207,7 +207,7 @@ def report_folder(source) -> Path:
     folder = Path("runs") / f"check-{Path(source).resolve().name}"
     if (folder / "report.json").is_file():
         other = read_json(folder / "report.json").get("source", source)
-        if Path(other).resolve() != Path(source).resolve():
+        if place_of(str(other)) != place_of(str(source)):
             raise ValueError(f"{folder} holds the report on {other}: choose another folder with --out")
     return folder
 

@@ -313,7 +313,8 @@ def measure_memory(s):
     training, of = s.training(most=COMPARED)
     order = any_order(len(s.jobs))[:256]
     size, heldout = training.images.shape[-1], s.heldout(256, most=COMPARED)
-    sets = {f"{len(order)} pictures": images_of([fit(s.paths[i], size) for i in order])}
+    own = f"{len(order)} pictures"
+    sets = {own: images_of([fit(s.paths[i], size) for i in order])}
     if s.pipe:
         sets["true copies"] = training.images[any_order(len(training.images))[:256]]
     if heldout[0] is not None:
@@ -329,12 +330,12 @@ def measure_memory(s):
     lines += [f"root mean square difference, of 255, to {len(training.images)} {of}",
               f"copies: {limit:.1f} or less"
               + ", as nine in ten true copies have; all but the first row through the VAE" * bool(s.pipe)]
-    (pictures, *_), (index, far) = sets.values(), next(iter(found.values()))
-    pairs = [(pictures[i], training.images[index[i]], s.jobs[order[i]].metadata["prompt"], far[i].item())
+    index, far = found[own]
+    pairs = [(sets[own][i], training.images[index[i]], s.jobs[order[i]].metadata["prompt"], far[i].item())
              for i in far.argsort()[:12].tolist()]
-    result = {"pictures": len(order), "of": of, "training": len(training.images), "limit": limit}
-    return result | next(iter(rows.values())) | {"beside": dict(list(rows.items())[1:])}, lines, [
-        side_by_side(pairs)]
+    result = {"pictures": len(order), "of": of, "training": len(training.images), "limit": limit,
+              **rows.pop(own), "beside": rows}
+    return result, lines, [side_by_side(pairs)]
 
 
 # --- The page ---------------------------------------------------------------------------------------------
