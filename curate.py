@@ -98,17 +98,11 @@ def copies(rank: np.ndarray, *spaces) -> dict[int, int]:
     return found
 
 
-def passes(about: dict, rule: str):
+def passes(about: dict[str, float], rule: str):
     """Whether a picture's score satisfies `rule`, such as "aesthetic>=5"; None if it has no such score."""
     name, sign, bound = parse_rule(rule)
     value = about.get(name)
-    try:
-        value = float("nan" if isinstance(value, bool) else value)          # some tools write "6.0" in quotes
-    except (TypeError, ValueError, OverflowError):
-        return None
-    if value != value:
-        return None
-    return value >= bound if sign == ">=" else value <= bound
+    return None if value is None else value >= bound if sign == ">=" else value <= bound
 
 
 def parse_rule(rule: str) -> tuple[str, str, float]:
@@ -186,7 +180,8 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
     step("small", lambda i: min(sizes[i]) < bound and ("{} x {}".format(*sizes[i]), None))
     step("long", lambda i: max(sizes[i]) > max_ratio * min(sizes[i]) and ("{} x {}".format(*sizes[i]), None))
     for rule, name in zip(scores, asked):
-        step(rule, lambda i: not passes(entries[i].about, rule) and (f"{entries[i].about.get(name)}", None))
+        step(rule, lambda i: not passes(entries[i].about, rule)
+             and (f"{entries[i].about[name]:g}" if name in entries[i].about else "no such score", None))
     if left:
         step("copy", twins((thumbs, SAME_LOOK)))
     if left and run:

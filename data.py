@@ -60,8 +60,9 @@ import textwrap
 import time
 import unicodedata
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -282,7 +283,7 @@ class Entry(NamedTuple):
     name: str                       # its file, or shard.tar/file
     picture: object                 # Path, Member, PIL image, or a function: size -> (size, size, 3) uint8
     captions: tuple[str, ...]       # the original first, then the synthetic ones
-    about: dict                     # whatever else captions.jsonl or name.json says: scores
+    about: dict[str, float]         # what captions.jsonl or name.json says in numbers: scores
 
 
 class Listing(NamedTuple):
@@ -299,7 +300,7 @@ class Pictures:
     captions: list[tuple[str, ...]]     # n entries: the original first, then the synthetic where there is one
     skipped: list[tuple[str, str]]      # (file, or captions.jsonl:line, and the reason)
     excluded: int = 0
-    names: list[str] = field(default_factory=list)      # of the n entries
+    names: Sequence = field(default_factory=list)       # of the n entries; numbers for those of a cache
     unnamed: int = 0                # as in Listing; perhaps left out on purpose, so they do not count as bad
 
 
@@ -418,21 +419,19 @@ def opened(picture, whole=False):
     if isinstance(picture, Path) and not picture.is_file():                     # or a pipe, to wait for
         windows = ": write / for each \\ in its path" * ("\\" in picture.name)    # no name there has one
         raise ValueError("a folder" if picture.is_dir() else "no such file" + windows)
-    if isinstance(picture, Image.Image):
-        image = picture
-    else:
-        file = picture if isinstance(picture, Path) else io.BytesIO(read_bytes(picture))
-        image = Image.open(file)
-    try:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:,}: make it smaller")
-        if whole and image.format == "PNG":
-            image.verify()                              # after which it cannot be read
-            image = Image.open(file)
-        yield image
-    finally:
-        if image is not picture:
-            image.close()
+    with io.BufferedReader(Window(picture)) if isinstance(picture, Member) else nullcontext(picture) as file:
+        image = file if isinstance(file, Image.Image) else Image.open(file)
+        try:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels, over {MAX_PIXELS:,}: make it smaller")
+            if whole and image.format == "PNG":
+                image.verify()                          # after which it cannot be read
+                image = Image.open(file)
+            yield image
+        finally:
+            if image is not picture:
+                image.close()
 
 
 def whole_picture(path):
@@ -444,10 +443,32 @@ def whole_picture(path):
         raise ValueError((str(error) or type(error).__name__).replace(f" '{path}'", "")[:160]) from None
 
 
-def read_bytes(member):
-    with open(member.shard, "rb") as shard:
-        shard.seek(member.offset)
-        return shard.read(member.size)
+class Window(io.RawIOBase):
+    """A member of a shard as a file: a picture's size takes a few kB of it, not all."""
+
+    def __init__(self, member):
+        self.shard, self.place = open(member.shard, "rb", buffering=0), 0
+        self.start, self.size = member.offset, member.size
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        self.place = offset + (0, self.place, self.size)[whence]
+        return self.place
+
+    def readinto(self, room):
+        self.shard.seek(self.start + self.place)
+        count = self.shard.readinto(memoryview(room)[:max(0, self.size - self.place)])
+        self.place += count
+        return count
+
+    def close(self):
+        self.shard.close()
+        super().close()
 
 
 def orientation(image):
@@ -468,6 +489,7 @@ def upright(image, side):
     if image.mode.startswith("I") or image.mode == "F":     # 16 or 32 bits: convert() clips at 255
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         white = 65535 if image.mode.startswith("I") else 255 if values.max() > 1 else 1
+        values[values == image.info.get("transparency")] = white        # a PNG's transparent grey
         image = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -603,7 +625,17 @@ def _entry(root, name, picture, text, row):
     if not isinstance(name, str) or not isinstance(captions, list) or not captions:
         raise ValueError('needs "file", a string, and "captions", a list of strings')
     place = picture if isinstance(picture, Member) else _inside(root, picture)
-    return Entry(name, place, tuple(_caption(text) for text in captions), about)
+    numbers = {sys.intern(k): x for k, v in about.items() if (x := _number(v)) is not None}
+    return Entry(name, place, tuple(_caption(text) for text in captions), numbers)
+
+
+def _number(value):
+    """A score as a float, or None: all else that a tool writes beside captions would take 2 kB a picture."""
+    try:
+        value = float("nan" if isinstance(value, bool) else value)          # some tools write "6.0" in quotes
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return value if value == value else None
 
 
 def _content(root, file):

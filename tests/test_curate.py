@@ -122,7 +122,7 @@ def test_each_step_removes_its_fault_counts_it_and_shows_it(tmp_path):
     assert {step: sorted(n for n, _ in items) for step, items in found.items()} == {
         step: sorted(names) for step, names in expected.items()}
     assert dict(found["copy"])["07.png"] == "like larger.png"           # the one with more pixels stays
-    assert dict(found["aesthetic>=4.5"])["unscored.png"] == "None"
+    assert dict(found["aesthetic>=4.5"])["unscored.png"] == "no such score"
     sheets = sorted(p.name for p in (tmp_path / "report").glob("*.png"))
     assert sheets == ["1-unusable.png", "2-small.png", "3-long.png", "4-aesthetic-4-5.png", "5-copy.png"]
     with Image.open(tmp_path / "report" / "5-copy.png") as sheet:
@@ -161,7 +161,7 @@ def test_a_runs_clip_finds_crops_that_thumbnails_miss(tmp_path):
     assert found["copy"] == [] and found["near copy (CLIP)"] == [("crop.png", "like 02.png")]
 
 
-@pytest.mark.parametrize("rule, about, verdict", [
+@pytest.mark.parametrize("rule, row, verdict", [
     ("aesthetic>=5", {"aesthetic": 5}, True), ("aesthetic >= 5.5", {"aesthetic": 5}, False),
     ("nsfw<=0.1", {"nsfw": 0.05}, True), ("nsfw<=1e-3", {"nsfw": 0.05}, False), ("nsfw<=1", {}, None),
     ("nsfw<=1", {"nsfw": "0.05"}, True), ("nsfw<=1", {"nsfw": "6.0"}, False),
@@ -169,8 +169,11 @@ def test_a_runs_clip_finds_crops_that_thumbnails_miss(tmp_path):
     ("nsfw<=1", {"nsfw": float("nan")}, None),
     ("a<=1", {"a": True}, None), ("a<=1", {"a": [0]}, None), ("a<=1", {"a": None}, None),
     ("a<=1", {"a": -10 ** 400}, None)])
-def test_scores_are_compared_as_numbers_and_missing_ones_pass_nothing(rule, about, verdict):
-    assert curate.passes(about, rule) is verdict
+def test_scores_are_compared_as_numbers_and_missing_ones_pass_nothing(tmp_path, rule, row, verdict):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"file": "a.png", "captions": ["a"], **row}))
+    entry, = data.list_pictures(tmp_path).entries
+    assert curate.passes(entry.about, rule) is verdict
 
 
 def test_the_command_reports_and_errors_are_one_line_with_exit_code_2(tmp_path, monkeypatch, capsys):

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
+import prepare
 from data import COLOURS, HELD_OUT, PLACES, RELATIONS, SHAPES, TASKS, Thing
 
 seeds, tasks = st.integers(0, 2 ** 32), st.sampled_from(TASKS)
@@ -750,7 +751,39 @@ def test_a_shard_is_read_in_any_order_without_reading_what_lies_before(tmp_path,
     for i in np.random.default_rng(0).permutation(50).tolist():
         assert data.read_picture(entries[i].picture, 4)[0, 0].tolist() == [i, 0, 0]
         assert entries[i].captions == (f"number {i}",)
-    assert len(data.read_bytes(entries[7].picture)) == len(png((7, 0, 0)))
+
+
+def test_a_picture_in_a_shard_is_what_its_file_is_and_its_size_takes_only_the_header(tmp_path, monkeypatch):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 500, 3), dtype=np.uint8))
+    kinds, files = ("png", "jpeg", "webp", "gif", "tiff", "bmp"), []
+    for kind in kinds:
+        noise.save(tmp_path / f"{kind}.{kind}", **{"quality": 95} if kind in ("jpeg", "webp") else {})
+        files += [(f"{kind}.{kind}", (tmp_path / f"{kind}.{kind}").read_bytes()), (f"{kind}.txt", b"noise")]
+    entries = data.list_pictures(shard(tmp_path / "x.tar", files)).entries
+    read, readinto = [], data.Window.readinto
+    monkeypatch.setattr(data.Window, "readinto", lambda *a: read.append(readinto(*a)) or read[-1])
+    for entry in entries:
+        path = tmp_path / Path(entry.name).name
+        read.clear()
+        assert prepare.picture_size(entry.picture) == (500, 700)
+        size = path.stat().st_size
+        assert 0 < sum(read) <= (size if path.suffix == ".webp" else 70_000) < 1.1 * size   # no WebP header
+        assert np.array_equal(data.read_picture(entry.picture, 64), data.read_picture(path, 64))
+    assert len(entries) == len(kinds)
+
+
+def test_a_transparent_grey_of_16_bits_becomes_white_as_one_of_8_bits_does(tmp_path):
+    for bits, dtype, clear, seen in ((8, np.uint8, 40, 200), (16, np.uint16, 300, 30_000)):
+        values = np.full((8, 8), clear, dtype)
+        values[:4] = seen
+        stream, path = io.BytesIO(), tmp_path / f"{bits}.png"
+        Image.fromarray(values).save(stream, "png")
+        content, chunk = stream.getvalue(), b"tRNS" + clear.to_bytes(2, "big")
+        before = content.index(b"IDAT") - 4
+        path.write_bytes(content[:before] + (2).to_bytes(4, "big") + chunk
+                         + zlib.crc32(chunk).to_bytes(4, "big") + content[before:])
+        picture = data.read_picture(path, 8)[..., 0]
+        assert picture[0, 0] == round(seen * 255 / np.iinfo(dtype).max) and picture[7, 7] == 255
 
 
 def test_a_cut_or_damaged_shard_gives_the_samples_before_the_damage_and_says_so(tmp_path):
