@@ -37,7 +37,7 @@ import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +227,7 @@ def source_of(c) -> dict:
 SHARD = 1024                # pictures or captions in a file, at most (about): what an interruption may cost;
                             # up to twice as many in a cache that has grown
 FORMAT = 1
+MAPS = 30_000               # files of a cache mapped at once; Linux allows a process 65,530 maps in all
 
 
 def key(text: str) -> int:
@@ -430,7 +431,8 @@ def _refuse_nan(tensor, path, who) -> None:
 class Cache:
     """Reads what write_cache made, in any order: pictures by number, grouped by bucket, without any encoder.
 
-    Files are mapped into memory, so that opening one costs nothing and reading only what is read.
+    Files are mapped into memory, so that opening one costs nothing and reading only what is read. Names and
+    captions stay in the files: of a picture with two captions some 80 bytes are held, in each rank.
     ValueError if the cache is unfinished, damaged, of another version or lacks most of its pictures.
     """
 
@@ -445,20 +447,21 @@ class Cache:
                              f"{FORMAT}: delete it and make it again")
         if lacking := {"latents", "texts", "vae", "text", "data", "size"} - index.keys():
             raise ValueError(f"{folder}/index.json lacks {min(lacking)}: it is damaged, make the cache again")
-        self.index, self.mapped = index, {}
+        self.index, self._mapped = index, lru_cache(MAPS)(self._map)
         self.files = {"latents": [n for n, _ in index["latents"]], "text": [n for n, _ in index["texts"]]}
         marks = index["latents"] + index["texts"]
-        about = {name: about_of(self.folder / name) or {} for name, _ in marks}
-        stale = [name for name, mark in marks if about[name].get("fingerprint") != mark]
+        stale, self.skipped, buckets = [], [], []
+        for name, mark in marks:
+            about = about_of(self.folder / name) or {}
+            if about.get("fingerprint") != mark:
+                stale.append(name)
+            elif name.startswith("latents-"):
+                self.skipped += map(tuple, about["skipped"])
+                buckets += [name.split("-")[1]] * len(about["names"])
         if stale:
             raise ValueError(f"{folder} is not finished: {len(stale)} of {len(marks)} files are missing, cut "
                              f"short or out of date ({stale[0]}): repeat the command that makes it")
-        self.names, self.skipped, buckets = [], [], []
-        for name in self.files["latents"]:
-            self.names += about[name]["names"]
-            self.skipped += map(tuple, about[name]["skipped"])
-            buckets += [name.split("-")[1]] * len(about[name]["names"])
-        data.refuse_if_mostly_bad(folder, len(self.names), self.skipped)
+        data.refuse_if_mostly_bad(folder, len(buckets), self.skipped)
         self.shapes = list(dict.fromkeys(buckets))
         self.buckets = np.array([self.shapes.index(b) for b in buckets])            # (n,)
         counts, self.place = self._column("latents", "counts")
@@ -477,7 +480,7 @@ class Cache:
 
     def _column(self, kind, name):
         """A tensor of all shards, joined, and for each of its values (shard, place in it)."""
-        parts = [self._map(file)[name].numpy() for file in self.files[kind]]
+        parts = [self._map(file)[name].numpy().copy() for file in self.files[kind]]     # no map is kept
         places = [np.stack([np.full(len(x), s), np.arange(len(x))], 1) for s, x in enumerate(parts)]
         return np.concatenate(parts), np.concatenate(places)
 
@@ -522,13 +525,11 @@ class Cache:
 
     def _rows(self, kind, place, name) -> list[torch.Tensor]:
         """Rows (shard, place in it) of a tensor that is spread over several files, where they lie."""
-        return [self._map(self.files[kind][shard])[name][i] for shard, i in place.tolist()]
+        return [self._mapped(self.files[kind][shard])[name][i] for shard, i in place.tolist()]
 
     def _map(self, name):
-        if name not in self.mapped:
-            with safe_open(self.folder / name, framework="pt") as file:
-                self.mapped[name] = {key: file.get_tensor(key) for key in file.keys()}
-        return self.mapped[name]
+        with safe_open(self.folder / name, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
 
 
 def room(shape, dtype, locked: bool) -> torch.Tensor:

@@ -90,6 +90,12 @@ def miniature():
         yield
 
 
+def names_of(cache):
+    """The pictures of a prepare.Cache, by number, as its files name them."""
+    from checkpoints import about_of
+    return [name for file in cache.files["latents"] for name in about_of(cache.folder / file)["names"]]
+
+
 def refuses(call, *words):
     """The call raises CheckpointError, in one line that holds all the words."""
     from checkpoints import CheckpointError     # here: found through the path that is set above

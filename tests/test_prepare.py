@@ -11,6 +11,7 @@ import struct
 import time
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ import data
 import prepare
 import text_encoders as te
 from checkpoints import save_part, save_tensors
+from conftest import names_of
 from prepare import Batches, Cache, Order, Survey, write_cache
 from vae import AutoencoderKL, VAEConfig
 
@@ -203,10 +205,10 @@ def test_the_cache_holds_what_the_encoders_say(tmp_path, encoders, small_shards)
     survey = surveyed(fill(tmp_path / "a"))
     assert encoders.write(tmp_path / "cache", survey) == []
     cache = Cache(tmp_path / "cache")
-    assert len(cache) == 30 and sorted(cache.names) == [f"{i:03}.png" for i in range(30)]
+    assert len(cache) == 30 and sorted(names_of(cache)) == [f"{i:03}.png" for i in range(30)]
     assert set(cache.shapes) == {"64x64", "80x48", "48x80"}
     for i in (0, 13, 29):
-        entry = next(e for e in survey.entries if e.name == cache.names[i])
+        entry = next(e for e in survey.entries if e.name == names_of(cache)[i])
         box = survey.shapes[survey.buckets[survey.entries.index(entry)]]
         x = torch.from_numpy(data.read_picture(entry.picture, box)).permute(2, 0, 1)[None] / 127.5 - 1
         with torch.no_grad():
@@ -274,7 +276,7 @@ def test_any_number_of_ranks_make_the_same_cache(tmp_path, encoders, small_shard
         Cache(tmp_path / "three")
     encoders.write(tmp_path / "three", survey, rank=1, world=3)
     one, three = Cache(tmp_path / "one"), Cache(tmp_path / "three")
-    assert one.names == three.names
+    assert names_of(one) == names_of(three)
     for step in range(10):
         assert all(map(torch.equal, Batches(one, 8, 0).at(step), Batches(three, 8, 0).at(step)))
 
@@ -377,8 +379,8 @@ def test_reading_rows_as_large_as_those_of_sd3s_encoders_costs_hardly_more_than_
     cache.rows = np.random.default_rng(0).permutation(2 * n)
     cache.text_place = np.stack([np.repeat([0, 1], n), np.tile(np.arange(n), 2)], 1)
     sizes = {"clip": (77, 2048), "t5": (77, 4096), "pooled": (2048,)}
-    cache.mapped = {name: {kind: torch.randn(n, *size).bfloat16() for kind, size in sizes.items()}
-                    for name in "ab"}
+    there = {name: {kind: torch.randn(n, *size).bfloat16() for kind, size in sizes.items()} for name in "ab"}
+    cache._mapped = there.get
     seconds, copy = {"read": [], "copy": []}, torch.zeros(n, 154, 4096, dtype=torch.bfloat16)
     for _ in range(7):
         start = time.process_time()
@@ -388,10 +390,26 @@ def test_reading_rows_as_large_as_those_of_sd3s_encoders_costs_hardly_more_than_
         seconds["read"].append(half - start)
         seconds["copy"].append(time.process_time() - half)
     for row, (shard, i) in zip(context, cache.text_place[cache.rows[:n]]):
-        there = cache.mapped["ab"[shard]]
-        assert torch.equal(row[:77, :2048], there["clip"][i]) and torch.equal(row[77:], there["t5"][i])
+        said = there["ab"[shard]]
+        assert torch.equal(row[:77, :2048], said["clip"][i]) and torch.equal(row[77:], said["t5"][i])
         assert not row[:77, 2048:].any()
     assert torch.equal(copy, context) and min(seconds["read"]) < 2.5 * min(seconds["copy"]), seconds
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux, which lists a process's maps")
+def test_a_cache_of_any_number_of_files_maps_no_more_of_them_than_a_process_may(
+        tmp_path, encoders, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD", 4)
+    monkeypatch.setattr(prepare, "MAPS", 3)
+    encoders.write(tmp_path / "cache", surveyed(fill(tmp_path / "a")))
+    batches = Batches(Cache(tmp_path / "cache"), 8, 0)
+    mapped = lambda: {line.split()[-1] for line in open("/proc/self/maps") if str(tmp_path) in line}
+    assert len(batches.cache.files["latents"]) > 6 and not mapped()             # opening it keeps none
+    found = [batches.at(step) for step in range(10)]
+    assert 0 < len(mapped()) <= 3
+    monkeypatch.setattr(prepare, "MAPS", 99)
+    all_mapped = Batches(Cache(tmp_path / "cache"), 8, 0)
+    assert all(all(map(torch.equal, x, all_mapped.at(step))) for step, x in enumerate(found))
 
 
 def test_a_dataset_smaller_than_a_batch_fills_it(tmp_path, encoders):
@@ -475,8 +493,8 @@ def test_changed_data_is_noticed_and_only_its_files_are_made_again(tmp_path, enc
     encoders.write(tmp_path / "cache", survey, say=said.append)
     assert encoders.calls <= 2 and "other pictures or captions" in said[0]
     cache, entries = Cache(tmp_path / "cache"), {e.name: e for e in survey.entries}
-    assert cache.index["data"] == survey.fingerprint and sorted(cache.names) == sorted(entries)
-    for i, name in enumerate(cache.names):              # old latents go with new text
+    assert cache.index["data"] == survey.fingerprint and sorted(names_of(cache)) == sorted(entries)
+    for i, name in enumerate(names_of(cache)):            # old latents go with new text
         assert tuple(cache.texts(i)) == entries[name].captions
         *_, context, pooled = cache.read(np.array([i]), torch.tensor([0]))
         assert close(pooled, encoders.text([entries[name].captions[0]], 16).pooled)
