@@ -643,7 +643,9 @@ def load_state(run, state: State, facts: dict, healthy=False, ranks: Ranks | Non
         raise CheckpointError(f"{run}/state.safetensors can only be continued by the older version that "
                               "wrote it: delete it, and its stage starts again")
     ranks, damaged = ranks or Ranks(), []
-    for folder in reversed(checkpoints_of(run, state.stage)):
+    # another machine may not see yet, or still see, what rank 0 sees: network file systems remember listings
+    for name in ranks.same([folder.name for folder in reversed(checkpoints_of(run, state.stage))]):
+        folder = Path(run, "checkpoints", name)
         try:
             manifest, tensors = read_checkpoint(folder, facts, state, ranks)
         except Damaged as e:

@@ -29,6 +29,7 @@ import torch
 import flow
 from checkpoints import config_of_part, has_run, is_published, last_run, read_json, read_run
 from mmdit import MMDiTConfig
+from parallel import launched
 from pipeline import check_side
 from prepare import Cache, place_of
 from stages import STAGES, encoder_prints
@@ -69,7 +70,8 @@ class TrainConfig:
     dtype: str = flag("auto", "dtype of matrix products: auto | bfloat16 | float32")
     seed: int = flag(0, "the same seed repeats a run on the same machine")
     minutes: float = flag(
-        20.0, "limit for the whole run, which takes 3 or so at least: stages get fewer steps; 0: none")
+        20.0, "limit for the whole run, which takes 3 or so at least: stages get fewer steps; 0: none, as by "
+        "default for larger models and under torchrun")
     vae_steps: int = flag(700, "steps of the autoencoder", "how long and how fast, by stage")
     vae_batch: int = flag(16, "pictures a step")
     vae_rate: float = flag(2e-3, "peak learning rate")
@@ -192,7 +194,10 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
     if not args.resume:
         begin = (fine_tuning if is_published(given.get("origin")) else second_phase if given.get("origin")
                  else by_published if given.get("cache") else dict)
-        return TrainConfig(**begin(given)), False
+        given = begin(given)
+        if given.get("model", "tiny") != "tiny" or is_published(given.get("origin")) or launched()[1] > 1:
+            given = {"minutes": 0.0, **given}           # its rate would be zero after 20 minutes, for good
+        return TrainConfig(**given), False
     folder = Path(given.pop("out", "") or last_run())
     saved = read_json(folder / "config.json")
     check_kept(given, saved, folder)

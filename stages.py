@@ -43,7 +43,7 @@ from data import contact_sheet, list_pictures, pick_captions, refuse_if_mostly_b
 from finetune import add_lora, merge_lora, save_lora
 from mmdit import MMDiT, MMDiTConfig
 from parallel import Later, local, whole
-from pipeline import Pipeline
+from pipeline import Pipeline, to_pil
 from prepare import (Batches, Cache, Survey, digest, files_fingerprint, send, source_of, tensors_fingerprint,
                      write_cache)
 from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
@@ -66,7 +66,7 @@ class Stage:
     name: str
     model: nn.Module                        # everything that is trained
     loss: Callable                          # (step, generator, rows) -> (scalar, {name: scalar for the log})
-    preview: Callable | None = None         # (step) -> None: a sample grid, drawn with the averaged weights
+    preview: Callable | None = None         # (step): draws samples -> () -> None: saves them as a grid
     ahead: Callable | None = None           # (step, rows) -> None: begin to read what its loss will need
     ema: bool = False                       # keep an average of the weights and return it
     finish: Callable | None = None          # () -> None: after training, before saving
@@ -386,7 +386,9 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
     widths = [parts[name].config.width for name in ENCODERS[:2]]
     prompts = preview_prompts(c, pictures.captions)
     text = preview_text(run, parts, tokenizers, batches.cache, prompts)
-    for name in ("vae", *ENCODERS, "clip_l_image", "clip_g_image"):     # previews load the first again
+    with torch.device("meta"):
+        unread = AutoencoderKL(parts["vae"].config)
+    for name in ("vae", *ENCODERS, "clip_l_image", "clip_g_image"):
         parts.pop(name, None)
     pictures.images = pictures.images.new_empty(0)
 
@@ -420,13 +422,18 @@ def flow_stage(run, parts, tokenizers, survey, pictures) -> Stage:
             merge_lora(model)
 
     def preview(step):
+        pipe = Pipeline(model, unread, text, shift=c.shift, kind="clean", size=(c.size, c.size),
+                        dtype=None if run.dtype == torch.float32 else run.dtype, device=run.device)
+        latents = pipe(prompts, guidance=3.0, steps=20, t5_length=c.t5_length, output="latent")     # seed 0
+        return partial(save_grid, pipe, latents, step)
+
+    @torch.no_grad()
+    def save_grid(pipe, latents, step):
         vae = load_vae(c.encoders, dtype=torch.float32) if c.encoders else load_part(run.folder, "vae")
-        pipe = Pipeline(model, vae.to(run.device), text, shift=c.shift, kind="clean", size=(c.size, c.size),
-                        dtype=None if run.dtype == torch.float32 else run.dtype)
-        images = pipe(prompts, guidance=3.0, steps=20, t5_length=c.t5_length)   # the same eight seeds always
+        pipe.vae = vae.to(run.device)
+        with run.autocast():
+            images = to_pil((pipe.decode(latents) / 2 + 0.5).clamp(0, 1))
         row = [(np.asarray(image), [prompt]) for image, prompt in zip(images, prompts)]
-        if run.ranks.rank:                                  # needed only for its shard of the weights
-            return
         sheet = contact_sheet({f"step {step}": row[:4], "": row[4:]})
         write_atomically(run.folder / "samples" / f"{step:06d}.png", partial(sheet.save, format="PNG"))
 

@@ -240,7 +240,6 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         if hopeless:
             roll_back(run, state, start, log)
             continue
-        preview(run, stage, state, log)
         if step < state.total and (run.stop.wanted or step % c.save_every == 0 and not state.in_a_row):
             log.flush(state)                        # the log is never behind the checkpoint
             with run.tolerating(f"a checkpoint of {stage.name}"):
@@ -248,6 +247,7 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
             start = None if run.saver.saved[0] == stage.name else start
             if run.stop.wanted:
                 leave(run, stage.name, step)
+        preview(run, stage, state, log)
     run.settle(stage.name)
     for name, value in average.items():
         local(params[name].data).copy_(local(value))
@@ -302,26 +302,43 @@ def look(run: Run, stage: Stage, step: int) -> torch.Tensor:
     rows = run.ranks.rows(getattr(run.config, f"{stage.name}_batch"))
     few = slice(rows.start, min(rows.stop, rows.start + 4))
     with run.autocast():
-        return largest_logit(partial(stage.loss, rows=few), step, run.generator(stage.name, step))
+        found = largest_logit(partial(stage.loss, rows=few), step, run.generator(stage.name, step))
+    parallel.let_go(stage.model)
+    return found
 
 
 def preview(run: Run, stage: Stage, state: State, log: Log) -> None:
     """A sample grid and the curves, when due. Under FSDP all ranks draw, else only rank 0, while the others
-    wait for it in their next step."""
+    wait for it in their next step. A failure costs the grid alone, except where one rank that gives up would
+    leave others waiting for its shards."""
     c, step = run.config, state.step
     if not (stage.preview and c.preview_every and (step % c.preview_every == 0 or step == state.total)):
         return
-    if run.ranks.rank == 0 or parallel.sharded(stage.model):
-        with swapped(state.params, state.average), run.tolerating("a sample grid"):
-            stage.model.eval()
-            try:
-                stage.preview(step)
-            except FloatingPointError as e:     # the decoder, in half precision: only the grid is lost
-                print(f"no sample grid at step {step}: {e}", flush=True)
+    first, cut_up, finish = run.ranks.rank == 0, parallel.sharded(stage.model.eval()), None
+    if first or cut_up:
+        with nullcontext() if cut_up else sparing(run, step), swapped(state.params, state.average):
+            finish = stage.preview(step)
             parallel.let_go(stage.model)
-            if run.ranks.rank == 0:
-                plot_run(log.path)
-        stage.model.train()
+    if first:
+        with sparing(run, step):
+            if finish:
+                finish()
+        with run.tolerating("loss.png"):
+            plot_run(log.path)
+    stage.model.train()
+
+
+@contextmanager
+def sparing(run: Run, step: int):
+    """Inside, training outlives what a sample grid meets: a full card or disk, a decoder that overflows in
+    half precision, or one that is gone."""
+    try:
+        with run.tolerating("a sample grid"):
+            yield
+    except (CheckpointError, FloatingPointError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not is_out_of_memory(e):
+            raise
+        print(f"no sample grid at step {step}: {str(e).splitlines()[0][:200]}", flush=True)
 
 
 def leave(run: Run, stage: str, step: int):
@@ -337,16 +354,22 @@ def leave(run: Run, stage: str, step: int):
 
 @contextmanager
 def swapped(params: dict, average: dict):
-    """Inside, the model has its averaged weights."""
-    now = {k: local(params[k].data) for k in average}
-    kept = {k: p.clone() for k, p in now.items()}
-    for k, v in average.items():
-        now[k].copy_(local(v))
+    """Inside, the model has its averaged weights, and `average` those with which it learns. They change
+    places one tensor at a time: a second copy of all weights may not fit the card."""
+    pairs = [(local(params[k].data), local(v)) for k, v in average.items()]
+    spare = [torch.empty_like(max((v for _, v in pairs), key=torch.numel)).flatten()] if pairs else []
+
+    def exchange():
+        for p, v in pairs:
+            kept = spare[0][:v.numel()].view_as(v).copy_(v)
+            v.copy_(p)
+            p.copy_(kept)
+
+    exchange()
     try:
         yield
     finally:
-        for k, v in kept.items():
-            now[k].copy_(v)
+        exchange()
 
 
 # -------------------------------------------------------------------------------------------------- all of it
@@ -361,6 +384,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         folder = ranks.together(lambda: plan_folder(config, resume, ranks))
         run = Run(config, folder, ranks)
         data = ranks.together(lambda: list_data(config))    # before the folder is made: it may be bad
+        seen = ranks.told(data[2])
+        ranks.together(lambda: None if ranks.rank else check_same(seen))
         ranks.together(lambda: None if ranks.rank else inside.enter_context(sole_writer(folder)))
         with run.stop:
             return train_stages(run, *data, resume)
@@ -386,7 +411,7 @@ def list_data(c: TrainConfig):
     if c.cache:                                                     # the pictures may be gone by now
         cache = Cache(c.cache)
         captions = [tuple(cache.texts(k * len(cache) // 8)) for k in range(8)]
-        words = Pictures(torch.empty(0), captions, cache.skipped, names=cache.names)
+        words = Pictures(torch.empty(0), captions, cache.skipped, names=range(len(cache)))
         return None, words, cache.index["data"], None
     listing = list_pictures(c.data, c.size, count=c.pictures, seed=c.seed)
     survey = Survey(listing.entries[:c.pictures], c.size, bucketed=c.buckets)
@@ -397,23 +422,28 @@ def list_data(c: TrainConfig):
     return survey, words, survey.fingerprint, listing
 
 
+def check_same(seen: list[str]) -> None:
+    """ValueError if ranks differ in the fingerprint of the data."""
+    if others := [rank for rank, mark in enumerate(seen) if mark != seen[0]]:
+        raise ValueError(f"rank {others[0]} sees other pictures or captions than rank 0: all machines need "
+                         "the same files, in a folder that they share or in equal copies")
+
+
 def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: bool) -> Path:
     config, folder, pictures, captions, ranks = run.config, run.folder, words, words.captions, run.ranks
     if config.origin and not is_published(config.origin):
         ranks.together(lambda: None if ranks.rank else take_over(config, folder))
     own = ("flow",) if config.encoders else STAGES                  # trained in this run
-    todo = ranks.together(lambda: unfinished(folder, own))
+    todo = ranks.same(ranks.together(lambda: unfinished(folder, own)))
     if "vae" in todo or "clip" in todo:                             # the others need no pixels
         pictures = load_pictures(config.data, config.size, count=config.pictures, listing=listing)
     tokenizers = {} if config.encoders else ranks.once(lambda: make_tokenizers(
         folder, config, [text for texts in captions for text in texts], [texts[0] for texts in captions],
         kept=resume or config.origin or ranks.rank))            # else an interrupted start left them
-    if ranks.rank == 0:
-        if listing and len(listing.entries) > config.pictures:
-            print(f"{len(listing.entries):,} pictures were found, of which {config.pictures:,} are used: "
-                  "--pictures allows more")
-        write_json(folder / "config.json", dataclasses.asdict(config))
-        clean_checkpoints(folder, todo)
+    if listing and len(listing.entries) > config.pictures:
+        print(f"{len(listing.entries):,} pictures were found, of which {config.pictures:,} are used: "
+              "--pictures allows more")
+    ranks.together(lambda: None if ranks.rank else settle_folder(config, folder, todo))
     run.facts = {"settings": {name: getattr(config, name) for name in SHAPING}, "fingerprint": mark,
                  "dtype": short(run.dtype)}
     cut_up = config.fsdp and ranks.world > 1 and "flow" in todo
@@ -459,6 +489,12 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
     print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. "
           f'Now type\n    python sample.py "{preview_prompts(config, captions)[6]}"')
     return folder
+
+
+def settle_folder(c: TrainConfig, folder: Path, todo: list[str]) -> None:
+    """Writes the settings, by which the folder is a run, and removes what an earlier start left behind."""
+    write_json(folder / "config.json", dataclasses.asdict(c))
+    clean_checkpoints(folder, todo)
 
 
 def compile_blocks(model: MMDiT, device: torch.device) -> None:
@@ -627,8 +663,9 @@ def main(argv=None) -> None:
                 print(f"stopped; go on with  {again(argv, *arguments)}", file=sys.stderr)
             sys.exit(128 + getattr(e, "signum", signal.SIGINT))
         except (ValueError, FloatingPointError, OSError) as e:
-            if parallel.launched()[0] == 0 or argv[:1] == ["cache"]:
-                print(f"train.py: {e}", file=sys.stderr)
+            rank = parallel.launched()[0]
+            if rank == 0 or not arguments:          # training itself tells what other ranks meet
+                print(f"train.py: {f'rank {rank}: ' * bool(rank)}{e}", file=sys.stderr)
             sys.exit(2)
         except RuntimeError as e:
             if not is_out_of_memory(e):

@@ -33,6 +33,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def roll_back(run, state: State, start: dict | None, log: "Log") -> None:
     steps would end in the same way. FloatingPointError if that has been tried before."""
     reached, advice = state.step, (f"start again with a lower --{state.stage}-rate, or with --dtype float32; "
                                    f"the column `skipped` of {log.path} shows what began when")
+    run.settle(state.stage)                         # what is being saved may be the last healthy state
     if state.rollbacks:
         raise FloatingPointError(f"the loss of stage {state.stage} stays bad near step {reached}, even with "
                                  f"half the learning rate: {advice}")
@@ -271,13 +273,27 @@ def write_rows(path, rows) -> None:
         table.writerows(rows)
 
 
-def read_metrics(path) -> list[dict]:
-    """Rows by column name; also of older runs, which had fewer columns."""
+def read_metrics(path, most: int | None = None) -> list[dict]:
+    """Rows by column name; also of older runs, which had fewer columns.
+
+    most: of a stage with more rows only about so many, at equal distances, and besides them those that were
+    skipped or have attention logits."""
     if not Path(path).exists():
         return []
     with open(path, newline="", encoding="utf-8") as f:
-        header, *rows = list(csv.reader(f)) or [[]]
-    return [dict(zip(header, row)) for row in rows if len(row) == len(header)]     # not a torn last line
+        counts, seen, found = Counter(line.partition(",")[0] for line in f if most), Counter(), []
+        f.seek(0)
+        table = csv.reader(f)
+        header = next(table, [])
+        telling = [header.index(name) for name in ("skipped", "max_logit") if name in header]
+        for row in table:
+            if len(row) != len(header):                                             # a torn last line
+                continue
+            stage = row[0]
+            if seen[stage] % (1 + counts[stage] // (most or 1)) == 0 or any(row[i] for i in telling):
+                found.append(dict(zip(header, row)))
+            seen[stage] += 1
+    return found
 
 
 def clock(seconds: float) -> str:
@@ -303,7 +319,7 @@ def plot_run(path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = read_metrics(path)
+    rows = read_metrics(path, most=5_000)           # enough for a plot of 400 pixels: all would take a minute
     stages = list(dict.fromkeys(r["stage"] for r in rows))
     fig, (above, below) = plt.subplots(2, 4, figsize=(17, 7.4))
     fig.subplots_adjust(0.04, 0.07, 0.99, 0.95, wspace=0.2, hspace=0.3)

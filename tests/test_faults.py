@@ -22,7 +22,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import flow
 import mmdit
@@ -209,7 +210,7 @@ def test_a_signal_during_a_preview_waits_for_its_end(straight, tmp_path):
     until((folder / "busy").exists, process)
     os.kill(process.pid, signal.SIGTERM)
     (folder / "go").touch()
-    assert wait(process) == 143 and (folder / "over").exists() and steps_of(folder) == [5], said.read_text()
+    assert wait(process) == 143 and (folder / "over").exists() and steps_of(folder) == [6], said.read_text()
     process, _ = start(folder, save_every=1000)
     assert wait(process) == 0
     assert_equal(straight, folder)
@@ -254,6 +255,52 @@ def test_the_second_ctrl_c_ends_at_once_and_the_last_checkpoint_stays(straight, 
     process, _ = start(folder)
     assert wait(process) == 0
     assert_equal(straight, folder)
+
+
+@pytest.mark.parametrize("failure, told", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "Tried to allocate 2.00 GiB"),
+    (CheckpointError("vae.safetensors is not there"), "vae.safetensors is not there"),
+    (FloatingPointError("the decoded pictures contain NaN"), "contain NaN"),
+    (OSError(28, "No space left on device"), "No space left on device): training goes on")])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_sample_grid_that_fails_costs_no_training_and_comes_after_the_save(
+        straight, tmp_path, monkeypatch, capsys, failure, told, later):
+    """later: when the grid is decoded and saved, not while it is drawn."""
+    there = []
+
+    def fails(run, step):
+        there.append(steps_of(tmp_path / "run")[-1:])
+        if not later:
+            raise failure
+        return fail
+
+    def fail():
+        raise failure
+
+    monkeypatch.setattr(training, "plot_run", blank)
+    run_miniature(tmp_path / "run", preview=fails, preview_every=20, save_every=20)
+    assert there == [[20], [20]] and told in capsys.readouterr().out        # the 40th step is the last
+    assert_equal(straight, tmp_path / "run")
+
+
+def test_an_error_of_the_code_while_drawing_a_grid_is_not_hidden(tmp_path, monkeypatch):
+    def fails(run, step):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(training, "plot_run", blank)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run_miniature(tmp_path / "run", preview=fails, preview_every=20)
+
+
+@given(st.lists(st.integers(1, 40), max_size=5))
+def test_weights_and_averages_change_places_and_back_exactly(sizes):
+    params = {str(i): torch.nn.Parameter(torch.randn(n, 2)) for i, n in enumerate(sizes)}
+    average = {k: torch.randn_like(p) for k, p in params.items()}
+    before = [{k: v.detach().clone() for k, v in x.items()} for x in (params, average)]
+    with pytest.raises(KeyError), training.swapped(params, average):
+        assert all(torch.equal(params[k], before[1][k]) for k in params)
+        raise KeyError                                          # whatever happens inside
+    assert all(torch.equal(x[k], y[k]) for x, y in zip((params, average), before) for k in params)
 
 
 @POSIX
@@ -318,6 +365,21 @@ def test_metrics_wait_for_a_disk_that_refuses_everything_and_each_such_time_is_r
     log.bar.close()
     assert [row["step"] for row in watch.read_metrics(tmp_path / "metrics.csv")] == [*"123456"]
     assert capsys.readouterr().out.count("metrics.csv cannot be written") == 2
+
+
+def test_curves_of_a_long_run_take_few_of_its_rows_and_every_skipped_one(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows = [{"stage": stage, "step": i, "loss": i, "skipped": "spike" if i % 70 == 1 else "",
+             "max_logit": "2" if i % 100 == 3 else ""} for stage, n in (("vae", 30), ("flow", 1000))
+            for i in range(1, n + 1)]
+    watch.write_rows(path, rows)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("flow,1001")                                    # torn
+    assert len(watch.read_metrics(path)) == 1030
+    few = watch.read_metrics(path, most=50)
+    steps = [int(row["step"]) for row in few if row["stage"] == "flow"]
+    assert len(few) - len(steps) == 30 and steps == sorted(set(steps)) and 48 <= len(steps) <= 76
+    assert {i for i in range(1, 1001) if i % 70 == 1 or i % 100 == 3} <= {*steps}
 
 
 @POSIX
