@@ -43,9 +43,9 @@ from tensor_files import CheckpointError, open_safetensors, write_safetensors
 
 # Keys: layer.lora_A.weight and its other spellings; what may precede a layer's name; those of text encoders.
 FACTOR = re.compile(r"(.+?)\.(?:lora_([AB])|lora[_.](down|up))(\.[^.]+)?\.weight")
-PREFIX = re.compile(r"^(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.|lora_unet_|"
-                    r"lora_transformer_|lycoris_)?")
-OF_TEXT = re.compile(r"^(lora_te\d?_|text_encoder|(clip_[lg]|t5(xxl)?)\.)")
+PREFIX = re.compile(r"^(base_model\.model\.|(model\.)?diffusion_model\.|transformer\.|lora_unet_|"
+                    r"lora_transformer_|lycoris_)*")
+OF_TEXT = re.compile(r"^(lora_te\d?_|text_encoder|(clip_[lg]|t5(xxl)?|bundle_emb)\.)")
 OTHERS = (                  # other ways of changing weights, by their keys
     (r"\.(dora_scale|lora_magnitude_vector)", "a DoRA, which also changes the lengths of weights"),
     (r"\.(hada_w|lokr_w)\d", "a LoHa or LoKr, whose factors are multiplied in another way"),

@@ -45,6 +45,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import data
 import flow
+import kernels
 import offload
 from checkpoints import (CheckpointError, check_fit, home_of_encoders, is_run, load_encoders, load_part,
                          read_json, read_run, refuse_part, run_configs, text_widths, write_atomically)
@@ -69,7 +70,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()                      # "meta" has no numbers
     except (RuntimeError, AssertionError) as e:
         raise ValueError(
             f"device {name!r} cannot be used ({str(e).splitlines()[0]}): try --device cpu") from None
@@ -117,6 +118,7 @@ class Pipeline:
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype {dtype}: choose float32, bfloat16 or float16")
         device = pick_device(device or "auto")
+        kernels.choose("auto", "modulate", x=torch.empty(0, device=device))     # can SD3_KERNELS be had?
         if wrong := drop - set(ENCODERS):
             raise ValueError(f"cannot drop {sorted(wrong)}: choose from {', '.join(ENCODERS)}")
         load = load_run if is_run(path) else load_published
@@ -148,9 +150,7 @@ class Pipeline:
                            self.guidance if guidance is None else guidance)
         check_request(prompts, negatives, height, width, steps, guidance, output)
         f, device, c = self.vae.config.factor, self.places.device, self.mmdit.config
-        if max(height, width) > (most := c.pos_max * c.patch_size * f):
-            raise ValueError(f"{height} x {width} pixels exceed this model's positions, which reach {most} a "
-                             "side: ask for a smaller picture")
+        check_positions(height, width, c, f)
         shape = (len(prompts), c.in_channels, height // f, width // f)
         generators, noise = initial_noise(shape, seed, noise)
         ts = flow.schedule(steps, self.shift, self.kind)
@@ -199,10 +199,10 @@ class Pipeline:
 
     def t5_tokens(self, texts, drop=()) -> int:
         """How many T5 tokens the texts get: as many as they need, between t5_length and t5_longest."""
-        tokenizer, lengths = self.encoders.tokenizers[2], range(self.t5_length, self.t5_longest)
+        tokenizer = self.encoders.tokenizers[2]
         if tokenizer is None or "t5" in drop:
             return self.t5_length
-        return next((n for n in lengths if not any(tokenizer.truncated(texts, n))), self.t5_longest)
+        return min(max(self.t5_length, *tokenizer.lengths(texts)), self.t5_longest)
 
     def latent_of(self, image, B, height, width) -> torch.Tensor:
         """A picture as the flow model sees it. image: PIL of any size, whose middle is cut to shape, or
@@ -268,6 +268,7 @@ def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, 
     config, configs = read_run(path), run_configs(path, drop)
     text_dtype = text_dtype_of(path, device)
     height, width = (given or config["size"] for given in size or (None, None))
+    check_positions(height, width, configs["mmdit"], configs["vae"].factor)
     about = dict(height=height, width=width, t5_length=config["t5_length"], dtype=torch.float32,
                  text_dtype=text_dtype, pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
     if device.type == "cuda" or not is_run(home_of_encoders(path)):         # what train.py makes is small
@@ -308,6 +309,7 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
         load_mmdit(path, device="meta", loras=loras)                # do they fit?
     (name, how), side = recognise(configs["mmdit"], path), side_of(configs)
     height, width = (given or side for given in size or (None, None))
+    check_positions(height, width, configs["mmdit"], configs["vae"].factor)
     # room for guidance and long prompts: whether they will be used is not known yet
     about = dict(height=height, width=width, t5_length=T5_LONGEST, dtype=dtype,
                  pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
@@ -350,16 +352,17 @@ def published_configs(path, drop=()) -> dict:
 
 def side_of(configs) -> int:
     """Pixels a side: 1024, or as many as a smaller model has positions for."""
-    return min(1024, configs["mmdit"].pos_max * configs["mmdit"].patch_size * configs["vae"].factor)
+    return min(1024, longest_side(configs["mmdit"], configs["vae"].factor))
 
 
 def recognise(c, path) -> tuple[str, dict]:
     """Which published model this is -> its name and its row of DEFAULTS. Turbo has the shapes of the large
-    one and is known by name alone: the path's, its link target's, a Hugging Face folder's, its config's."""
+    one and is told from it by name alone: the path's, its link target's, a Hugging Face folder's, its
+    config's."""
     real = Path(path).resolve()
     names = [Path(path).name, real.name, *(p for p in real.parts if p.startswith("models--")),
              str(read_config(Path(path, "transformer")).get("_name_or_path"))]
-    if "turbo" in " ".join(names).lower():
+    if c.qk_norm and not c.dual_blocks and "turbo" in " ".join(names).lower():
         return "sd3.5-large-turbo", DEFAULTS["sd3.5-large-turbo"]
     if not c.qk_norm:
         return "sd3-medium", DEFAULTS["sd3-medium"]
@@ -409,6 +412,17 @@ def check_side(name: str, side: int) -> None:
     if not isinstance(side, Integral) or side < 16 or side % 16:
         raise ValueError(f"{name} {side} is not a multiple of 16 (8 in the VAE, 2 in the patches): "
                          f"try {max(16, round(side / 16) * 16)}")
+
+
+def longest_side(c, factor: int) -> int:
+    """Pixels that the positions of a transformer with config c reach."""
+    return c.pos_max * c.patch_size * factor
+
+
+def check_positions(height: int, width: int, c, factor: int) -> None:
+    if max(height, width) > (most := longest_side(c, factor)):
+        raise ValueError(f"{height} x {width} pixels exceed this model's positions, which reach {most} a "
+                         "side: ask for a smaller picture")
 
 
 def check_request(prompts, negatives, height, width, steps, guidance, output) -> None:

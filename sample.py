@@ -37,15 +37,17 @@ import flow
 import offload
 from checkpoints import is_run, last_run, read_run, run_configs
 from finetune import Lora
-from pipeline import (DEFAULTS, Pipeline, at_once, check_request, pick_device, published_configs, recognise,
-                      save_picture, seeds_of, settings_of, side_of, text_dtype_of)
+from pipeline import (DEFAULTS, Pipeline, at_once, check_request, longest_side, pick_device,
+                      published_configs, recognise, save_picture, seeds_of, settings_of, side_of,
+                      text_dtype_of)
 from pipeline import to_pil                     # noqa: F401  (can be called from here, as Pipeline can)
 from tensor_files import check_writable
 from text_encoders import ENCODERS
 from weights import free_memory
 
 REPEATED = ("negative", "seed", "steps", "guidance", "height", "width", "method", "schedule", "shift",
-            "model", "lora", "image", "strength", "t5_length", "drop", "left_out", "int8", "dtype")
+            "model", "tokenizers", "lora", "image", "strength", "t5_length", "drop", "left_out", "int8",
+            "dtype")
 
 
 # ---------------------------------------------------------------------------------------------------- request
@@ -147,6 +149,9 @@ def encoder(name: str) -> str:
 
 def check(args) -> None:
     """ValueError for what is wrong whatever the weights: better now than after reading them."""
+    if not args.prompt and args.lora and not Path(file_and_strength(args.lora[-1])[0]).is_file():
+        raise ValueError(f"--lora {args.lora[-1]}: there is no such file; if it is the prompt, write it "
+                         "before the flags")
     if not args.prompt and not args.dry_run:
         raise ValueError('no prompt: say what to draw, such as python sample.py "a red star"')
     if not 1 <= args.n <= 10_000:
@@ -160,7 +165,7 @@ def check(args) -> None:
     for lora in args.lora:
         if not Path(file := file_and_strength(lora)[0]).is_file():
             raise ValueError(f"--lora {file}: there is no such file; its strength is given as FILE=0.8")
-    flow.part_way(flow.schedule(2, 1 if args.shift is None else args.shift), strength_of(args))
+    flow.part_way(flow.schedule(args.steps or 2, 1 if args.shift is None else args.shift), strength_of(args))
     if args.t5_length is not None and args.t5_length != 0 and not 2 <= args.t5_length <= 10_000:
         raise ValueError(f"--t5-length is {args.t5_length}: 2 to 10,000, or 0 for none")
     if args.dry_run:
@@ -232,9 +237,18 @@ def open_picture(path):
         raise ValueError(f"--image {path} cannot be used: {e}") from None
 
 
-def fitted(image, size) -> tuple[int, int]:
-    """(height, width) for a given picture: its own, in multiples of 16, with no more pixels than size has."""
-    scale = min(1.0, math.sqrt(size[0] * size[1] / (image.height * image.width)))
+def sides_of(folder, drop) -> tuple[int, int]:
+    """Pixels a side that a model draws unless asked, and the most that its positions reach."""
+    run = is_run(folder)
+    configs = run_configs(folder, drop) if run else published_configs(folder, drop)
+    side = read_run(folder)["size"] if run else side_of(configs)
+    return side, longest_side(configs["mmdit"], configs["vae"].factor)
+
+
+def fitted(image, side: int, most: int) -> tuple[int, int]:
+    """(height, width) for a given picture: its own, in multiples of 16, but no more than side x side pixels
+    in all and `most` a side."""
+    scale = min(1.0, side / math.sqrt(image.height * image.width), most / max(image.height, image.width))
     return tuple(max(16, int(side * scale / 16 + 1e-6) * 16) for side in (image.height, image.width))
 
 
@@ -247,20 +261,26 @@ def draw(args) -> None:
     if str(folder) in offload.PRESETS and not Path(folder).exists():
         raise ValueError(f"{folder} is a name, not weights: give their file or folder, or add --dry-run")
     loras = [Lora(*file_and_strength(lora)) for lora in args.lora]
+    given = fitted(image, *sides_of(folder, args.drop)) if image else (None, None)
+    size = tuple(asked or own for asked, own in zip((args.height, args.width), given))
     pipe = Pipeline.from_pretrained(
         folder, device=args.device, dtype=args.dtype, drop=args.drop, offload=args.offload, int8=args.int8,
-        tokenizers=args.tokenizers, size=(args.height, args.width), pictures=args.n, loras=loras)
+        tokenizers=args.tokenizers, size=size, pictures=args.n, loras=loras)
     pipe.kind, pipe.shift = args.schedule or pipe.kind, pipe.shift if args.shift is None else args.shift
     if args.skip_layer_guidance is not None:
         _, *where = pipe.skip_layers or DEFAULTS["sd3.5-medium"]["skip_layers"]
         pipe.skip_layers = (args.skip_layer_guidance, *where) if args.skip_layer_guidance else None
-    height, width = fitted(image, pipe.size) if image else pipe.size
+    if pipe.skip_layers and max(pipe.skip_layers[1]) >= pipe.mmdit.config.depth:
+        print("notice: --skip-layer-guidance has no effect: this model lacks the layers", file=sys.stderr)
+        pipe.skip_layers = None
+    height, width = (asked or own for asked, own in zip(size, pipe.size))
     asked = {"steps": pipe.steps, "guidance": pipe.guidance, "height": height, "width": width,
              "t5_length": None}
     asked |= {k: v for k in asked if (v := getattr(args, k)) is not None}
     settings = asked | {"negative": args.negative, "method": args.method, "shift": pipe.shift,
                         "schedule": pipe.kind, "skip_layers": pipe.skip_layers, "model": str(folder),
-                        "lora": args.lora, "drop": args.drop, "left_out": args.left_out, "int8": args.int8,
+                        "tokenizers": args.tokenizers, "lora": args.lora, "drop": args.drop,
+                        "left_out": args.left_out, "int8": args.int8,
                         "dtype": args.dtype and offload.short(args.dtype), "image": args.image,
                         "strength": strength_of(args) if image else None}
     tell(pipe, args, asked, loras)
@@ -303,8 +323,6 @@ def tell(pipe, args, asked, loras) -> None:
     if args.negative and asked["guidance"] == 1:
         print("notice: --negative has no effect at guidance 1; turbo models are made for it, for others "
               "add --guidance 4", file=sys.stderr)
-    if pipe.skip_layers and min(pipe.skip_layers[1]) >= pipe.mmdit.config.depth:
-        print("notice: --skip-layer-guidance has no effect: this model lacks the layers", file=sys.stderr)
 
 
 def dry_run(args) -> None:

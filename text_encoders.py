@@ -384,6 +384,11 @@ class TextTokenizer:
         rows = [head + ids[:room] + [self.eos] + [self.pad] * (room - len(ids)) for ids in rows]
         return torch.tensor(rows, dtype=torch.long).view(len(rows), -1 if rows else 0)
 
+    def lengths(self, texts) -> list[int]:
+        """How many tokens each text has, with BOS and EOS."""
+        room, rows = self._encode(texts, self.length)
+        return [len(ids) + self.length - room for ids in rows]
+
     def truncated(self, texts, length=None) -> list[bool]:
         """Which of the texts lose their end."""
         room, rows = self._encode(texts, length)

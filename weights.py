@@ -47,7 +47,7 @@ from vae import AutoencoderKL, VAEConfig
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2",
            "t5": "text_encoder_3"}
 BESIDE = {"vae": "*vae*.safetensors", "clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
-          "t5": "t5xxl*.safetensors"}               # stand-alone files; the largest is the most precise
+          "t5": "t5xxl*.safetensors"}               # stand-alone files
 SHARD = 10 * 10**9                                  # bytes, as diffusers writes them
 
 
@@ -71,11 +71,44 @@ def candidates(path, part):
         raise CheckpointError(f"{path} does not exist: give a .safetensors file or the folder of a model")
     if path.is_file():
         return path.parent, [shards(path) if path.name.endswith(".json") else [path]]
-    if (path / FOLDERS[part]).is_dir():
-        path = path / FOLDERS[part]
-        return path, [files_of_part(path) or sorted(path.glob("*.safetensors"))]
-    own = files_of_part(path)
-    return path, [own] if own else [[p] for p in sorted(path.glob("*.safetensors"))]
+    inside = path / FOLDERS[part]
+    if inside.is_dir() and any(p.suffix != ".json" or ".index" in p.name for p in inside.iterdir()):
+        return inside, [files_of_part(inside) or tensor_files_in(inside)]
+    own = files_of_part(path)                       # a folder without weights says nothing of where they are
+    return path, [own] if own else [[p] for p in tensor_files_in(path)]
+
+
+def tensor_files_in(folder, pattern="*.safetensors") -> list[Path]:
+    """Sorted, without what macOS puts beside each file on other systems' drives."""
+    return sorted(p for p in folder.glob(pattern) if not p.name.startswith("._"))
+
+
+def beside(path, folder, part) -> list:
+    """[what pick_part gives] of the stand-alone file of a part near a transformer, or [].
+
+    Many may lie there, of other models too. It is the one with the transformer's own name, as sd-scripts
+    saves them; else of those that fit SD3 the one whose name says so, else the largest, the most precise."""
+    places = folder, folder / "text_encoders"
+    own = [p for d in places[:path.is_file()] for p in tensor_files_in(d, f"{path.stem}_{BESIDE[part]}")]
+    files = own or [p for d in places for p in tensor_files_in(d, BESIDE[part])]
+    found = {p: x for p in files if (x := pick_part(Source([p], read_config(p.parent)), part))}
+    found = {p: x for p, x in found.items() if is_of_sd3(part, *x)} or found
+    plain = f"{part}.safetensors", "sd3_vae.safetensors"
+    found = {p: x for p, x in found.items() if p.name in plain} or found
+    most = max((p.stat().st_size for p in found), default=0)
+    largest = [p for p in sorted(found) if p.stat().st_size == most]
+    for p in largest[1:]:
+        if not filecmp.cmp(largest[0], p, shallow=False):
+            raise CheckpointError(f"{largest[0]} and {p} have one size but differ: keep one of them")
+    return [found[p] for p in largest[:1]]
+
+
+def is_of_sd3(part, source, recipe) -> bool:
+    """Not a CLIP for longer texts, such as HiDream's, nor an autoencoder of 4 channels, or FLUX's by name."""
+    if part in ("clip_l", "clip_g"):
+        return source.shape(recipe("text_model.embeddings.position_embedding.weight"))[:1] <= (77,)
+    z = source.shape(recipe("decoder.conv_in.weight")) if part == "vae" else (0, 16)
+    return z[1] != 4 and "flux" not in source.path.name.lower()
 
 
 def locate(path, part):
@@ -89,14 +122,7 @@ def locate(path, part):
     if len(sources) > 1 and part in BESIDE:             # among many files, only names tell CLIP-L from bigG
         found = [x for x in found if x[0].prefix]
     if not found and part in BESIDE:
-        beside = [p for d in (folder, folder / "text_encoders") for p in d.glob(BESIDE[part])]
-        beside = {p: x for p in beside if (x := pick_part(Source([p], read_config(p.parent)), part))}
-        most = max((p.stat().st_size for p in beside), default=0)
-        largest = [p for p in sorted(beside) if p.stat().st_size == most]
-        for p in largest[1:]:
-            if not filecmp.cmp(largest[0], p, shallow=False):
-                raise CheckpointError(f"{largest[0]} and {p} have one size but differ: keep one of them")
-        found = [beside[p] for p in largest[:1]]
+        found = beside(path, folder, part)
     if len(found) > 1:
         names = " and ".join(sorted(source.path.name for source, _ in found)[:3])
         raise CheckpointError(f"{path} has {NAMES[part]} {len(found)} times, in {names}: give one of them")
@@ -114,10 +140,10 @@ def not_found(path, folder, part, what) -> str:
         return (f"{folder} has {pickled[0]} but no safetensors file: pickled files can run any code and are "
                 "never opened here; get the model as .safetensors")
     holds = "; ".join(f"{name} is {x}" for name, x in list(what.items())[:3]) or "it has no safetensors files"
-    beside = f", nor is {BESIDE[part]} there or in text_encoders/" if part in BESIDE else ""
+    near = f", nor is {BESIDE[part]} there or in text_encoders/" if part in BESIDE else ""
     remedy = ("" if part not in BESIDE else ": put that file there" if part == "vae" else
               f": put that file there, or do without it (sample.py --drop {part})")
-    return f"{path}: {NAMES[part]} is not in it{beside} ({holds}){remedy}"
+    return f"{path}: {NAMES[part]} is not in it{near} ({holds}){remedy}"
 
 
 # ------------------------------------------------------------------------------------ how large: from shapes
@@ -179,6 +205,10 @@ def clip_config(source, recipe, which) -> CLIPTextConfig:
     vocab, width = needed(source, recipe, "text_model.embeddings.token_embedding.weight")
     if {"clip_l": 1280, "clip_g": 768}[which] == width:
         raise CheckpointError(f"{source.path} is {width} wide: it is not {NAMES[which]} but the other CLIP's")
+    length = needed(source, recipe, "text_model.embeddings.position_embedding.weight")[0]
+    if length > 77:
+        raise CheckpointError(f"{source.path} is a CLIP for texts of {length} tokens, as HiDream's are; "
+                              "SD3's has 77: get SD3's own file")
     c = source.config | (source.config.get("text_config") or {})
     c = c if c.get("hidden_size") == width else {}
     if not c and width % 64:
@@ -197,7 +227,7 @@ def clip_config(source, recipe, which) -> CLIPTextConfig:
         vocab, width, layers, heads,
         needed(source, recipe, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
         c.get("hidden_act", "quick_gelu" if which == "clip_l" else "gelu"),
-        needed(source, recipe, "text_model.embeddings.position_embedding.weight")[0],
+        length,
         needed(source, recipe, "text_projection.weight")[0] if projected else None,
         eos if eos != 2 else 49407 if vocab > 49408 else None)
 

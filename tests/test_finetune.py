@@ -113,8 +113,10 @@ def file(tmp_path_factory):
     return path
 
 
-def test_all_three_namings_say_the_same(file, tmp_path):
-    files = file, *other_namings(file, tmp_path)
+def test_all_namings_say_the_same(file, tmp_path):
+    files = file, *other_namings(file, tmp_path), tmp_path / "twice.safetensors"
+    save_file({f"transformer.base_model.model.{key.removeprefix('transformer.')}": t
+               for key, t in load_file(files[2]).items()}, files[3])                # SimpleTuner's, once
     ours, *others = (change_all(model(), [Lora(f)]).state_dict() for f in files)
     for other in others:
         assert all(torch.allclose(t, ours[name], atol=1e-6) for name, t in other.items())
@@ -172,10 +174,12 @@ def test_what_is_for_text_encoders_is_left_out_and_counted(file, tmp_path):
     more = {f"{stem}.lora_{leaf}.weight": torch.ones(2, 2) for leaf in ("down", "up") for stem in (
         "lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
         "clip_g.text_model.encoder.layers.0.mlp.fc1", "t5.encoder.block.0.layer.0.SelfAttention.q")}
+    more["bundle_emb.my-style.clip_l"] = torch.ones(2, 768)             # OneTrainer's
     save_file(load_file(file) | more | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(())},
               tmp_path / "more.safetensors")
     lora = Lora(tmp_path / "more.safetensors")
-    assert (lora.left_out, Lora(file).left_out) == (9, 0) and lora.factors.keys() == Lora(file).factors.keys()
+    assert (lora.left_out, Lora(file).left_out) == (10, 0)
+    assert lora.factors.keys() == Lora(file).factors.keys()
 
 
 KEY = "diffusion_model.joint_blocks.0.x_block.attn.proj"

@@ -245,6 +245,8 @@ def test_8_bits_move_the_picture_by_less_than_bfloat16_does(pipe):
     (MMDiTConfig.preset("sd3.5-large"), "x.safetensors", "sd3.5-large"),
     (MMDiTConfig.preset("sd3.5-large"), "a/SD3.5_large_Turbo.safetensors", "sd3.5-large-turbo"),
     (MMDiTConfig.preset("sd3.5-large"), "turbo/x.safetensors", "sd3.5-large"),
+    (MMDiTConfig.preset("sd3.5-medium"), "sd3.5m_turbo.safetensors", "sd3.5-medium"),
+    (MMDiTConfig.preset("sd3-medium"), "turbo.safetensors", "sd3-medium"),
 ])
 def test_each_published_model_is_recognised_and_has_its_own_defaults(config, path, name):
     assert recognise(config, path) == (name, DEFAULTS[name])
@@ -583,6 +585,7 @@ def test_the_prediction_is_for_as_many_pictures_as_are_drawn_at_once(folder, mon
     asked = []
     monkeypatch.setattr(offload, "check_main_memory",
                         lambda *_, **how: asked.append(how["pictures"]) or 1 / 0)
+    monkeypatch.setattr(pipeline, "check_positions", lambda *_: None)
     with pytest.raises(ZeroDivisionError):
         Pipeline.from_pretrained(folder, device="cpu", size=size, pictures=n)
     assert asked == [expected] == [min(n, pipeline.at_once(size[0] or 256, size[1], 8))]
@@ -685,6 +688,7 @@ def test_bad_requests_end_with_one_line_and_exit_code_2(flags, cause, folder, tm
     (["--out", "x.jpg"], ".png"),
     (["--out", "words.txt/x.png"], "words.txt is not a folder"), (["--out", "begin.png"], "exists already"),
     (["--drop", "clip_l", "a ring"], "the prompt comes first"), (["--image", "cut.png"], "cut.png"),
+    (["--steps", "3000", "--shift", "3000"], "shift"),
     (["--image", "."], "a folder"), (["--stpes", "3"], "did you mean --steps?"), ([], "no prompt"),
 ])
 def test_what_is_wrong_whatever_the_weights_is_told_before_they_are_read(
@@ -711,7 +715,40 @@ def test_a_console_that_cannot_write_a_file_name_costs_no_picture(folder, tmp_pa
 @given(st.integers(1024, 9000))
 @example(1040)
 def test_a_given_square_becomes_the_models_own(side):
-    assert sample.fitted(SimpleNamespace(height=side, width=side), (1024, 1024)) == (1024, 1024)
+    assert sample.fitted(SimpleNamespace(height=side, width=side), 1024, 3072) == (1024, 1024)
+
+
+@given(st.integers(1, 20_000), st.integers(1, 20_000))
+@example(500, 6000)
+def test_any_given_picture_becomes_a_size_that_the_model_draws(height, width):
+    h, w = sample.fitted(SimpleNamespace(height=height, width=width), 1024, 3072)
+    assert h % 16 == w % 16 == 0 and 16 <= min(h, w) and max(h, w) <= 3072 and h * w <= 1024 ** 2
+    assert abs(h / w - height / width) < 0.25 * h / w or min(h, w) < 64
+
+
+def test_a_panorama_is_drawn_on_and_a_side_beyond_the_positions_is_refused_before_weights_are_read(
+        folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (6000, 500), "red").save("wide.png")
+    how = ["a star", "--model", folder, "--device", "cpu", "--steps", 4]
+    out, err = run_main([*how, "--image", "wide.png"], capsys)
+    with Image.open(out.strip()) as image:
+        assert image.size == (256, 16) and not err
+    monkeypatch.setattr(pipeline, "load_text_encoders", lambda *_, **__: pytest.fail("read"))
+    for flags in (["--width", 512], ["--image", "wide.png", "--height", 512]):
+        assert "exceed this model's positions, which reach 256 a side" in run_main([*how, *flags], capsys)[1]
+
+
+def test_kernels_that_cannot_run_are_refused_before_weights_are_read(folder, monkeypatch, capsys):
+    monkeypatch.setattr("kernels.DEFAULT", "triton")
+    monkeypatch.setattr("kernels.device_refuses", lambda device: "there is no GPU")
+    monkeypatch.setattr(pipeline, "load_published", lambda *_: pytest.fail("read"))
+    assert "there is no GPU" in run_main(["a star", "--model", folder, "--device", "cpu"], capsys)[1]
+
+
+def test_a_prompt_that_was_taken_for_an_adapter_is_told_from_one_that_is_missing(capsys):
+    said = run_main(["--lora", "style.safetensors", "a lighthouse"], capsys)[1]
+    assert "a lighthouse: there is no such file; if it is the prompt, write it before the flags" in said
 
 
 def test_only_paths_are_on_standard_output_and_what_has_no_effect_is_told_beside(

@@ -282,7 +282,7 @@ def test_a_picture_tells_how_to_draw_it_again_and_what_it_tells_of_other_things_
 
 @pytest.mark.parametrize("wrong", [
     {"steps": [1]}, {"drop": "t5"}, {"prompt": None}, {"seed": 1.5}, {"dtype": "float8"}, {"method": "foo"},
-    {"steps": "many"}, {"drop": ["t6"]}, {"skip_layers": 3}, {"lora": [3]}])
+    {"steps": "many"}, {"tokenizers": 3}, {"drop": ["t6"]}, {"skip_layers": 3}, {"lora": [3]}])
 def test_a_picture_that_tells_what_no_flag_can_be_is_refused_in_one_line(wrong, tmp_path, capsys):
     whole = {"prompt": "a star", "skip_layers": None, "steps": 2, "drop": [], "seed": 3, "int8": False}
     for told in (whole, whole | wrong):

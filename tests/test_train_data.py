@@ -554,7 +554,8 @@ def test_a_cache_holds_what_published_encoders_say(published, encoded):
     encoders = load_text_encoders(published, dtype=torch.float32)
     for i in (0, 7):
         mean, std, context, pooled = cache.read(np.array([i]), torch.tensor([1]))
-        x = torch.from_numpy(data.read_picture(pictures / names_of(cache)[i], 32)).permute(2, 0, 1) / 127.5 - 1
+        pixels = torch.from_numpy(data.read_picture(pictures / names_of(cache)[i], 32))
+        x = pixels.permute(2, 0, 1) / 127.5 - 1
         with torch.no_grad():
             posterior = vae.encode(x[None])
         told = encoders([cache.texts(i)[1]], 77)

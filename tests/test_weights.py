@@ -612,19 +612,57 @@ def test_scales_of_float8_may_lie_in_another_shard_than_the_weights(tmp_path):
     assert (source.read("a.weight") == 3).all() and source.read("a.weight").shape == (4, 4)
 
 
-@pytest.mark.parametrize("name, kind", [("flux_vae", "vae"), ("clip_l_other", "clip_l")])
-def test_of_two_files_that_may_be_meant_none_is_guessed(tmp_path, name, kind):
+@pytest.mark.parametrize("names, kind", [(("a_vae", "b_vae"), "vae"), (("clip_l_a", "clip_l_b"), "clip_l")])
+def test_of_two_files_that_may_be_meant_none_is_guessed(tmp_path, names, kind):
     single_file(tmp_path / "sd3.safetensors", ("mmdit",))
     own = with_prefix(kind, "")
-    first = tmp_path / {"vae": "vae.safetensors", "clip_l": "clip_l.safetensors"}[kind]
+    first, other = (tmp_path / f"{name}.safetensors" for name in names)
     save_file(own, first)
-    other = tmp_path / f"{name}.safetensors"
     shutil.copy(first, other)                                                       # twice the same
     assert equal(loaders(tmp_path / "sd3.safetensors")[kind](**F32), small(kind).float())
     save_file({k: v + 1 for k, v in own.items()}, other)
     refuses(lambda: loaders(tmp_path / "sd3.safetensors")[kind](), first.name, other.name, "keep one")
     save_file({"x": torch.zeros(10**6)}, other)                                     # larger, and of no use
     assert equal(loaders(tmp_path / "sd3.safetensors")[kind](**F32), small(kind).float())
+
+
+def lengthened(tensors, n=248):
+    """A CLIP's tensors, for texts of n tokens."""
+    return {k: torch.zeros(n, v.shape[1]) if "position_embedding" in k else v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("kind, own, others", [
+    ("clip_l", "clip_l", ["clip_l_hidream", "clip_l_x"]), ("clip_l", "clip_l_fp16", ["clip_l_hidream"]),
+    ("vae", "sd3_vae", ["flux_vae", "a_vae"]), ("vae", "a_vae", ["flux_vae"]),
+    ("clip_l", "mine_clip_l", ["clip_l", "clip_l_hidream"]), ("vae", "mine_vae", ["sd3_vae", "z_vae"])])
+def test_among_other_models_files_its_own_is_taken_though_they_are_larger(tmp_path, kind, own, others):
+    """mine: as sd-scripts saves what it has fine-tuned, beside mine.safetensors."""
+    single_file(tmp_path / "mine.safetensors", ("mmdit",))
+    (tmp_path / "text_encoders").mkdir()
+    right = with_prefix(kind, "")
+    there = tmp_path if own.startswith("mine") or kind == "vae" else tmp_path / "text_encoders"
+    save_file({k: v.to(torch.float16) for k, v in right.items()}, there / f"{own}.safetensors")
+    for name in others:
+        other = lengthened(right) if "hidream" in name else {k: v + 1 for k, v in right.items()}
+        save_file(other, tmp_path / "text_encoders" / f"{name}.safetensors")
+    (tmp_path / f"._{own}.safetensors").write_bytes(b"what macOS puts there")
+    found = loaders(tmp_path / "mine.safetensors")[kind](**F32)
+    assert equal(found, small(kind).to(torch.float16).float())
+
+
+def test_a_clip_for_longer_texts_alone_is_named_before_anything_is_read(tmp_path):
+    single_file(tmp_path / "sd3.safetensors", ("mmdit",))
+    save_file(lengthened(with_prefix("clip_l", "")), tmp_path / "clip_l_hidream.safetensors")
+    refuses(loaders(tmp_path / "sd3.safetensors")["clip_l"], "248 tokens", "SD3's has 77")
+
+
+@pytest.mark.parametrize("part, folder", [("mmdit", "transformer"), ("clip_l", "text_encoder")])
+def test_a_folder_of_a_part_with_nothing_but_its_config_hides_no_weights(tmp_path, part, folder):
+    single_file(tmp_path / "sd3.safetensors", ("mmdit",))
+    save_file(with_prefix("clip_l", ""), tmp_path / "clip_l.safetensors")
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "config.json").write_text("{}")
+    assert equal(loaders(tmp_path)[part](**F32), small(part).float())
 
 
 def test_a_number_of_blocks_that_cannot_be_is_refused_at_once(tmp_path):
@@ -784,7 +822,8 @@ BAD = {
     "zip": (b"PK\x03\x04" + bytes(99), ("pickled", "never opened")), "gguf": (b"GGUF" + bytes(99), ("GGUF",)),
     "web page": (b"<!DOCTYPE html>", ("web page", "login")),
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\n", ("git lfs pull",)),
-    "text": (b"hello, this is no model", ("not a safetensors file",))}
+    "text": (b"Access to it is restricted.\nPlease log in.", ('says "Access to it is restricted. Please log',
+                                                              "needs a login"))}
 
 
 @pytest.mark.parametrize("data, words", BAD.values(), ids=BAD)
