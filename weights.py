@@ -30,6 +30,7 @@ import json
 import math
 import re
 from collections import Counter
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -89,7 +90,8 @@ def beside(path, folder, part) -> list:
     Many may lie there, of other models too. It is the one with the transformer's own name, as sd-scripts
     saves them; else of those that fit SD3 the one whose name says so, else the largest, the most precise."""
     places = folder, folder / "text_encoders"
-    own = [p for d in places[:path.is_file()] for p in tensor_files_in(d, f"{path.stem}_{BESIDE[part]}")]
+    named = f"{escape(path.stem)}_{BESIDE[part]}"
+    own = [p for d in places[:path.is_file()] for p in tensor_files_in(d, named)]
     files = own or [p for d in places for p in tensor_files_in(d, BESIDE[part])]
     found = {p: x for p in files if (x := pick_part(Source([p], read_config(p.parent)), part))}
     found = {p: x for p, x in found.items() if is_of_sd3(part, *x)} or found
@@ -105,10 +107,11 @@ def beside(path, folder, part) -> list:
 
 def is_of_sd3(part, source, recipe) -> bool:
     """Not a CLIP for longer texts, such as HiDream's, nor an autoencoder of 4 channels, or FLUX's by name."""
-    if part in ("clip_l", "clip_g"):
-        return source.shape(recipe("text_model.embeddings.position_embedding.weight"))[:1] <= (77,)
-    z = source.shape(recipe("decoder.conv_in.weight")) if part == "vae" else (0, 16)
-    return z[1] != 4 and "flux" not in source.path.name.lower()
+    if part == "vae":
+        shape = source.shape(recipe("decoder.conv_in.weight")) or ()
+        return shape[1:2] != (4,) and "flux" not in source.path.name.lower()
+    shape = part != "t5" and source.shape(recipe("text_model.embeddings.position_embedding.weight"))
+    return not shape or shape[0] <= 77
 
 
 def locate(path, part):

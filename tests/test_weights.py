@@ -634,10 +634,11 @@ def lengthened(tensors, n=248):
 @pytest.mark.parametrize("kind, own, others", [
     ("clip_l", "clip_l", ["clip_l_hidream", "clip_l_x"]), ("clip_l", "clip_l_fp16", ["clip_l_hidream"]),
     ("vae", "sd3_vae", ["flux_vae", "a_vae"]), ("vae", "a_vae", ["flux_vae"]),
-    ("clip_l", "mine_clip_l", ["clip_l", "clip_l_hidream"]), ("vae", "mine_vae", ["sd3_vae", "z_vae"])])
+    ("clip_l", "mine [2]_clip_l", ["clip_l", "clip_l_hidream"]),
+    ("vae", "mine [2]_vae", ["sd3_vae", "z_vae"])])
 def test_among_other_models_files_its_own_is_taken_though_they_are_larger(tmp_path, kind, own, others):
-    """mine: as sd-scripts saves what it has fine-tuned, beside mine.safetensors."""
-    single_file(tmp_path / "mine.safetensors", ("mmdit",))
+    """mine: as sd-scripts saves what it has fine-tuned, beside the transformer."""
+    single_file(tmp_path / "mine [2].safetensors", ("mmdit",))
     (tmp_path / "text_encoders").mkdir()
     right = with_prefix(kind, "")
     there = tmp_path if own.startswith("mine") or kind == "vae" else tmp_path / "text_encoders"
@@ -646,7 +647,7 @@ def test_among_other_models_files_its_own_is_taken_though_they_are_larger(tmp_pa
         other = lengthened(right) if "hidream" in name else {k: v + 1 for k, v in right.items()}
         save_file(other, tmp_path / "text_encoders" / f"{name}.safetensors")
     (tmp_path / f"._{own}.safetensors").write_bytes(b"what macOS puts there")
-    found = loaders(tmp_path / "mine.safetensors")[kind](**F32)
+    found = loaders(tmp_path / "mine [2].safetensors")[kind](**F32)
     assert equal(found, small(kind).to(torch.float16).float())
 
 
