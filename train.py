@@ -357,11 +357,12 @@ def swapped(params: dict, average: dict):
     """Inside, the model has its averaged weights, and `average` those with which it learns. They change
     places one tensor at a time: a second copy of all weights may not fit the card."""
     pairs = [(local(params[k].data), local(v)) for k, v in average.items()]
-    spare = [torch.empty_like(max((v for _, v in pairs), key=torch.numel)).flatten()] if pairs else []
+    spare = torch.empty(max((v.nbytes for _, v in pairs), default=0), dtype=torch.uint8,
+                        device=next((v.device for _, v in pairs), None))
 
     def exchange():
         for p, v in pairs:
-            kept = spare[0][:v.numel()].view_as(v).copy_(v)
+            kept = spare[:v.nbytes].view(v.dtype).view(v.shape).copy_(v)
             v.copy_(p)
             p.copy_(kept)
 

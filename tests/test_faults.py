@@ -292,9 +292,10 @@ def test_an_error_of_the_code_while_drawing_a_grid_is_not_hidden(tmp_path, monke
         run_miniature(tmp_path / "run", preview=fails, preview_every=20)
 
 
-@given(st.lists(st.integers(1, 40), max_size=5))
+@given(st.lists(st.tuples(st.integers(0, 40), st.sampled_from([torch.float32, torch.bfloat16])), max_size=5))
 def test_weights_and_averages_change_places_and_back_exactly(sizes):
-    params = {str(i): torch.nn.Parameter(torch.randn(n, 2)) for i, n in enumerate(sizes)}
+    params = {str(i): torch.nn.Parameter(torch.randn(2, n, dtype=dtype))
+              for i, (n, dtype) in enumerate(sizes)}
     average = {k: torch.randn_like(p) for k, p in params.items()}
     before = [{k: v.detach().clone() for k, v in x.items()} for x in (params, average)]
     with pytest.raises(KeyError), training.swapped(params, average):
