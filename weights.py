@@ -50,6 +50,7 @@ FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip
 BESIDE = {"vae": "*vae*.safetensors", "clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
           "t5": "t5xxl*.safetensors"}               # stand-alone files
 SHARD = 10 * 10**9                                  # bytes, as diffusers writes them
+CONTAINER = Path("/sys/fs/cgroup")
 
 
 # ------------------------------------------------------------------------------- which file, in which layout
@@ -308,8 +309,20 @@ def free_memory(device):
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if device.type == "cpu" and (info := Path("/proc/meminfo")).is_file():
-        return int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) * 1024
+        whole = int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) * 1024
+        return min(whole, room_in_container())
     return None
+
+
+def room_in_container() -> float:
+    """Bytes that the limit of a container leaves (Linux's cgroup, version 2); infinite without a limit. What
+    it holds of files can be given up, so it counts as free."""
+    try:
+        limit, used = (int((CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current"))
+        of_files = re.findall(r"^(?:in)?active_file (\d+)$", (CONTAINER / "memory.stat").read_text(), re.M)
+        return limit - used + sum(map(int, of_files))
+    except (OSError, ValueError):               # none, or its memory.max says "max"
+        return math.inf
 
 
 def not_enough(path, part, need, dtype, device, free, int8) -> CheckpointError:

@@ -626,6 +626,20 @@ def test_of_two_files_that_may_be_meant_none_is_guessed(tmp_path, names, kind):
     assert equal(loaders(tmp_path / "sd3.safetensors")[kind](**F32), small(kind).float())
 
 
+def test_a_containers_limit_counts_where_it_is_below_the_machines_memory(tmp_path, monkeypatch):
+    if not Path("/proc/meminfo").exists():
+        pytest.skip("needs Linux")
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(weights, "CONTAINER", tmp_path)
+    whole = weights.free_memory(cpu)                            # no limit is known here
+    for name, text in (("max", "3000000\n"), ("current", "2900000\n"),
+                       ("stat", "anon 2000000\nactive_file 300000\ninactive_file 500000\nfile 800000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert weights.free_memory(cpu) == 900_000 < whole
+    (tmp_path / "memory.max").write_text("max\n")
+    assert weights.free_memory(cpu) > 10 * 900_000
+
+
 def lengthened(tensors, n=248):
     """A CLIP's tensors, for texts of n tokens."""
     return {k: torch.zeros(n, v.shape[1]) if "position_embedding" in k else v for k, v in tensors.items()}
