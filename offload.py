@@ -5,7 +5,8 @@ SD3 is five models that work one after the other, and only one of them needs the
 
     prompt -> [ CLIP-L ] -> [ bigG ] -> [ T5 ] -> [ MMDiT, many steps ] -> [ VAE decoder ] -> picture
     none      all on the card, all the time
-    model     each comes when it is its turn and leaves before the next
+    text      the text encoders come when it is their turn, T5 block by block; the others are there to stay
+    model     so do the others: each comes when it is its turn and leaves before the next
     block     likewise; and the transformer's joint blocks come one by one, in each step of sampling, while
               the one before them computes: two of them are on the card instead of all
 
@@ -41,7 +42,7 @@ from mmdit import MMDiT, MMDiTConfig
 from text_encoders import ENCODERS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
 
-MODES = ("none", "model", "block")
+MODES = ("none", "text", "model", "block")      # from fastest to smallest
 OVERHEAD = 0.8e9                                # bytes: CUDA's context, cuBLAS and cuDNN, fragments
 GB = 1e9
 
@@ -67,12 +68,13 @@ def visiting(module: nn.Module, device, but=()):
             t.data = at_home
 
 
-def visit_when_called(module: nn.Module, device) -> None:
-    """From now on the module is on `device` only while it computes; its inputs follow it there."""
+def visit_when_called(module: nn.Module, device, but=()) -> None:
+    """From now on the module is on `device` only while it computes; its inputs follow it there. but: as in
+    visiting."""
     visits = []
 
     def enter(module, args):
-        visits.append(visiting(module, device))
+        visits.append(visiting(module, device, but))
         visits[-1].__enter__()
         return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
 
@@ -171,8 +173,9 @@ def check_mode(mode: str, choices) -> None:
 
 
 class Places:
-    """Where the parts of a Pipeline are, in one of MODES. The encoders come and go by themselves; the others
-    are called inside `with places.at_work(part):`."""
+    """Where the parts of a Pipeline are, in one of MODES. The encoders come and go by themselves, and so do
+    T5's blocks, since a prompt takes each of them once; the others are called inside
+    `with places.at_work(part):`."""
 
     def __init__(self, mode, device, mmdit, encoders):
         check_mode(mode, MODES)
@@ -180,15 +183,23 @@ class Places:
         if mode != "none":
             for name in ENCODERS:
                 if (encoder := getattr(encoders, name)) is not None:
-                    visit_when_called(encoder, device)
+                    blocks = later_blocks(encoder) if name == "t5" else ()
+                    visit_when_called(encoder, device, but=blocks)
+                    for block in blocks:
+                        visit_when_called(block, device)
         self.stream = BlockStream(mmdit.joint_blocks, device) if mode == "block" else None
 
     @contextmanager
     def at_work(self, part):
         stream = self.stream if part is self.mmdit else None
-        with (nullcontext() if self.mode == "none" else
+        with (nullcontext() if self.mode in ("none", "text") else
               visiting(part, self.device, but=stream.blocks if stream else ())), stream or nullcontext():
             yield
+
+
+def later_blocks(t5: T5Encoder) -> list[nn.Module]:
+    """All but the first, which has the table of relative positions that T5 reads before it calls a block."""
+    return list(t5.encoder.block[1:])
 
 
 # ------------------------------------------------------------------------------------------- counting bytes
@@ -258,6 +269,11 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
     blocks = [sum(t.nbytes for t in tensors_of(block)) for block in mmdit.joint_blocks]
     locked = sum((1 << (n - 1).bit_length()) - n for n in blocks)           # PyTorch locks powers of two
 
+    at_once = dict(size)                                        # of the encoders: T5's blocks come singly
+    if "t5" in parts:
+        later = [sum(t.nbytes for t in tensors_of(block)) for block in later_blocks(parts["t5"])]
+        at_once["t5"] -= sum(later) - max(later, default=0)
+
     texts, h, w, length = 1 + bool(guidance), height // f, width // f, t5_length
     B = texts * pictures
     tokens = length + next((configs[k].context_length for k in ("clip_l", "clip_g") if k in configs), 77)
@@ -272,8 +288,10 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
     if "t5" in parts and length:
         parts["t5"].encoder.block = parts["t5"].encoder.block[:1]
         work["t5"] = count_work(parts["t5"], parts["t5"], ((texts, length), torch.long))
-    others = [size[k] + work[k] for k in parts if k != "mmdit"]
+    others = [at_once[k] + work[k] for k in parts if k != "mmdit"]
+    come = [at_once[k] * (k in ENCODERS) + work[k] for k in parts]
     peak = {"none": sum(size.values()) + max(work.values()),
+            "text": size["mmdit"] + size["vae"] + max(come),
             "model": max(*others, size["mmdit"] + work["mmdit"]),
             "block": max(*others, size["mmdit"] - sum(blocks) + 2 * max(blocks) + work["mmdit"])}
     return {"parameters": count, "weights": size, "work": work,
@@ -302,13 +320,18 @@ def report(name, configs, free=None, **how) -> str:
               f"{'':23s}" + "".join(f"{'--offload ' + mode:>17s}" for mode in MODES)]
     for flag, needs in (("", plain), ("--int8", small)):
         lines.append(f"{flag:23s}" + "".join(f"{needs['peak'][mode] / GB:14.2f} GB" for mode in MODES))
-    main = [sum(n["weights"].values()) / GB for n in (plain, small)]
-    page = [n["locked"] / GB for n in (plain, small)]
-    lines.append(f"in main memory, with model: {main[0]:.2f} GB, {main[1]:.2f} GB with --int8; with block: "
-                 f"{main[0] + page[0]:.2f} GB, {main[1] + page[1]:.2f} GB with --int8")
+    lines += ["", "in main memory:        " + "".join(f"{'--offload ' + mode:>17s}" for mode in MODES[1:])]
+    for flag, needs in (("", plain), ("--int8", small)):
+        lines.append(f"{flag:23s}" + "".join(f"{waiting(needs, mode) / GB:14.2f} GB" for mode in MODES[1:]))
     if free is not None:
         lines.append(f"free on this card: {free / GB:.2f} GB")
     return "\n".join(lines)
+
+
+def waiting(needs, mode) -> int:
+    """Bytes of main memory that a mode takes, of what `need` found."""
+    there = sum(n for part, n in needs["weights"].items() if mode != "text" or part in ENCODERS)
+    return there + needs["locked"] * (mode == "block")
 
 
 def choose(mode, name, configs, free, int8=False, **how) -> str:
@@ -329,12 +352,12 @@ def choose(mode, name, configs, free, int8=False, **how) -> str:
                      + ", ".join(ways + ["a smaller --height and --width need less"]))
 
 
-def check_main_memory(name, configs, free, int8=False, works=False, locked=False, **how) -> None:
-    """ValueError if the parts need more than `free` bytes (None: unknown) of main memory; the message says
-    what needs less. works: they compute there too, without a card. locked: blocks are streamed from there."""
+def check_main_memory(name, configs, free, int8=False, works=False, mode="model", **how) -> None:
+    """ValueError if the parts that wait there need more than `free` bytes (None: unknown) of main memory; the
+    message says what needs less. works: they compute there too, without a card, in the mode "model"."""
     def most(flags):
         n = with_flags(flags, configs, int8, how)
-        return sum(n["weights"].values()) + works * max(n["work"].values()) + locked * n["locked"]
+        return waiting(n, mode) + works * max(n["work"].values())
 
     if free is None or (taken := most([])) <= free:
         return

@@ -281,7 +281,7 @@ def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, 
         quantise_mmdit(mmdit)
         if encoders.t5:
             quantise_t5(encoders.t5)
-    parts = {name: part.to(device if mode == "none" else "cpu")
+    parts = {name: part.to(home_of(name, mode, device))
              for name, part in (("mmdit", mmdit), ("vae", vae), ("encoders", encoders))}
     return parts | {"dtype": None if dtype == torch.float32 else dtype, "offload": mode, "zero_empty": True,
                     "t5_length": config["t5_length"], "shift": config["shift"], "kind": "clean", "steps": 20,
@@ -314,14 +314,14 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
     about = dict(height=height, width=width, t5_length=T5_LONGEST, dtype=dtype,
                  pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
     mode = place(mode, name, configs, device, int8, about)
-    home = device if mode == "none" else torch.device("cpu")
     scheduler = path / "scheduler" / "scheduler_config.json"
     shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
     if not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
         raise CheckpointError(f"{scheduler}: shift is {shift!r}, not a number above 0: get the file again")
     encoders = load_text_encoders(
-        path, device=home, dtype=offload.of_encoders(dtype), tokenizers=tokenizers,
-        drop=drop, int8=int8, widths=text_widths(configs))
+        path, device=home_of("encoders", mode, device), dtype=offload.of_encoders(dtype),
+        tokenizers=tokenizers, drop=drop, int8=int8, widths=text_widths(configs))
+    home = home_of("mmdit", mode, device)
     parts = {"vae": load_vae(path, device=home, dtype=torch.float32),
              "mmdit": load_mmdit(path, device=home, dtype=dtype, int8=int8, loras=loras),
              "encoders": encoders}
@@ -334,11 +334,18 @@ def place(mode, name, configs, device, int8, about) -> str:
     if device.type == "cuda":
         mode = offload.choose(mode, name, configs, free_memory(device), int8, **about)
     mode = "none" if mode == "auto" else mode
-    home = device if mode == "none" else torch.device("cpu")
+    home = home_of("encoders", mode, device)
     if home.type != "cuda":
-        offload.check_main_memory(name, configs, free_memory(home), int8, works=device.type == home.type,
-                                  locked=mode == "block" and device.type == "cuda", **about)
+        works = device.type == home.type                        # then all of it is there, in any mode
+        offload.check_main_memory(name, configs, free_memory(home), int8, works,
+                                  mode="model" if works else mode, **about)
     return mode
+
+
+def home_of(part, mode, device) -> torch.device:
+    """Where a part rests, "mmdit", "vae" or "encoders"."""
+    stays = mode == "none" or mode == "text" and part != "encoders"
+    return device if stays else torch.device("cpu")
 
 
 def published_configs(path, drop=()) -> dict:

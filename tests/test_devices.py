@@ -21,7 +21,8 @@ def test_on_a_card_everything_that_meets_is_there(card):
     placing the weights, by own and by published ones; scoring."""
     assert card.returncode == 0, card.stdout[-2000:] + card.stderr[-4000:]
     for words in ("a meeting is noticed", "device: cuda", "bfloat16 (this GPU has it)",
-                  "going on at step 2 of 3", "--offload model: at most", "--offload block: at most",
+                  "going on at step 2 of 3", "--offload text: at most", "--offload model: at most",
+                  "--offload block: at most",
                   "validation loss", "all passed"):
         assert words in card.stdout + card.stderr, words
 
@@ -63,7 +64,7 @@ def everything(folder: Path) -> None:
     fake([str(folder), "--config", "small", "--parts", *BUILD])
     published, picture = folder / "small.safetensors", HERE.parent / "assets" / "emoji.png"
     for how in (f"--model {run}", f"--model {run} --offload model --method sde",
-                f"--model {run} --offload block --int8 --dtype bfloat16 --image {picture}",
+                f"--model {run} --offload text --int8 --dtype bfloat16 --image {picture}",
                 f"--model {published} --height 64 --width 64 --offload block --int8",
                 f"--model {published} --height 64 --width 64 --offload model --drop-t5"):
         sample.main(["a star", "--steps", "2", "--device", "cuda", "--out", f"{folder}/", *how.split()])

@@ -345,14 +345,14 @@ def moved(pipe, mode):
     return Pipeline(mmdit, vae, encoders, t5_longest=256, offload=mode, skip_layers=pipe.skip_layers)
 
 
-@pytest.mark.parametrize("mode", ["model", "block"])
+@pytest.mark.parametrize("mode", offload.MODES[1:])
 @pytest.mark.parametrize("changes", [{}, {"guidance": 1.0}, {"method": "heun"}, {"drop": ("t5", "clip_l")}])
 def test_the_picture_is_the_same_bit_by_bit_wherever_weights_wait(pipe, mode, changes):
     how = HOW | changes
     assert torch.equal(moved(pipe, mode)("a red star", **how), pipe("a red star", **how))
 
 
-@pytest.mark.parametrize("mode", ["model", "block"])
+@pytest.mark.parametrize("mode", offload.MODES[1:])
 def test_so_it_is_with_skipped_layers_in_8_bits_and_with_a_picture_to_begin_with(pipe, mode):
     pipe = moved(pipe, "none")
     pipe.skip_layers = (2.0, (0,), 0.0, 1.0)
@@ -361,7 +361,7 @@ def test_so_it_is_with_skipped_layers_in_8_bits_and_with_a_picture_to_begin_with
     assert torch.equal(moved(pipe, mode)("a red star", **how), pipe("a red star", **how))
 
 
-@pytest.mark.parametrize("mode", ["model", "block"])
+@pytest.mark.parametrize("mode", offload.MODES[1:])
 def test_between_and_after_their_turns_the_weights_are_at_home_also_after_an_error(pipe, mode):
     away, present = moved(pipe, mode), []
     parts = {"mmdit": away.mmdit, "vae": away.vae} | {n: getattr(away.encoders, n) for n in offload.ENCODERS}
@@ -375,7 +375,7 @@ def test_between_and_after_their_turns_the_weights_are_at_home_also_after_an_err
                  away.mmdit.final_layer.linear, away.vae.decoder.conv_out):
         part.register_forward_hook(visitors)
     away("a red star", **HOW | dict(steps=1))
-    assert present == [{"clip_l"}, {"t5"}, {"mmdit"}, {"vae"}]
+    assert present == [{"clip_l"}, {"t5"}, *([set(), set()] if mode == "text" else [{"mmdit"}, {"vae"}])]
     with pytest.raises(FloatingPointError):
         away("a red star", **HOW, noise=torch.full((1, 16, 8, 12), float("nan")))
     with pytest.raises(ValueError, match="positions"):
@@ -500,8 +500,8 @@ def test_shapes_alone_say_what_the_real_tensors_take(pipe, size, t5_length, guid
 
 
 @pytest.mark.parametrize("name, most", [
-    ("sd3-medium", {"": (20, 12, 12)}), ("sd3.5-medium", {"": (22, 12, 12)}),
-    ("sd3.5-large", {"": (33, 24, 12), "int8": (24, 16, 8)})])
+    ("sd3-medium", {"": (20, 12, 8, 6)}), ("sd3.5-medium", {"": (22, 12, 8, 6)}),
+    ("sd3.5-large", {"": (33, 23, 20, 6), "int8": (24, 15, 12, 6)})])
 def test_published_models_are_predicted_to_fit_24_16_and_12_gigabytes(name, most):
     for flag, limits in most.items():
         needs = offload.need(offload.preset_configs(name), height=1024, width=1024, int8=flag == "int8")
@@ -565,6 +565,25 @@ def test_what_main_memory_has_no_room_for_is_told_with_what_each_flag_makes_of_i
     assert "main memory" in said and "--drop-t5 makes it 0.0 GB" in said and len(said.splitlines()) == 1
     assert ("--dtype bfloat16" in said) == full and "end other programs" in said
     offload.check_main_memory("it", SMALL, None, eight, works, **how)           # where nobody can tell
+
+
+def test_t5_visits_block_by_block_so_that_no_mode_but_none_has_all_of_it_on_the_card():
+    t5 = T5Config(1000, 64, 8, 2, 32, 256)
+    whole, one = (offload.need(SMALL | {"t5": T5Config(1000, 64, n, 2, 32, 256)}, height=64, width=64)
+                  for n in (8, 2))                              # the first block comes with the embeddings
+    assert one["weights"]["t5"] < 0.4 * whole["weights"]["t5"] and offload.waiting(whole, "text") == sum(
+        whole["weights"][name] for name in offload.ENCODERS)
+    assert all(whole["peak"][mode] == one["peak"][mode] for mode in ("text", "model", "block"))
+    encoder, there = T5Encoder(t5).requires_grad_(False), []
+    expected = encoder(torch.arange(6)[None])
+    blocks = encoder.encoder.block
+    home = [{t.data_ptr() for t in offload.tensors_of(block)} for block in blocks]
+    offload.Places("text", "cpu", None, SimpleNamespace(clip_l=None, clip_g=None, t5=encoder))
+    for block in blocks:
+        block.layer[0].layer_norm.register_forward_hook(lambda *_: there.append(
+            [not {t.data_ptr() for t in offload.tensors_of(b)} & at for b, at in zip(blocks, home)]))
+    assert torch.equal(encoder(torch.arange(6)[None]), expected)
+    assert there == [[i in (0, k) for i in range(8)] for k in range(8)]
 
 
 @pytest.mark.parametrize("parts, n", [(("mmdit",), 4), (("vae",), 3)])
@@ -833,15 +852,16 @@ def test_a_card_that_only_emulates_bfloat16_gets_float16_for_the_transformer(mon
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("mode", ["none", "model", "block"])
+@pytest.mark.parametrize("mode", offload.MODES)
 def test_on_a_card_pictures_agree_and_the_peak_is_below_the_prediction(pipe, mode):
-    home = "cuda" if mode == "none" else "cpu"
+    card = torch.device("cuda")
     mmdit = MMDiT(dataclasses.replace(pipe.mmdit.config, depth=12, heads=12)).requires_grad_(False)
     for p in mmdit.parameters():                                # 1 GB: twice on the card would be seen
         nn.init.normal_(p, std=0.02)
     expected = Pipeline(mmdit, pipe.vae, pipe.encoders, t5_longest=256)("a red star", **HOW)
-    parts = (copy.deepcopy(part).to(home) for part in (mmdit, pipe.vae, pipe.encoders))
-    away = Pipeline(*parts, t5_longest=256, offload=mode, device=torch.device("cuda"))
+    parts = {"mmdit": mmdit, "vae": pipe.vae, "encoders": pipe.encoders}
+    parts = {name: copy.deepcopy(part).to(pipeline.home_of(name, mode, card)) for name, part in parts.items()}
+    away = Pipeline(**parts, t5_longest=256, offload=mode, device=card)
     configs = {"mmdit": mmdit.config, "vae": pipe.vae.config} | {
         n: getattr(pipe.encoders, n).config for n in offload.ENCODERS}
     predicted = offload.need(configs, height=64, width=96, dtype=torch.float32)["peak"][mode]

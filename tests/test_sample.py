@@ -124,7 +124,7 @@ def test_a_run_without_some_encoders_draws_what_it_draws_with_zeros_in_their_pla
     assert torch.equal(draw(lean, "a red star"), draw(pipe, "a red star", drop=dropped))
 
 
-@pytest.mark.parametrize("mode", ["model", "block"])
+@pytest.mark.parametrize("mode", ["text", "model", "block"])
 def test_a_run_draws_the_same_bits_wherever_its_weights_wait_and_nearly_the_same_in_8_bits(run, pipe, mode):
     away = Pipeline.from_pretrained(run, device="cpu", offload=mode)
     assert torch.equal(draw(away, "a red star"), draw(pipe, "a red star"))
