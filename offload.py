@@ -354,7 +354,8 @@ def choose(mode, name, configs, free, int8=False, **how) -> str:
 
 def check_main_memory(name, configs, free, int8=False, works=False, mode="model", **how) -> None:
     """ValueError if the parts that wait there need more than `free` bytes (None: unknown) of main memory; the
-    message says what needs less. works: they compute there too, without a card, in the mode "model"."""
+    message says what needs less. works: there is no card, they compute there too; `mode` is then "model", by
+    which all of them are there."""
     def most(flags):
         n = with_flags(flags, configs, int8, how)
         return waiting(n, mode) + works * max(n["work"].values())
