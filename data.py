@@ -467,7 +467,8 @@ class Window(io.RawIOBase):
         return count
 
     def close(self):
-        self.shard.close()
+        if hasattr(self, "shard"):                      # not if it could not be opened
+            self.shard.close()
         super().close()
 
 

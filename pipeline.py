@@ -118,7 +118,7 @@ class Pipeline:
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype {dtype}: choose float32, bfloat16 or float16")
         device = pick_device(device or "auto")
-        kernels.choose("auto", "modulate", x=torch.empty(0, device=device))     # can SD3_KERNELS be had?
+        kernels.check_environment(device)
         if wrong := drop - set(ENCODERS):
             raise ValueError(f"cannot drop {sorted(wrong)}: choose from {', '.join(ENCODERS)}")
         load = load_run if is_run(path) else load_published

@@ -165,7 +165,10 @@ def check(args) -> None:
     for lora in args.lora:
         if not Path(file := file_and_strength(lora)[0]).is_file():
             raise ValueError(f"--lora {file}: there is no such file; its strength is given as FILE=0.8")
-    flow.part_way(flow.schedule(args.steps or 2, 1 if args.shift is None else args.shift), strength_of(args))
+    # with the steps asked for if all else is known: a run's schedule is not that of published weights
+    steps = args.steps if args.steps and args.schedule else 2
+    flow.part_way(flow.schedule(steps, 1 if args.shift is None else args.shift, args.schedule or "clean"),
+                  strength_of(args))
     if args.t5_length is not None and args.t5_length != 0 and not 2 <= args.t5_length <= 10_000:
         raise ValueError(f"--t5-length is {args.t5_length}: 2 to 10,000, or 0 for none")
     if args.dry_run:

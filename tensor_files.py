@@ -171,10 +171,11 @@ def what_is_wrong(path, error) -> str:
     if head.lstrip()[:1] == b"<":
         return "is a web page: the download needs a login or an accepted licence, do it again with one"
     n, size = int.from_bytes(head[:8], "little"), path.stat().st_size
-    words = path.read_bytes().decode("utf-8", "replace").split() if size < 4096 else []
-    if words and all(word.isprintable() for word in words):
-        return (f'says "{" ".join(words)[:200]}": the download needs a login or an accepted licence, do it '
-                "again with one")
+    with suppress(UnicodeDecodeError):
+        words = path.read_bytes().decode().split() if size < 4096 else []
+        if words and all(word.isprintable() for word in words):
+            return (f'is a text, not weights, and says "{" ".join(words)[:200]}": get the file again, with a '
+                    "login if it asks for one")
     if head[8:9] == b"{" and n <= 100_000_000:
         how = "cut short or too long" if size < 8 + n or "ncomplete" in str(error) else "damaged"
         return f"is {how} ({size:,} bytes; {error}): download it again"

@@ -287,7 +287,7 @@ def read_metrics(path, most: int | None = None) -> list[dict]:
         header = next(table, [])
         telling = [header.index(name) for name in ("skipped", "max_logit") if name in header]
         for row in table:
-            if len(row) != len(header):                                             # a torn last line
+            if not row or len(row) != len(header):                                  # a torn last line
                 continue
             stage = row[0]
             if seen[stage] % (1 + counts[stage] // (most or 1)) == 0 or any(row[i] for i in telling):

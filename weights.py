@@ -50,6 +50,7 @@ FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip
 BESIDE = {"vae": "*vae*.safetensors", "clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
           "t5": "t5xxl*.safetensors"}               # stand-alone files
 SHARD = 10 * 10**9                                  # bytes, as diffusers writes them
+WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".pth")                  # of which only the first are read
 CONTAINER = Path("/sys/fs/cgroup")
 
 
@@ -74,7 +75,7 @@ def candidates(path, part):
     if path.is_file():
         return path.parent, [shards(path) if path.name.endswith(".json") else [path]]
     inside = path / FOLDERS[part]
-    if inside.is_dir() and any(p.suffix != ".json" or ".index" in p.name for p in inside.iterdir()):
+    if inside.is_dir() and any(p.suffix in WEIGHTS or ".index" in p.name for p in inside.iterdir()):
         return inside, [files_of_part(inside) or tensor_files_in(inside)]
     own = files_of_part(path)                       # a folder without weights says nothing of where they are
     return path, [own] if own else [[p] for p in tensor_files_in(path)]
@@ -91,10 +92,10 @@ def beside(path, folder, part) -> list:
     Many may lie there, of other models too. It is the one with the transformer's own name, as sd-scripts
     saves them; else of those that fit SD3 the one whose name says so, else the largest, the most precise."""
     places = folder, folder / "text_encoders"
-    named = f"{escape(path.stem)}_{BESIDE[part]}"
-    own = [p for d in places[:path.is_file()] for p in tensor_files_in(d, named)]
-    files = own or [p for d in places for p in tensor_files_in(d, BESIDE[part])]
-    found = {p: x for p in files if (x := pick_part(Source([p], read_config(p.parent)), part))}
+    found = {}
+    for pattern in (f"{escape(path.stem)}_{BESIDE[part]}", BESIDE[part])[path.is_dir():]:
+        files = [p for d in places for p in tensor_files_in(d, pattern)]
+        found = found or {p: x for p in files if (x := pick_part(Source([p], read_config(p.parent)), part))}
     found = {p: x for p, x in found.items() if is_of_sd3(part, *x)} or found
     plain = f"{part}.safetensors", "sd3_vae.safetensors"
     found = {p: x for p, x in found.items() if p.name in plain} or found
@@ -139,7 +140,7 @@ def locate(path, part):
 
 
 def not_found(path, folder, part, what) -> str:
-    pickled = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".ckpt", ".pth")]
+    pickled = [p.name for p in sorted(folder.iterdir()) if p.suffix in WEIGHTS[1:]]
     if not what and pickled:
         return (f"{folder} has {pickled[0]} but no safetensors file: pickled files can run any code and are "
                 "never opened here; get the model as .safetensors")

@@ -106,6 +106,19 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"no back end {backend!r} here: choose auto, torch or triton")
 
 
+def default() -> str:
+    if DEFAULT not in BACKENDS:
+        raise ValueError(f"SD3_KERNELS is {DEFAULT!r}: choose auto, torch or triton")
+    return DEFAULT
+
+
+def check_environment(device: torch.device) -> None:
+    """ValueError if SD3_KERNELS asks for what there is not, or for what `device` cannot run: to be told
+    before weights are read, not in the first step."""
+    if default() == "triton" and (refusal := device_refuses(device)):
+        raise ValueError(f"SD3_KERNELS is triton: {refusal}")
+
+
 def choose(backend: str, operation: str, head_dim: int = 0, **tensors) -> str:
     """What runs this: "torch", "triton" or "triton+sdpa". tensors: the operation's inputs by argument name,
     an activation first.
@@ -113,10 +126,7 @@ def choose(backend: str, operation: str, head_dim: int = 0, **tensors) -> str:
     Called every time, also while torch.compile traces: cheap checks first, and nothing that it cannot trace.
     """
     check_backend(backend)
-    if backend == "auto":
-        if DEFAULT not in BACKENDS:
-            raise ValueError(f"SD3_KERNELS is {DEFAULT!r}: choose auto, torch or triton")
-        backend = DEFAULT
+    backend = default() if backend == "auto" else backend
     device = next(iter(tensors.values())).device
     if backend == "torch" or backend == "auto" and device.type != "cuda":
         return "torch"

@@ -707,7 +707,7 @@ def test_bad_requests_end_with_one_line_and_exit_code_2(flags, cause, folder, tm
     (["--out", "x.jpg"], ".png"),
     (["--out", "words.txt/x.png"], "words.txt is not a folder"), (["--out", "begin.png"], "exists already"),
     (["--drop", "clip_l", "a ring"], "the prompt comes first"), (["--image", "cut.png"], "cut.png"),
-    (["--steps", "3000", "--shift", "3000"], "shift"),
+    (["--steps", "3000", "--shift", "3000", "--schedule", "reference"], "shift"),
     (["--image", "."], "a folder"), (["--stpes", "3"], "did you mean --steps?"), ([], "no prompt"),
 ])
 def test_what_is_wrong_whatever_the_weights_is_told_before_they_are_read(

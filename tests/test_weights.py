@@ -661,6 +661,7 @@ def test_among_other_models_files_its_own_is_taken_though_they_are_larger(tmp_pa
         other = lengthened(right) if "hidream" in name else {k: v + 1 for k, v in right.items()}
         save_file(other, tmp_path / "text_encoders" / f"{name}.safetensors")
     (tmp_path / f"._{own}.safetensors").write_bytes(b"what macOS puts there")
+    save_file({"x": torch.zeros(10 ** 5)}, tmp_path / f"mine [2]_{kind}_lora.safetensors")
     found = loaders(tmp_path / "mine [2].safetensors")[kind](**F32)
     assert equal(found, small(kind).to(torch.float16).float())
 
@@ -677,6 +678,7 @@ def test_a_folder_of_a_part_with_nothing_but_its_config_hides_no_weights(tmp_pat
     save_file(with_prefix("clip_l", ""), tmp_path / "clip_l.safetensors")
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / folder / ".DS_Store").touch()
     assert equal(loaders(tmp_path)[part](**F32), small(part).float())
 
 
@@ -838,7 +840,8 @@ BAD = {
     "web page": (b"<!DOCTYPE html>", ("web page", "login")),
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\n", ("git lfs pull",)),
     "text": (b"Access to it is restricted.\nPlease log in.", ('says "Access to it is restricted. Please log',
-                                                              "needs a login"))}
+                                                              "with a login")),
+    "bytes": (b"\xff" * 100, ("not a safetensors file",))}
 
 
 @pytest.mark.parametrize("data, words", BAD.values(), ids=BAD)
