@@ -354,11 +354,10 @@ def choose(mode, name, configs, free, int8=False, **how) -> str:
 
 def check_main_memory(name, configs, free, int8=False, works=False, mode="model", **how) -> None:
     """ValueError if the parts that wait there need more than `free` bytes (None: unknown) of main memory; the
-    message says what needs less. works: there is no card, they compute there too; `mode` is then "model", by
-    which all of them are there."""
+    message says what needs less. works: without a card all of them are there, in any mode, and compute."""
     def most(flags):
         n = with_flags(flags, configs, int8, how)
-        return waiting(n, mode) + works * max(n["work"].values())
+        return waiting(n, "model" if works else mode) + works * max(n["work"].values())
 
     if free is None or (taken := most([])) <= free:
         return

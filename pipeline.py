@@ -336,9 +336,8 @@ def place(mode, name, configs, device, int8, about) -> str:
     mode = "none" if mode == "auto" else mode
     home = home_of("encoders", mode, device)
     if home.type != "cuda":
-        works = device.type == home.type                        # then all of it is there, in any mode
-        offload.check_main_memory(name, configs, free_memory(home), int8, works,
-                                  mode="model" if works else mode, **about)
+        offload.check_main_memory(name, configs, free_memory(home), int8, works=device.type == home.type,
+                                  mode=mode, **about)
     return mode
 
 

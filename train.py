@@ -314,15 +314,18 @@ def preview(run: Run, stage: Stage, state: State, log: Log) -> None:
     c, step = run.config, state.step
     if not (stage.preview and c.preview_every and (step % c.preview_every == 0 or step == state.total)):
         return
-    first, cut_up, finish = run.ranks.rank == 0, parallel.sharded(stage.model.eval()), None
-    if first or cut_up:
-        with nullcontext() if cut_up else sparing(run, step), swapped(state.params, state.average):
+
+    def draw():
+        with swapped(state.params, state.average):
             finish = stage.preview(step)
             parallel.let_go(stage.model)
-    if first:
+        return finish
+
+    cut_up = parallel.sharded(stage.model.eval())
+    finish = draw() if cut_up else None
+    if run.ranks.rank == 0:
         with sparing(run, step):
-            if finish:
-                finish()
+            (finish or draw())()
         with run.tolerating("loss.png"):
             plot_run(log.path)
     stage.model.train()

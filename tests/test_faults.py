@@ -65,7 +65,7 @@ def run_miniature(folder, spoil=lambda step, loss: loss, preview=None, **changes
     torch.set_num_threads(1)
     run = training.Run(TrainConfig(**QUICK | changes, out=str(folder)), Path(folder))
     stage = miniature(run, spoil)
-    stage.preview = preview and (lambda step: preview(run, step))
+    stage.preview = preview and (lambda step: preview(run, step) or (lambda: None))
     with sole_writer(folder), run.stop, run.stop.later():
         fit(run, stage)
         save_tensors(Path(folder, "done.safetensors"), stage.model.state_dict(), {})
@@ -281,6 +281,18 @@ def test_a_sample_grid_that_fails_costs_no_training_and_comes_after_the_save(
     run_miniature(tmp_path / "run", preview=fails, preview_every=20, save_every=20)
     assert there == [[20], [20]] and told in capsys.readouterr().out        # the 40th step is the last
     assert_equal(straight, tmp_path / "run")
+
+
+def test_a_disk_that_stays_full_is_reported_at_the_first_of_its_grids_alone(tmp_path, monkeypatch, capsys):
+    def full(run, step):
+        return fail
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "plot_run", blank)
+    run_miniature(tmp_path / "run", preview=full, preview_every=10)
+    assert capsys.readouterr().out.count("No space left on device): training goes on") == 1
 
 
 def test_an_error_of_the_code_while_drawing_a_grid_is_not_hidden(tmp_path, monkeypatch):
