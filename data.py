@@ -527,7 +527,7 @@ def _listing(root):
             entry = _entry(real, name, *parts)
             if _printed(entry.name) != entry.name:
                 raise ValueError("its name is not one line of UTF-8 text: rename it")
-            file = os.path.normpath(entry.name) if listed else entry.name       # ./a.png is a.png
+            file = os.path.relpath(real / entry.name, real) if listed else entry.name   # ./a.png is a.png
             if file in seen:
                 raise ValueError("listed before: a picture has all its captions in one place")
             seen.add(file)

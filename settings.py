@@ -40,7 +40,7 @@ SHAPING = ("model", "size", "clip_length", "t5_length", "vae_channels", "vae_cri
 # what a resumed run may change
 FREE = ("minutes", "accumulate", "checkpointing", "fsdp", "compile", "encoders", "preview_every",
         "save_every")
-
+SMALL_STEPS = {"flow_rate": 1e-5, "muon_rate": 0.0}     # for published weights
 
 LONGEST = 512               # tokens of an encoder; SD3's had 77 and 77 to 256
 LARGEST = 4096              # pixels a side
@@ -70,8 +70,8 @@ class TrainConfig:
     dtype: str = flag("auto", "dtype of matrix products: auto | bfloat16 | float32")
     seed: int = flag(0, "the same seed repeats a run on the same machine")
     minutes: float = flag(
-        20.0, "limit for the whole run, which takes 3 or so at least: stages get fewer steps; 0: none, as by "
-        "default for larger models and under torchrun")
+        20.0, "limit for the whole run, which takes 3 or so at least: stages get fewer steps; --resume counts "
+        "anew; 0: none, as by default for larger models and under torchrun")
     vae_steps: int = flag(700, "steps of the autoencoder", "how long and how fast, by stage")
     vae_batch: int = flag(16, "pictures a step")
     vae_rate: float = flag(2e-3, "peak learning rate")
@@ -263,8 +263,13 @@ def second_phase(given: dict) -> dict:
     size = given.get("size", saved["size"])
     known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "origin", "cache", "minutes", "lora"}
     known -= {"fsdp"} if given.get("lora") else set()                   # adapters are not sharded
+    c, published = config_of_part(run, "mmdit"), saved.get("encoders")
     kept = {k: v for k, v in saved.items() if k in known}
-    kept |= of_adapters(given, config_of_part(run, "mmdit"), 5e-3)
+    if saved.get("lora"):                           # adapters' steps would spoil the weights themselves
+        kept |= SMALL_STEPS if published else {k: getattr(TrainConfig, k) for k in SMALL_STEPS}
+    if c.width > MMDiTConfig.preset("tiny").width:  # `model` is "tiny" where published weights were named
+        kept["minutes"] = 0.0
+    kept |= of_adapters(given, c, 1e-4 if published else 5e-3)
     return {**kept, "shift": saved["shift"] * size / saved["size"], **given, "size": size}
 
 
@@ -300,7 +305,7 @@ def fine_tuning(given: dict) -> dict:
                          f"nothing: make one with  python train.py cache --model {given['origin']} --data "
                          "DIR --size SIDE")
     c = config_of(given["origin"], "mmdit")                     # CheckpointError unless it is one of SD3
-    return {"flow_rate": 1e-5, "muon_rate": 0.0, **of_adapters(given, c, 1e-4), **given,
+    return {**SMALL_STEPS, **of_adapters(given, c, 1e-4), **given,
             "origin": str(Path(given["origin"]).resolve())}
 
 

@@ -51,7 +51,10 @@ the work, in parallel.py.
 import dataclasses
 import itertools
 import math
+import os
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -350,7 +353,7 @@ def leave(run: Run, stage: str, step: int):
     if run.saver.saved != (stage, step):
         raise OSError(f"stopped at step {step} of {stage}, which could not be saved: what was saved before "
                       "is still there; check that the disk has room and responds, then  "
-                      f"{parallel.launcher()} train.py --resume --out {run.folder}")
+                      + command("--resume", "--out", run.folder))
     print(f"{stage}: saved at step {step}", flush=True)
     raise Stopped(run.stop.wanted)
 
@@ -592,8 +595,8 @@ def time_stages(run: Run, parts, todo, stages) -> dict[str, float]:
 def new_folder(c: TrainConfig) -> Path:
     """Where a new run goes. It never touches the folder of another."""
     if c.out and has_run(c.out):
-        raise ValueError(f"{c.out} holds a run already: continue it with  --resume --out {c.out}  "
-                         "or choose another --out")
+        raise ValueError(f"{c.out} holds a run already: continue it with  "
+                         f"{command('--resume', '--out', c.out)}  or choose another --out")
     parts = [name for names in PARTS_OF.values() for name in names]
     left = [name for name in (*(f"{name}.safetensors" for name in parts), "checkpoints")
             if c.out and Path(c.out, name).exists()]
@@ -644,10 +647,10 @@ def cache_command(argv) -> None:
     prints = encoder_prints(whose)
     out = Path(args.out or cache_folder(run.config, prints))
     encode_all(run, out, prints, rank, world)
-    ways = [f"--from {whose} --cache {out}"] + [f"--cache {out} --model d15"] * bool(args.model)
+    ways = [("--from", whose, "--cache", out), ("--cache", out, "--model", "d15")][:1 + bool(args.model)]
     if rank == 0:
         print(f"done{f' with the share of rank 0 of {world}' if world > 1 else ''}: {out}. Now type\n"
-              + "\n or ".join(f"    python train.py {how}" for how in ways))
+              + "\n or ".join(f"    {command(*how)}" for how in ways))
 
 
 def main(argv=None) -> None:
@@ -686,7 +689,13 @@ def again(argv, config: TrainConfig | None = None, resume: bool = False) -> str:
     """The command that goes on where this one ended."""
     if argv[:1] == ["cache"] or config and not has_run(config.out):
         return "the same command"
-    return f"{parallel.launcher()} train.py --resume" + (f" --out {config.out}" if config else "")
+    return command("--resume", *(["--out", config.out] if config else []))
+
+
+def command(*flags) -> str:
+    """train.py with these flags, as one would type it here."""
+    quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return f"{parallel.launcher()} train.py {quoted(map(str, flags))}"
 
 
 # Exercises. (1) --text-drop 0: guidance now compares with an input that the model never saw; what do samples

@@ -398,15 +398,15 @@ def test_pictures_that_captions_jsonl_does_not_name_are_counted_and_are_no_fault
     assert data.list_pictures("drawn", count=1).unnamed == data.list_pictures("emoji").unnamed == 0
 
 
-def test_a_picture_under_three_spellings_counts_once(tmp_path):
-    folder = fill(tmp_path, a=flat("red"), b=flat("blue"))
+def test_a_picture_under_four_spellings_counts_once(tmp_path):
+    folder = fill(tmp_path, a=flat("red"), b=flat("blue"), c=flat("pink"))
     (folder / "x").mkdir()
-    files = ("a.png", "./a.png", "b.png", "x/../a.png")
+    files = ("a.png", "./a.png", "b.png", "x/../a.png", str(folder.resolve() / "a.png"), "c.png")
     (folder / "captions.jsonl").write_text("\n".join(
         json.dumps({"file": file, "captions": [file]}) for file in files))
     got = data.load_pictures(folder, 8)
-    assert got.captions == [("a.png",), ("b.png",)] and not got.unnamed
-    assert [name for name, _ in got.skipped] == ["captions.jsonl:2", "captions.jsonl:4"]
+    assert got.captions == [("a.png",), ("b.png",), ("c.png",)] and not got.unnamed
+    assert [name for name, _ in got.skipped] == [f"captions.jsonl:{n}" for n in (2, 4, 5)]
     assert all("listed before" in reason for _, reason in got.skipped)
 
 

@@ -35,7 +35,7 @@ from checkpoints import (bare_encoders, load_part, load_tensors, load_tokenizers
                          save_part, save_tensors, sole_writer)
 from conftest import MICRO, names_of
 from data import Pictures
-from mmdit import MMDiT
+from mmdit import MMDiT, MMDiTConfig
 from prepare import Batches, Cache
 from pipeline import Pipeline
 from text_encoders import ENCODERS, CLIPTextConfig, T5Config
@@ -345,7 +345,9 @@ def test_a_second_phase_takes_over_all_parts_moves_positions_and_times_and_start
 
 
 def test_a_second_phase_that_was_interrupted_equals_one_that_was_not(finished, tmp_path, monkeypatch):
-    flags = ["--from", str(finished), *flags_of(size=96, pictures=8, flow_steps=4)]
+    folder = fill(tmp_path / "data", 8, lambda i: ((90, 90), (120, 60), (60, 120))[i % 3])
+    flags = ["--from", str(finished), "--buckets", *flags_of(data=folder, size=96, flow_steps=4, flow_batch=4,
+                                                             accumulate=2)]
     straight = train(*parse([*flags, "--out", str(tmp_path / "straight")]))
     copy = stages.write_atomically
 
@@ -871,7 +873,20 @@ def test_only_adapters_learn_and_their_file_with_what_they_began_with_is_the_run
     for name in ("mmdit", "lora"):
         assert same(*(load_file(folder / f"{name}.safetensors") for folder in (resumed, straight)))
     all_of_it, _ = parse(["--from", str(straight)])                     # what follows learns as a whole again
-    assert all_of_it.lora == 0
+    assert (all_of_it.lora, all_of_it.flow_rate, all_of_it.muon_rate) == (0, 2e-3, 0.02)
+
+
+def test_what_follows_published_weights_or_their_adapters_learns_at_the_rate_of_what_it_trains(
+        finished, tmp_path, monkeypatch):
+    """And has no limit of minutes, although a run of published weights calls its model "tiny"."""
+    run, saved = shutil.copytree(finished, tmp_path / "run"), read_json(finished / "config.json")
+    monkeypatch.setattr(settings, "config_of_part", lambda *_: MMDiTConfig.preset("sd3.5-large"))
+    for lora, rate in ((0, 1e-5), (3, 1e-4)):
+        (run / "config.json").write_text(json.dumps(
+            saved | {"encoders": str(tmp_path), "lora": lora, "flow_rate": rate, "muon_rate": 0.0}))
+        for given, expected in (({}, 1e-5), ({"lora": 2}, 1e-4), ({"lora": 2, "flow_rate": 3e-5}, 3e-5)):
+            got = settings.second_phase({"origin": str(run), **given})
+            assert (got["flow_rate"], got["muon_rate"], got["minutes"]) == (expected, 0.0, 0.0)
 
 
 def test_adapters_of_published_weights_learn_beside_them_in_half_precision(encoded, odd, tmp_path):
