@@ -47,8 +47,8 @@ STUDY = ("d15", "d18", "d21", "d30", "d38")
 GB = 1e9
 
 
-def tokens_of(c: MMDiTConfig, height: int, width: int, factor: int = 8) -> int:
-    return (height // factor // c.patch_size) * (width // factor // c.patch_size)
+def tokens_of(c: MMDiTConfig, size: int) -> int:
+    return (size // 8 // c.patch_size) ** 2                                 # 8: pixels along a latent cell
 
 
 @lru_cache
@@ -140,7 +140,7 @@ def table(card="h100", mfu=MFU, counts=(8, 64, 1024)) -> list[str]:
              f"{'':34}" + f"{'GB at once  s/step   days':>28}" * len(counts)]
     for name in STUDY:
         c = MMDiTConfig.preset(name)
-        N, M = tokens_of(c, PAPER["size"], PAPER["size"]), 154
+        N, M = tokens_of(c, PAPER["size"]), 154
         total = training_flops(c, N, M) * PAPER["batch"] * PAPER["steps"]
         line = f"{name:6}{parameters(c)['total']:>14,}{total:>14.1e}"
         for n in counts:
@@ -155,7 +155,7 @@ def table(card="h100", mfu=MFU, counts=(8, 64, 1024)) -> list[str]:
 def describe(name, size, batch, steps, gpus, card, mfu, checkpointing) -> list[str]:
     """One training run in a dozen lines."""
     c = MMDiTConfig.preset(name)
-    N, M = tokens_of(c, size, size), 28 if name == "tiny" else 154
+    N, M = tokens_of(c, size), 28 if name == "tiny" else 154
     count, flops = parameters(c), training_flops(c, N, M)
     lines = [f"{name}: {count['total']:,} parameters, {count['block']:,} in a block; {size} x {size} "
              f"pictures are {N} tokens, with {M} of text",

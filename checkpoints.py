@@ -15,7 +15,7 @@ A run is a folder that `train.py` fills and `sample.py` reads:
         manifest.json              stage, step, each file's size and sha256, settings, versions; written last
     cache/                         latents and text features, which the transformer learns from (prepare.py)
     start/mmdit.safetensors        of a second phase: the transformer that it began with
-    metrics.csv, loss.png, samples/
+    metrics.csv, loss.png, samples/, film.gif; with --lora also lora.safetensors
     lock                           held by the one process that writes here, and gone when it ends
 
 Four rules. Nothing is ever unpickled: tensors are safetensors, the rest is JSON. A file or a checkpoint's
@@ -407,25 +407,18 @@ def save_state(run, state: State, facts: dict) -> Path:
 
 
 def write_state(run, tensors: dict, manifest: dict) -> Path:
-    with unfinished_folder(run, manifest) as temporary:
+    temporary = folder_of(run, manifest).with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
         save_tensors(temporary / "state.safetensors", tensors, {})
         return seal(temporary, manifest)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def folder_of(run, manifest: dict) -> Path:
     return Path(run, "checkpoints", f"{manifest['stage']}-{manifest['step']:06d}")
-
-
-@contextmanager
-def unfinished_folder(run, manifest: dict):
-    """The temporary folder in which a checkpoint is written; removed if that fails."""
-    temporary = folder_of(run, manifest).with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def seal(temporary: Path, manifest: dict, sums: dict | None = None) -> Path:
@@ -486,13 +479,11 @@ class Saver:
             from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
         except ImportError:
             tensors = self.ranks.collect(tensors)
-            self.ranks.together(
-                lambda: None if self.ranks.rank else write_state(self.run, tensors, manifest))
+            self.ranks.alone(lambda: write_state(self.run, tensors, manifest))
             self.saved = state.stage, state.step
             return
         temporary = folder_of(self.run, manifest).with_suffix(".tmp")
-        self.ranks.together(
-            lambda: None if self.ranks.rank else shutil.rmtree(temporary, ignore_errors=True))
+        self.ranks.alone(lambda: shutil.rmtree(temporary, ignore_errors=True))
         written = async_save(
             share_of(tensors, self.ranks), process_group=self.ranks.saving,
             storage_writer=HuggingFaceStorageWriter(temporary, save_distributed=True))
@@ -639,9 +630,6 @@ def load_state(run, state: State, facts: dict, healthy=False, ranks: Ranks | Non
 
     healthy: only one that was not saved amid bad steps. CheckpointError if there are checkpoints and all are
     damaged: to start the stage again without saying so would look as if the run had been lost."""
-    if Path(run, "state.safetensors").exists():
-        raise CheckpointError(f"{run}/state.safetensors can only be continued by the older version that "
-                              "wrote it: delete it, and its stage starts again")
     ranks, damaged = ranks or Ranks(), []
     # another machine may not see yet, or still see, what rank 0 sees: network file systems remember listings
     for name in ranks.same([folder.name for folder in reversed(checkpoints_of(run, state.stage))]):

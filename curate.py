@@ -114,7 +114,7 @@ def parse_rule(rule: str) -> tuple[str, str, float]:
 
 
 @torch.no_grad()
-def examine(listing, run=None):
+def examine(listing, run):
     """Decode every picture once. -> the readable entries, their sizes, thumbnails (n, 771), embeddings (n, E)
     by the run's CLIP or None, and [(name, reason)] of the unreadable."""
     tower = load_part(run, "clip_l_image") if run else None

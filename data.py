@@ -131,7 +131,6 @@ class Thing(NamedTuple):
 
 @dataclass
 class Scene:
-    task: str
     things: list[Thing]             # in the order in which the captions name them
     captions: tuple[str, str]       # original (a GenEval prompt), synthetic (everything about every object)
     metadata: dict                  # GenEval's: tag, include, exclude, prompt
@@ -218,7 +217,7 @@ def scene(rng, task=None):
     spots = layout(kinds * count, relation)
     things = [Thing(s, c, x, y, r) for s, c, (x, y), r in zip(shapes * count, colours * count, spots, radii)]
     metadata = request(task, [(s, c if named else None, count) for s, c in zip(shapes, colours)], relation)
-    return Scene(task, things, (metadata["prompt"], describe(things)), metadata)
+    return Scene(things, (metadata["prompt"], describe(things)), metadata)
 
 
 def _requests(task):
@@ -681,20 +680,20 @@ def _emoji():
     return entries
 
 
-def pack_sheet(folder, out, style="twemoji"):
-    """Pack a folder's captioned style_*.png into out/style.png and out/style.jsonl, as assets/ holds them.
+def pack_sheet(folder, out):
+    """Pack a folder's captioned twemoji_*.png into out/twemoji.png and out/twemoji.jsonl, as in assets/.
 
     DIFFERS: one palette of 256 colours makes the sheet 0.8 MB, not 2.8. The Twemoji's values then differ from
     the originals' by 2.6 of 255 (root mean square), 78 at most; 62 % of the pixels do not differ."""
-    entries = [entry for entry in _listing(Path(folder))[0] if entry.name.startswith(f"{style}_")]
+    entries = [entry for entry in _listing(Path(folder))[0] if entry.name.startswith("twemoji_")]
     sheet = Image.new("RGB", (COLUMNS * TILE, -(-len(entries) // COLUMNS) * TILE), "white")
     for i, entry in enumerate(entries):
         tile = Image.fromarray(read_picture(entry.picture, TILE))
         sheet.paste(tile, (i % COLUMNS * TILE, i // COLUMNS * TILE))
     sheet = sheet.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
-    sheet.save(Path(out) / f"{style}.png", optimize=True)
+    sheet.save(Path(out) / "twemoji.png", optimize=True)
     lines = [json.dumps({"file": e.name, "captions": e.captions}, ensure_ascii=False) for e in entries]
-    (Path(out) / f"{style}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (Path(out) / "twemoji.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # --- Demo -------------------------------------------------------------------------------------------------

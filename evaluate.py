@@ -270,11 +270,11 @@ def requests(n, tasks=data.TASKS, per_prompt=4, seed=0):
     return jobs
 
 
-def score(draw_pictures, *, n=64, tasks=data.TASKS, per_prompt=1, seed=0, progress=None):
+def score(draw_pictures, *, n=64, tasks=data.TASKS, per_prompt=1, seed=0):
     """Score a model on n prompts a task, per_prompt pictures each. -> what `tally` returns
 
-    draw_pictures(prompts, seeds): lists of up to 64 -> uint8 (as many, S, S, 3). progress(done, total) is
-    called after each batch. Raises ValueError for an unknown task or a wrong number of pictures."""
+    draw_pictures(prompts, seeds): lists of up to 64 -> as many square pictures, PIL's or uint8 (S, S, 3).
+    Raises ValueError for an unknown task or a wrong number of pictures."""
     jobs, found = requests(n, tasks, per_prompt, seed), []
     for start in range(0, len(jobs), 64):
         batch = jobs[start:start + 64]
@@ -282,8 +282,6 @@ def score(draw_pictures, *, n=64, tasks=data.TASKS, per_prompt=1, seed=0, progre
         if len(images) != len(batch):
             raise ValueError(f"{len(images)} pictures for {len(batch)} prompts: draw_pictures owes one each")
         found += [find_objects(image) for image in images]
-        if progress:
-            progress(len(found), len(jobs))
     return tally(jobs, found)
 
 
@@ -473,7 +471,7 @@ SPOILS = {"clean": lambda image, _: image, "blur 0.7": blur(0.7), "blur 1.2": bl
           "noise 6": noise(6), "noise 12": noise(12)}
 
 
-def acceptance(spoil, n, seed=0, size=SIDE):
+def acceptance(spoil, n):
     """The scorer's own score, on n drawn scenes a task, each spoilt by spoil(image, rng).
 
     -> {task: share of true captions accepted, ..., "overall"}, share strictly accepted, share of false ones
@@ -482,9 +480,9 @@ def acceptance(spoil, n, seed=0, size=SIDE):
     hits, seconds = np.zeros((len(data.TASKS), 3)), 0.0
     for k, task in enumerate(data.TASKS):
         for i in range(n):
-            rng = np.random.default_rng((seed, k, i))
+            rng = np.random.default_rng((0, k, i))
             drawn = data.scene(rng, task)
-            image, start = spoil(data.draw(drawn.things, size), rng), time.process_time()
+            image, start = spoil(data.draw(drawn.things, SIDE), rng), time.process_time()
             found = find_objects(image)
             seconds += time.process_time() - start
             hits[k] += *judge(found, drawn.metadata)[:2], judge(found, falsify(drawn.metadata, rng))[0]

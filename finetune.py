@@ -219,7 +219,7 @@ class Lora:
             raise CheckpointError(
                 f"{self.path}: the scale of {stem} is damaged ({e}): get it again") from None
 
-    def find(self, shapes: dict, depth: int) -> "Lora":
+    def find(self, shapes: dict, depth: int) -> None:
         """shapes: {our name of a tensor: its shape}, of a transformer of `depth` blocks."""
         table, folder = {}, mmdit_folder(depth)
         for name in (name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) > 1):
@@ -241,7 +241,6 @@ class Lora:
                 raise CheckpointError(f"{self.path} is for another model: it changes {stem} as a {told[0]} x "
                                       f"{told[1]} matrix, this model's is {needed[0]} x {needed[1]}")
             self.places.setdefault(name, []).append((stem, i, recipe))
-        return self
 
     @torch.no_grad()
     def change(self, name: str, t: torch.Tensor) -> None:

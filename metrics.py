@@ -287,8 +287,8 @@ def reference(towers, images, cache):
 # --- The model itself -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def validation_loss(pipe, images, captions, levels=LEVELS, batch=None):
-    """Flow-matching loss of pictures (n, 3, S, S) uint8 with a caption each -> (levels, n), on the CPU.
+def validation_loss(pipe, images, captions, batch=None):
+    """Flow-matching loss of pictures (n, 3, S, S) uint8 with a caption each -> (LEVELS, n), on the CPU.
 
     Picture i has noise of its own, the same every time and at every t: the batch size does not matter."""
     device, rows, batch = pipe.places.device, [], batch or together(*images.shape[2:])
@@ -304,8 +304,8 @@ def validation_loss(pipe, images, captions, levels=LEVELS, batch=None):
                 eps = flow.draw_noise(x0.shape, own, device)
                 with pipe.places.at_work(pipe.mmdit):
                     at = [flow.loss(pipe.mmdit, x0, t=x0.new_full((len(x0),), t), noise=eps, **text)
-                          for t in levels]
-                rows.append(torch.stack(at).cpu())                              # (levels, B)
+                          for t in LEVELS]
+                rows.append(torch.stack(at).cpu())                              # (LEVELS, B)
             progress.update(len(x))
     return torch.cat(rows, dim=1)
 
@@ -373,10 +373,10 @@ hair_drier toothbrush
 COCO = tuple(name.replace("_", " ") for name in COCO.split())       # what GenEval's detector knows
 
 
-def geneval_prompts(n=100, seed=43):
-    """GenEval's metadata by its published rules: n prompts a task, repetitions left out. n 100 and seed 43
-    give the 553 that everybody uses, byte for byte, as random draws are made in GenEval's order."""
-    rng, colours, relations = np.random.default_rng(seed), tuple(data.COLOURS), tuple(data.RELATIONS)
+def geneval_prompts():
+    """GenEval's metadata by its published rules: 100 prompts a task, repetitions left out. These are the 553
+    that everybody uses, byte for byte, as random draws are made from GenEval's seed and in its order."""
+    n, rng, colours, relations = 100, np.random.default_rng(43), tuple(data.COLOURS), tuple(data.RELATIONS)
     drawn = [("single_object", [(COCO[i], None, 1)]) for i in rng.choice(80, size=80, replace=False)]
 
     def two(first=0, choices=80):   # colours are not asked of a person, the first of the names

@@ -37,10 +37,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from checkpoints import PARTS
 from kernels.int8 import quantise_mmdit, quantise_t5
 from mmdit import MMDiT, MMDiTConfig
-from text_encoders import ENCODERS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
-from vae import AutoencoderKL, VAEConfig
+from text_encoders import ENCODERS, CLIPTextConfig, T5Config, T5Encoder
+from vae import VAEConfig
 
 MODES = ("none", "text", "model", "block")      # from fastest to smallest
 OVERHEAD = 0.8e9                                # bytes: CUDA's context, cuBLAS and cuDNN, fragments
@@ -48,6 +49,15 @@ GB = 1e9
 
 
 # --------------------------------------------------------------------------------------- moving the weights
+
+def room(shape, dtype, locked: bool) -> torch.Tensor:
+    """An empty tensor in main memory. locked: in pages that a GPU can fetch by itself. PyTorch keeps such
+    pages for later tensors, but hands none out again before it has been fetched."""
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=locked)
+    except RuntimeError:                    # Windows and WSL lock only part of memory: slower, not wrong
+        return torch.empty(shape, dtype=dtype)
+
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
@@ -105,10 +115,7 @@ class BlockStream:
         for t in tensors:
             views.append((t, offset, t.nbytes))
             offset += (t.nbytes + 255) // 256 * 256
-        try:
-            flat = torch.empty(offset, dtype=torch.uint8, pin_memory=self.cuda)
-        except RuntimeError:                # Windows and WSL lock only part of memory: slower, not wrong
-            flat = torch.empty(offset, dtype=torch.uint8)
+        flat = room(offset, torch.uint8, locked=self.cuda)
         for t, start, n in views:
             view = flat[start:start + n].view(t.dtype).view(t.shape)
             t.data = view.copy_(t.data)
@@ -254,11 +261,9 @@ def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfl
     -> "parameters", "weights" and "work" by part; "peak" by offload mode: what the card must have; "locked":
     the main memory that "block" takes beyond the weights.
     """
-    kinds = {"mmdit": MMDiT, "vae": AutoencoderKL, "clip_l": CLIPTextEncoder, "clip_g": CLIPTextEncoder,
-             "t5": T5Encoder}
     dtypes = {"mmdit": dtype, "vae": torch.float32, **dict.fromkeys(ENCODERS, of_encoders(dtype, text_dtype))}
     with torch.device("meta"):
-        parts = {name: kinds[name](config).to(dtypes[name]) for name, config in configs.items()}
+        parts = {name: PARTS[name][0](config).to(dtypes[name]) for name, config in configs.items()}
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     mmdit, c, f = parts["mmdit"], configs["mmdit"], configs["vae"].factor
     if int8:
@@ -400,13 +405,13 @@ def short(dtype) -> str:
 PRESETS = ("sd3-medium", "sd3.5-medium", "sd3.5-large")
 
 
-def preset_configs(name, t5=True) -> dict:
+def preset_configs(name) -> dict:
     """The five parts of a published model."""
     if name not in PRESETS:
         raise ValueError(f"no published model {name!r}: choose from {', '.join(PRESETS)}")
-    configs = {"mmdit": MMDiTConfig.preset(name), "vae": VAEConfig.preset("sd3"),
-               "clip_l": CLIPTextConfig.preset("clip_l"), "clip_g": CLIPTextConfig.preset("clip_g")}
-    return configs | ({"t5": T5Config.preset("xxl")} if t5 else {})
+    return {"mmdit": MMDiTConfig.preset(name), "vae": VAEConfig.preset("sd3"),
+            "clip_l": CLIPTextConfig.preset("clip_l"), "clip_g": CLIPTextConfig.preset("clip_g"),
+            "t5": T5Config.preset("xxl")}
 
 
 def demo() -> None:

@@ -135,9 +135,13 @@ class Ranks:
             raise error
         return result
 
+    def alone(self, action):
+        """action() on rank 0, for which the others wait; they get None. If it fails, see together."""
+        return self.together(action if self.rank == 0 else lambda: None)
+
     def once(self, action):
         """action() on rank 0, then on the others, which find what rank 0 has written."""
-        result = self.together(action if self.rank == 0 else lambda: None)
+        result = self.alone(action)
         return result if self.rank == 0 else action()
 
     def collect(self, tensors: dict) -> dict:
@@ -193,7 +197,7 @@ def own_device(device: str) -> str:
 @contextmanager
 def processes(device: str):
     """This process's Ranks, connected while inside. Ranks above 0 print nothing but their own errors."""
-    rank, world, place = launched()
+    rank, world, _ = launched()
     if world == 1:
         yield Ranks()
         return

@@ -261,7 +261,7 @@ def unknown(tokenizer, text: str) -> list[str]:
 
 # -------------------------------------------------------------------------------------------------- loading
 
-def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, loras=()) -> dict:
+def load_run(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, loras) -> dict:
     """The arguments of Pipeline for a run's folder."""
     if tokenizers:
         raise ValueError(f"{path} has its own tokenizers: leave out --tokenizers {tokenizers}")
@@ -300,7 +300,7 @@ def half_of(device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, loras=()) -> dict:
+def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pictures, loras) -> dict:
     """The arguments of Pipeline for published weights. Looks first for what may be missing; reads the largest
     files last."""
     dtype = dtype or (half_of(device) if device.type == "cuda" else torch.float32)
@@ -347,7 +347,7 @@ def home_of(part, mode, device) -> torch.device:
     return device if stays else torch.device("cpu")
 
 
-def published_configs(path, drop=()) -> dict:
+def published_configs(path, drop) -> dict:
     """The configs of all five parts but those in `drop`, from names and shapes alone; CheckpointError unless
     they fit each other."""
     refuse_part(path)

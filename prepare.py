@@ -43,10 +43,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 import data
 from checkpoints import CheckpointError, about_of, load_tensors, read_json, save_tensors, write_json
+from offload import room
 
 # ------------------------------------------------------------------------------------------- shapes and order
 
@@ -71,14 +72,6 @@ def nearest_bucket(width: int, height: int, shapes) -> int:
     """Number of the shape that cuts off least: the nearest in log(width / height)."""
     wanted = np.log(width / height)
     return int(np.argmin([abs(wanted - np.log(w / h)) for w, h in shapes]))
-
-
-def picture_size(picture) -> tuple[int, int]:
-    """Upright (width, height), from the file's header alone. A drawing is square: (1, 1)."""
-    if callable(picture):
-        return 1, 1
-    with data.opened(picture) as image:
-        return upright_size(image)
 
 
 def upright_size(image) -> tuple[int, int]:
@@ -157,7 +150,8 @@ def identify(picture) -> tuple[tuple[int, int], str]:
         return (1, 1), digest(repr(picture.args).encode())
     if isinstance(picture, Image.Image):
         return picture.size, digest(picture.tobytes())
-    size = picture_size(picture)
+    with data.opened(picture) as image:
+        size = upright_size(image)
     with open(picture if isinstance(picture, Path) else picture.shard, "rb") as file:
         start, length = (0, picture.stat().st_size) if isinstance(picture, Path) else picture[1:]
         ends = []
@@ -418,7 +412,7 @@ def _encode_captions(path, mark, survey, part, encoders, t5_length, batch, autoc
 def _save(path, tensors, about) -> None:
     try:
         save_tensors(path, tensors, about)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise OSError(f"{path} cannot be written ({error}): make room, then repeat the command") from None
 
 
@@ -530,15 +524,6 @@ class Cache:
     def _map(self, name):
         with safe_open(self.folder / name, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
-
-
-def room(shape, dtype, locked: bool) -> torch.Tensor:
-    """An empty tensor in main memory. locked: in pages that a GPU can fetch by itself. PyTorch keeps such
-    pages for later tensors, but hands none out again before it has been fetched."""
-    try:
-        return torch.empty(shape, dtype=dtype, pin_memory=locked)
-    except RuntimeError:                    # Windows and WSL lock only part of memory: slower, not wrong
-        return torch.empty(shape, dtype=dtype)
 
 
 def send(x: torch.Tensor, device) -> torch.Tensor:

@@ -466,8 +466,6 @@ def prepare(args):
         some = data.load_pictures(config["data"], config["size"], count=args.n or 100, seed=args.seed)
         rows = [{"tag": "caption", "include": [], "prompt": texts[0]} for texts in some.captions]
         jobs = jobs_of(rows, None, args.pictures, args.seed)
-    if not jobs:
-        raise ValueError("-n and --pictures must be at least 1")
     pipe = Pipeline.from_pretrained(path, device=args.device)
     args.steps = args.steps or pipe.steps
     args.guidance = pipe.guidance if args.guidance is None else args.guidance

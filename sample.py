@@ -40,7 +40,6 @@ from finetune import Lora
 from pipeline import (DEFAULTS, Pipeline, at_once, check_request, longest_side, pick_device,
                       published_configs, recognise, save_picture, seeds_of, settings_of, side_of,
                       text_dtype_of)
-from pipeline import to_pil                     # noqa: F401  (can be called from here, as Pipeline can)
 from tensor_files import check_writable
 from text_encoders import ENCODERS
 from weights import free_memory

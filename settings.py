@@ -17,10 +17,9 @@ What to know
 Run `python settings.py`: it lists every flag with its default, and checks that each can be read back.
 """
 import argparse
-import dataclasses
 import difflib
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -106,7 +105,7 @@ class TrainConfig:
     save_every: int = flag(500, "steps between saves of the unfinished stage")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
+        for f in fields(self):
             value, kinds = getattr(self, f.name), (int, float) if f.type is float else f.type
             if f.type is str and isinstance(value, Path):
                 setattr(self, f.name, value := str(value))
@@ -114,7 +113,7 @@ class TrainConfig:
                 raise ValueError(f"{f.name} is {value!r}: it must be of type {f.type.__name__}")
             if f.type is float and not math.isfinite(value):
                 raise ValueError(f"{f.name} is {value}: it must be finite")
-        positive = ["size", "pictures", "vae_channels", "accumulate", "warmup", "clip_norm", "save_every"]
+        positive = ["pictures", "vae_channels", "accumulate", "warmup", "clip_norm", "save_every"]
         positive += [f"{s}_{k}" for s in STAGES for k in ("steps", "batch", "rate")]
         for name in positive:
             if not getattr(self, name) > 0:
@@ -176,7 +175,7 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
                         help="the sizes that train on a laptop; also the default")
     parser.add_argument("--resume", action="store_true",
                         help="continue the run in --out, or else the last one")
-    for f in dataclasses.fields(TrainConfig):
+    for f in fields(TrainConfig):
         told = "" if f.type is bool or f.default == "" else f" (default: {f.default})"
         how = {"help": f.metadata["help"] + told, "default": None, "dest": f.name}
         how |= {"action": argparse.BooleanOptionalAction} if f.type is bool else {
@@ -189,7 +188,7 @@ def parse(argv=None) -> tuple[TrainConfig, bool]:
             unknown[0], [s for a in parser._actions for s in a.option_strings], 1)
         raise ValueError(f"unknown flag {unknown[0]}"
                          + (f": did you mean {near[0]}?" if near else ": see python train.py --help"))
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)
+    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig)
              if getattr(args, f.name) is not None}
     if not args.resume:
         begin = (fine_tuning if is_published(given.get("origin")) else second_phase if given.get("origin")
@@ -237,7 +236,7 @@ def go_on_as(c: TrainConfig) -> None:
         raise ValueError("a run that goes on needs `out`, its folder")
     saved = read_json(Path(c.out, "config.json"))
     c.clip_length, c.t5_length = (getattr(c, k) or saved.get(k, 0) for k in ("clip_length", "t5_length"))
-    check_kept({k: v for k, v in dataclasses.asdict(c).items() if k != "out"}, saved, Path(c.out))
+    check_kept({k: v for k, v in asdict(c).items() if k != "out"}, saved, Path(c.out))
 
 
 def second_phase(given: dict) -> dict:
@@ -261,7 +260,7 @@ def second_phase(given: dict) -> dict:
         cache.compare(*encoder_prints(given.get("encoders", run)))
         given = given | told
     size = given.get("size", saved["size"])
-    known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "origin", "cache", "minutes", "lora"}
+    known = {f.name for f in fields(TrainConfig)} - {"out", "origin", "cache", "minutes", "lora"}
     known -= {"fsdp"} if given.get("lora") else set()                   # adapters are not sharded
     c, published = config_of_part(run, "mmdit"), saved.get("encoders")
     kept = {k: v for k, v in saved.items() if k in known}
@@ -353,16 +352,14 @@ def parse_cache(argv) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto | cuda | mps | cpu (default: auto)")
     parser.add_argument("--dtype", default="auto", help="of matrix products: auto | bfloat16 | float32")
     args = parser.parse_args(argv)
-    if args.size is not None and args.size < 16:
-        parser.error(f"--size {args.size}: at least 16")
-    if args.model and not args.size:
+    if args.model and args.size is None:
         parser.error("--model needs --size, such as 256")
     return args
 
 
 def demo() -> None:
     """Every setting, its default and its meaning; each default, given as a flag, is read back."""
-    for f in dataclasses.fields(TrainConfig):
+    for f in fields(TrainConfig):
         print(f"{flag_of(f.name):17s} {f.default!s:13s} {f.metadata['help']}")
         if f.type is not bool and f.name not in ("origin", "cache"):
             assert parse([flag_of(f.name), str(f.default)]) == (TrainConfig(), False)

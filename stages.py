@@ -23,12 +23,11 @@ text encoders leave memory; the autoencoder is loaded again to draw a sample gri
 encoders are published ones: they made the cache, and only the flow is left to learn.
 """
 import copy
-import dataclasses
 import math
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -116,7 +115,7 @@ def build(c, tokenizers: dict, later=nullcontext()) -> dict[str, nn.Module]:
             "t5": T5Encoder(t5)} | mmdit
 
 
-def build_mmdit(c, vae, clip_l, clip_g, t5, later=nullcontext()) -> MMDiT:
+def build_mmdit(c, vae, clip_l, clip_g, t5, later) -> MMDiT:
     """The transformer for the latents and features of an autoencoder and encoders of these configs."""
     tokens = c.size // (2 * vae.factor)                                     # along a side of a picture
     config = MMDiTConfig.preset(
@@ -165,7 +164,7 @@ def measure_vae(run, vae, pictures) -> None:
     with run.autocast():
         shift, scale = measure_latents(vae, some)
         again = torch.cat([vae.decode(vae.encode(x).mean) for x in some.split(64)])
-    vae.config = run.ranks.same(dataclasses.replace(vae.config, shift=shift, scale=scale))
+    vae.config = run.ranks.same(replace(vae.config, shift=shift, scale=scale))
     print(f"vae: {psnr(again, some):.1f} dB from picture to latent and back; "
           f"latent = (z - {shift:.3f}) * {scale:.3f}", flush=True)
 
@@ -250,7 +249,7 @@ def cached_batches(run, parts, tokenizers, survey, pictures) -> Batches:
     return Batches(cache, c.flow_batch, c.seed, synthetic=c.synthetic, locked=run.device.type == "cuda")
 
 
-def encode_all(run, out, prints, rank=0, world=1) -> None:
+def encode_all(run, out, prints, rank, world) -> None:
     """Writes a cache of run.config's data to `out`, with the encoders of run.folder, which may be published
     weights. Each of `world` ranks does its share; if interrupted, the next call goes on from there. It reads
     what is there and makes damaged files again; a run does not when it starts, as that takes long."""
@@ -297,7 +296,7 @@ def take_over(c, folder) -> None:
         write_atomically(folder / target, partial(shutil.copyfile, origin / source))
 
 
-def pretrained_mmdit(run, vae, later=nullcontext()) -> MMDiT:
+def pretrained_mmdit(run, vae, later) -> MMDiT:
     """The transformer that --from names: a run's, resized for this run's pictures, or a published one as it
     is. With --lora only its adapters learn; a published one then stays in the dtype of matrix products.
 
@@ -323,8 +322,8 @@ def resized(old: MMDiT, tokens: int, white: bool = True) -> MMDiT:
     """The same weights for pictures of tokens x tokens. The coordinates of the pictures that it first learned
     are stretched over these (interpolated) and continued beyond (extended), paper section 5.3.2. Smaller
     pictures take the middle of them. white: the layer that reads text will be trained (WhiteLinear)."""
-    c = dataclasses.replace(old.config, pos_sample=max(old.config.pos_sample, tokens),
-                            pos_max=max(old.config.pos_max, 3 * tokens))
+    c = replace(old.config, pos_sample=max(old.config.pos_sample, tokens),
+                pos_max=max(old.config.pos_max, 3 * tokens))
     new = MMDiT(c)      # a published table is kept if it is large enough: it may come from another formula
     new.load_state_dict(old.state_dict() | ({} if c == old.config else {"pos_embed": new.pos_embed}))
     new.context_embedder = WhiteLinear(new.context_embedder) if white else new.context_embedder

@@ -107,7 +107,6 @@ class Source:
         self.prefix = prefix
         self.others = {k for k in self.index if not k.startswith(prefix)}
         self.index = {k[len(prefix):]: v for k, v in self.index.items() if k.startswith(prefix)}
-        return self
 
     def shape(self, recipe):
         """The shape of what the Recipe gives; None if one of its keys is missing."""

@@ -47,7 +47,6 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-TEXT_DROP = 0.464                       # of each encoder, in training (appendix B.3; section 5.3.3: 46.3 %)
 ENCODERS = ("clip_l", "clip_g", "t5")   # the order of `drop`, `dropped` and `tokenizers`
 
 
@@ -319,12 +318,12 @@ class T5Encoder(nn.Module):
         return self.encoder.final_layer_norm(x)
 
 
-def masked_span_loss(encoder, ids, *, generator, rate=0.15, span=2, sentinel=None, rows=slice(None)):
+def masked_span_loss(encoder, ids, *, generator, rate=0.15, span=2, rows=slice(None)):
     """Pre-trains a T5 encoder alone: spans are hidden and guessed from both sides -> scalar cross-entropy.
 
     ids (B, L). About `rate` of the text tokens are hidden, at least one in a row with text, in spans of
-    `span`, longer where two meet. All tokens of a row's n-th span become <extra_id_n>, with id sentinel - n
-    (default: the last id; 32099 in the real one). Logits are outputs times embeddings times D^-0.5, as in T5.
+    `span`, longer where two meet. All tokens of a row's n-th span become <extra_id_n>, whose ids are counted
+    from the last one down. Logits are outputs times embeddings times D^-0.5, as in T5.
     rows: which to compute; the result is their part of the loss of all ids. What is hidden does not change.
     DIFFERS: T5 puts one sentinel for a span, of mean length 3, and a decoder spells it out. Here lengths stay
     and the encoder itself answers, as in BERT, so there is no decoder. Our captions are short, hence span 2.
@@ -336,8 +335,7 @@ def masked_span_loss(encoder, ids, *, generator, rate=0.15, span=2, sentinel=Non
     drawn = is_text & ((rand < rate / span) | (rand == rand.min(1, keepdim=True).values))   # 1 or more a row
     hidden = is_text & torch.stack([F.pad(drawn, (k, 0))[:, :L] for k in range(span)]).any(0)
     starts = hidden & ~F.pad(hidden, (1, 0))[:, :L]                     # spans that touch have become one
-    sentinel = encoder.config.vocab_size - 1 if sentinel is None else sentinel
-    shown = torch.where(hidden, sentinel + 1 - starts.cumsum(1), ids)
+    shown = torch.where(hidden, encoder.config.vocab_size - starts.cumsum(1), ids)
     count = hidden.sum()                                                # of all rows, even if `rows` has few
     ids, hidden, shown = ids[rows], hidden[rows], shown[rows]
     output = encoder(shown)[hidden]                                                         # (hidden, D)
@@ -525,8 +523,9 @@ class TextEncoders(nn.Module):
         return Conditioning(torch.cat([clips, features[2]], dim=1), torch.cat(pooled, dim=-1))
 
 
-def sample_drops(n, generator, p=TEXT_DROP):
-    """(n, 3) bool: which of ENCODERS each of n training samples goes without."""
+def sample_drops(n, generator, p):
+    """(n, 3) bool: which of ENCODERS each of n training samples goes without. p: of each, 0.464 in the paper
+    (appendix B.3; section 5.3.3: 46.3 %)."""
     return torch.rand(n, 3, generator=generator, device=generator.device) < p
 
 

@@ -44,7 +44,7 @@ DIFFERS: dropped text is zeros, and zeros mean "no prompt" in sampling too; rele
 encoded "".
 
 The whole step is in `fit`, in this order:
-rate -> loss -> backward -> clip -> judge -> step -> EMA -> log -> plan -> preview -> save.
+rate -> loss -> backward -> clip -> judge -> step -> EMA -> log -> plan -> save -> preview.
 What may go wrong there, and what happens then, is in watch.py and checkpoints.py; how several processes share
 the work, in parallel.py.
 """
@@ -147,8 +147,7 @@ class Run:
     def save_part(self, name: str, module: nn.Module) -> None:
         """The ranks gather their shards and rank 0 writes; once this returns, the others may read."""
         tensors = self.ranks.collect(module.state_dict())
-        self.ranks.together(
-            lambda: None if self.ranks.rank else save_part(self.folder, name, module, tensors))
+        self.ranks.alone(lambda: save_part(self.folder, name, module, tensors))
 
     def left(self) -> float:
         """Seconds until --minutes is over."""
@@ -392,8 +391,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         run = Run(config, folder, ranks)
         data = ranks.together(lambda: list_data(config))    # before the folder is made: it may be bad
         seen = ranks.told(data[2])
-        ranks.together(lambda: None if ranks.rank else check_same(seen))
-        ranks.together(lambda: None if ranks.rank else inside.enter_context(sole_writer(folder)))
+        ranks.alone(lambda: check_same(seen))
+        ranks.alone(lambda: inside.enter_context(sole_writer(folder)))
         with run.stop:
             return train_stages(run, *data, resume)
 
@@ -439,7 +438,7 @@ def check_same(seen: list[str]) -> None:
 def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: bool) -> Path:
     config, folder, pictures, captions, ranks = run.config, run.folder, words, words.captions, run.ranks
     if config.origin and not is_published(config.origin):
-        ranks.together(lambda: None if ranks.rank else take_over(config, folder))
+        ranks.alone(lambda: take_over(config, folder))
     own = ("flow",) if config.encoders else STAGES                  # trained in this run
     todo = ranks.same(ranks.together(lambda: unfinished(folder, own)))
     if "vae" in todo or "clip" in todo:                             # the others need no pixels
@@ -450,7 +449,7 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
     if listing and len(listing.entries) > config.pictures:
         print(f"{len(listing.entries):,} pictures were found, of which {config.pictures:,} are used: "
               "--pictures allows more")
-    ranks.together(lambda: None if ranks.rank else settle_folder(config, folder, todo))
+    ranks.alone(lambda: settle_folder(config, folder, todo))
     run.facts = {"settings": {name: getattr(config, name) for name in SHAPING}, "fingerprint": mark,
                  "dtype": short(run.dtype)}
     cut_up = config.fsdp and ranks.world > 1 and "flow" in todo
@@ -515,7 +514,7 @@ def compile_blocks(model: MMDiT, device: torch.device) -> None:
         block.compile()
 
 
-def unfinished(folder: Path, stages=STAGES) -> list[str]:
+def unfinished(folder: Path, stages) -> list[str]:
     """The stages whose parts the run lacks. ValueError if a part is lost that its transformer has learned
     from."""
     lost = {stage: [name for name in PARTS_OF[stage] if not (folder / f"{name}.safetensors").is_file()]
@@ -535,7 +534,7 @@ def introduce(run: Run, parts, pictures, todo, stages) -> None:
     """The log's first lines: device, dtype and why, data, sizes, and how long it should take."""
     c = run.config
     print(f"run: {run.folder}\ndevice: {run.device}, {torch.get_num_threads()} CPU threads; matrix products "
-          f"in {str(run.dtype).removeprefix('torch.')} ({run.why}), all else in float32")
+          f"in {short(run.dtype)} ({run.why}), all else in float32")
     if run.ranks.world > 1:
         print(f"{run.ranks.world} processes share each batch; the transformer is "
               + ("cut up among them" if parallel.sharded(parts["mmdit"]) else "whole on each"))
@@ -639,7 +638,7 @@ def cache_command(argv) -> None:
     args = parse_cache(argv)
     rank, world, _ = parallel.launched()                # each writes files of its own: no exchange
     saved = {"t5_length": 77} if args.model else read_run(args.run)
-    size, whose = args.size or saved["size"], Path(args.model or args.run)
+    size, whose = saved["size"] if args.size is None else args.size, Path(args.model or args.run)
     every = TrainConfig.pictures if args.data == "drawn" else EVERY
     run = Run(TrainConfig(t5_length=saved["t5_length"], data=args.data, size=size, seed=args.seed,
                           pictures=args.pictures or every, buckets=args.buckets, device=args.device,

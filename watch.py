@@ -18,8 +18,7 @@ What to know
   the median of the last healthy ones. On drawn shapes the largest ratio seen in 4 whole runs was 1.34.
 - Nothing here makes a GPU wait at each step. `judge` is arithmetic on tensors that stay there, the fused
   AdamW and Muon read its verdict there (`found_inf`, meant for gradient scaling), and the log reads 20 steps
-  at once.
-  So the news that every step is bad comes up to 20 steps late, which costs time but no weights.
+  at once. So the news that every step is bad comes up to 20 steps late, which costs time but no weights.
 - Going back alone would repeat the same steps, since all randomness comes from (seed, stage, step); therefore
   the rate is halved. Bad data will fail again, and then the advice is what is left.
 
@@ -174,9 +173,8 @@ class Log:
 
     def __init__(self, folder: Path, state, batch: int, silent: bool = False):
         """silent: for a rank that only needs to know whether training is hopeless."""
-        self.silent = silent
-        self.path, self.batch, self.pending, self.smooth = Path(folder) / "metrics.csv", batch, [], None
-        self.unwritten, self.warned, self.skipped, self.hopeless = [], False, 0, False
+        self.silent, self.path, self.batch = silent, Path(folder) / "metrics.csv", batch
+        self.warned, self.skipped = False, 0
         self.first, self.start = state.step, time.monotonic()
         self.said = self.last = self.start
         self.bar = tqdm(total=state.total, initial=state.step, desc=f"{state.stage:4s}",

@@ -101,11 +101,6 @@ def gate_residual_modulate(x, y, gate, shift, scale, *, eps=1e-6, backend="auto"
 
 # --------------------------------------------------------------------------------------------- who gets which
 
-def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"no back end {backend!r} here: choose auto, torch or triton")
-
-
 def default() -> str:
     if DEFAULT not in BACKENDS:
         raise ValueError(f"SD3_KERNELS is {DEFAULT!r}: choose auto, torch or triton")
@@ -125,7 +120,8 @@ def choose(backend: str, operation: str, head_dim: int = 0, **tensors) -> str:
 
     Called every time, also while torch.compile traces: cheap checks first, and nothing that it cannot trace.
     """
-    check_backend(backend)
+    if backend not in BACKENDS:
+        raise ValueError(f"no back end {backend!r} here: choose auto, torch or triton")
     backend = default() if backend == "auto" else backend
     device = next(iter(tensors.values())).device
     if backend == "torch" or backend == "auto" and device.type != "cuda":

@@ -262,7 +262,7 @@ def launch_backward(dout, dh, h, y, gate, scale, eps):
 # Four operators, opaque to torch.compile and traced by shape alone. Autocast leaves them alone: a float32
 # residual stream stays float32 there, and the kernels take every argument in its own dtype.
 
-def stored_dtype(x, y=None, gate=None):
+def stored_dtype(x, y, gate):
     """The dtype of h, and so of its modulation: PyTorch's own promotion of x + gate * y."""
     return x.dtype if y is None else torch.promote_types(x.dtype, torch.promote_types(y.dtype, gate.dtype))
 

@@ -81,7 +81,7 @@ from kernels.norm_layout import joint_attention_sdpa  # noqa: E402
 from mmdit import MMDiT, MMDiTConfig  # noqa: E402
 
 MODELS = "sd3.5-large", "sd3.5-medium", "sd3-medium"           # the one with targets first: time may run out
-TEXT, HD = 154, 64
+TEXT = 154
 SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 PASSES = ("forward", "forward+backward")
 SECONDS = {"attention": 45, "modul": 12, "model": 120}  # one pass of a case: a guess, raised if it took more
@@ -152,9 +152,9 @@ def flex(*a):
 
 def rivals(case, device) -> dict:
     """name -> function of the case's inputs."""
-    if case["operation"] == "model":
-        return model_rivals(case, device)
     how = dict(dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
+    if case["operation"] == "model":
+        return model_rivals(case, device, how)
     if "attention" in case["operation"]:
         def by(way):
             return lambda *a: way(*a[:6], a[6:] or None, None, 1e-6)
@@ -189,10 +189,9 @@ def model_config(case) -> MMDiTConfig:
     return MMDiTConfig.preset(case["model"], **(dict(depth=1, heads=1) if case["model"] == "tiny" else {}))
 
 
-def model_rivals(case, device) -> dict:
+def model_rivals(case, device, how) -> dict:
     """The model with random weights, by both back ends, and diffusers' of the same shape."""
     dtype, c = getattr(torch, case["dtype"]), model_config(case)
-    how = dict(dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
     model = built(lambda: MMDiT(c), dtype, device)
     for p in model.parameters():
         if not p.any():                                             # gates of zero would hide the blocks

@@ -53,15 +53,14 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def quantise_linears(module: nn.Module, keep=()) -> nn.Module:
+def quantise_linears(module: nn.Module, keep=()) -> None:
     """Replace every nn.Linear in `module`, one at a time, so that the whole is never in memory twice.
 
-    keep: names of layers to leave as they are. Returns the module.
+    keep: names of layers to leave as they are.
     """
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear) and name not in keep:
             module.set_submodule(name, Int8Linear(layer))
-    return module
 
 
 def quantise_mmdit(mmdit: nn.Module) -> nn.Module:

@@ -67,7 +67,7 @@ triton = tl = None                                      # set by load_triton
 # A tensor (B, T, nh, hd) comes to a kernel as a tuple: pointer, and its strides over pictures, tokens, heads.
 
 @kernel
-def norm_layout_row(X, W, Y, first, nh, eps, NORM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def norm_layout_row(X, W, Y, first, eps, NORM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program, one head of one token, to its place in Y, where this stream begins at token `first`."""
     b, token, h = tl.program_id(2).to(tl.int64), tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -90,7 +90,7 @@ def norm_layout_simply(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, e
         for x, w, first in ((txt, w_txt, 0), (img, w_img, M)):
             if x.shape[1]:
                 norm_layout_row[x.shape[1], nh, B](
-                    stream(x), w, stream(joined[-1]), first, nh, eps, NORM=w is not None, D=hd,
+                    stream(x), w, stream(joined[-1]), first, eps, NORM=w is not None, D=hd,
                     BLOCK_D=head_block(x), **FUSED)
     return tuple(joined)
 

@@ -12,8 +12,6 @@ Scores are kept in RUN/without/, so a stopped command goes on where it was; besi
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate  # noqa: E402
@@ -29,12 +27,9 @@ def scored(run: Path, pipe: Pipeline, drop: tuple, n: int, per_prompt: int) -> d
     """The scores without the encoders in `drop`: those kept, or of pictures that are drawn now."""
     path = run / "without" / f"{'-'.join(drop) or 'none'}-{n}x{per_prompt}.json"
     if not is_newer(path, run):
-        def draw(prompts, seeds):
-            images = pipe(list(prompts), seed=list(seeds), drop=drop)
-            return np.stack([np.asarray(image) for image in images])                        # (b, S, S, 3)
-
         path.parent.mkdir(exist_ok=True)
-        result = evaluate.score(draw, n=n, per_prompt=per_prompt)
+        result = evaluate.score(
+            lambda prompts, seeds: pipe(prompts, seed=seeds, drop=drop), n=n, per_prompt=per_prompt)
         write_json(path, {key: result[key] for key in ("score", "error", "shape", "unseen")})
     return read_json(path)
 

@@ -608,11 +608,6 @@ def test_a_checkpoint_of_another_architecture_is_refused_and_changes_nothing(tmp
     assert all(torch.equal(v, before[k]) for k, v in larger.params.items())
 
 
-def test_the_state_file_of_an_older_version_is_refused(tmp_path):
-    (tmp_path / "state.safetensors").write_bytes(b"")
-    refuses(lambda: Training().load(tmp_path), "state.safetensors", "older version", "delete it")
-
-
 def test_going_back_in_health_passes_over_what_was_saved_amid_bad_steps(tmp_path):
     training = Training()
     training.step(0)

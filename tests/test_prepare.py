@@ -59,7 +59,7 @@ def test_the_size_is_that_of_the_upright_picture_and_costs_no_decoding(tmp_path,
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.png", exif=exif)
     Image.new("RGB", (40, 20)).save(tmp_path / "plain.png")
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
-    sizes = [prepare.picture_size(tmp_path / name) for name in ("turned.jpg", "turned.png", "plain.png")]
+    sizes = [prepare.identify(tmp_path / name)[0] for name in ("turned.jpg", "turned.png", "plain.png")]
     assert sizes == [(20, 40), (20, 40), (40, 20)]
 
 
@@ -96,7 +96,7 @@ def test_the_size_is_that_of_the_picture_as_it_is_loaded(tmp_path, name, turned)
         first = prepare.upright_size(image), data.upright(image, 64).size      # as curate does, in one go
     with data.opened(path, whole=True) as image:
         loaded = data.upright(image, 64).size
-    assert {*first, loaded, prepare.picture_size(path)} == {(20, 40) if turned else (40, 20)}
+    assert {*first, loaded, prepare.identify(path)[0]} == {(20, 40) if turned else (40, 20)}
 
 
 # --- Order ---

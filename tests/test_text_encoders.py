@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import data
-from text_encoders import (BOS, ENCODERS, EOS, TEXT_DROP, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig,
+from settings import TrainConfig
+from text_encoders import (BOS, ENCODERS, EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig,
                            CLIPTextEncoder, LayerNorm, RMSNorm, T5Config, T5Encoder, TextEncoders, clip_loss,
                            drop_encoders, load_clip_tokenizer, load_t5_tokenizer, masked_span_loss,
                            relative_buckets, sample_drops, train_clip_tokenizer, train_t5_tokenizer)
@@ -362,8 +363,8 @@ def test_masked_spans_hide_about_the_asked_share_of_long_texts():
     generator, echo = torch.Generator().manual_seed(0), Echo(400)
     ids = torch.randint(3, 300, (64, 512), generator=generator)
     for rate in (0.15, 0.3):
-        masked_span_loss(echo, ids, generator=generator, rate=rate, sentinel=390)
-        assert echo.seen.max() == 390
+        masked_span_loss(echo, ids, generator=generator, rate=rate)
+        assert echo.seen.max() == 399
         share = (echo.seen != ids).float().mean().item()
         assert 1 - (1 - rate / 2) ** 2 == pytest.approx(share, abs=0.01)        # two chances to be hidden
     with pytest.raises(ValueError, match="empty"):
@@ -576,8 +577,8 @@ def test_drop_encoders_refuses_foreign_widths(tiny):
 
 def test_each_encoder_is_dropped_in_46_4_percent_independently_and_all_in_a_tenth():
     n = 100_000
-    drops = sample_drops(n, torch.Generator().manual_seed(0)).double()
-    assert drops.shape == (n, 3) and TEXT_DROP == 0.464
+    drops = sample_drops(n, torch.Generator().manual_seed(0), TrainConfig.text_drop).double()
+    assert drops.shape == (n, 3)
     assert (drops.mean(0) - 0.464).abs().max() < 0.006                              # 4 standard deviations
     assert drops.prod(1).mean().item() == pytest.approx(0.464 ** 3, abs=0.004)      # 0.0999
     assert (torch.corrcoef(drops.T) - torch.eye(3)).abs().max() < 0.013

@@ -637,7 +637,7 @@ def test_on_a_card_too_small_for_all_of_it_its_parts_come_in_turn(learned, monke
     monkeypatch.setattr(pipeline, "free_memory", lambda device: free)
     card, move = SimpleNamespace(type="cuda"), torch.nn.Module.to
     monkeypatch.setattr(torch.nn.Module, "to", lambda m, to: m if to is card else move(m, to))
-    how = learned[0], card, None, set(), "auto", False, None, (64, None), 1
+    how = learned[0], card, None, set(), "auto", False, None, (64, None), 1, ()
     peak = offload.need(run_configs(learned[0]), height=64, width=32, dtype=torch.float32,
                         text_dtype=torch.bfloat16)["peak"]
     for free, mode in ((peak["none"], "none"), (peak["none"] - 1, "text"), (peak["text"] - 1, "model")):
@@ -880,7 +880,7 @@ def test_what_follows_published_weights_or_their_adapters_learns_at_the_rate_of_
         finished, tmp_path, monkeypatch):
     """And has no limit of minutes, although a run of published weights calls its model "tiny"."""
     run, saved = shutil.copytree(finished, tmp_path / "run"), read_json(finished / "config.json")
-    monkeypatch.setattr(settings, "config_of_part", lambda *_: MMDiTConfig.preset("sd3.5-large"))
+    monkeypatch.setattr(settings, "config_of_part", lambda *_: MMDiTConfig(38))
     for lora, rate in ((0, 1e-5), (3, 1e-4)):
         (run / "config.json").write_text(json.dumps(
             saved | {"encoders": str(tmp_path), "lora": lora, "flow_rate": rate, "muon_rate": 0.0}))
