@@ -316,9 +316,10 @@ def demo() -> None:
     assert abs(errors(read)[0] - errors(merged)[0]) < 1e-5
 
 
-# Exercises. (1) Adapt only the attentions' layers in add_lora: how much rank makes up for it? (2) Give both
-# factors zeros, or both random numbers, at the start: why does neither do? (3) Add flow.loss of the better
-# picture to dpo_loss, in demo: does it save the model with beta = 10?
+# Exercises (assertions of demo() may then fail, as they should). (1) Adapt only the attentions' layers in
+# add_lora: how much rank makes up for it? (2) Give both factors zeros, or both random numbers, at the start:
+# why does neither do? (3) Add flow.loss of the better picture to dpo_loss, in demo: does it save the model
+# with beta = 10?
 
 if __name__ == "__main__":
     demo()

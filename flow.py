@@ -345,9 +345,9 @@ def demo(out="runs/flow.png"):
     print(f"velocity  {100 * off:.1f} % off the exact one (root mean square)")
     print(f"loss      {learned:.3f}, and the exact velocity gets {floor:.3f}: no model can do better")
     print(f"samples   {100 * inside:.1f} % inside a blob, {share.min():.3f} to {share.max():.3f} in each")
-    _draw(out, torch.stack([*path, x]), data(4000))
     assert off < 0.12 and floor < learned < 1.01 * floor
     assert inside > 0.98 and share.min() > 0.1 and share.max() < 0.15
+    _draw(out, torch.stack([*path, x]), data(4000))
 
 
 def _draw(out, path, data):
@@ -393,4 +393,8 @@ def _draw(out, path, data):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="train a toy flow and compare it with the exact one")
     parser.add_argument("--out", default="runs/flow.png", help="where the picture goes")
-    demo(parser.parse_args().out)
+    args = parser.parse_args()
+    try:
+        demo(args.out)
+    except OSError as e:
+        parser.error(f"the picture cannot be written ({e}): choose another --out")

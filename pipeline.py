@@ -6,7 +6,7 @@ r"""What happens between a prompt and a picture? Kept apart from sample.py, whic
     x      --from_latent, VAE decoder--> pixels                    (t = 0 data, t = 1 noise, as everywhere)
 
     guidance   v = v_uncond + w (v_cond - v_uncond), on all channels; costs a second pass a step;
-               w = 1 switches it off
+               w = 1 switches it off (but not skip-layer guidance, as diffusers does)
     cost       steps x 2 passes of the transformer (4 with heun), then one of the decoder
     shift      belongs to the weights: a run's is read from its config.json; the PNG's settings include it
     a picture  may replace the first steps: noise is added to it up to some t < 1, and sampling begins there
@@ -17,7 +17,8 @@ guidance from Stability's own scripts (DEFAULTS); on a card their transformer an
 the autoencoder 32. Where weights wait while they are not needed is offload.py's concern.
 
 Each picture has its own generator on the CPU, seeded with its own number: picture i does not depend on the
-batch it is drawn in or on the device (up to the rounding of the device's arithmetic).
+batch it is drawn in or on the device (up to the rounding of the device's arithmetic). One exception: prompts
+longer than t5_length lengthen T5's text for all of a call, so sample.py draws each prompt by itself.
 
 A dropped encoder gives zeros, as in training. A second convention, ComfyUI's (left_out), leads to another
 picture: a dropped T5 gives no tokens, nor do the CLIPs if both are dropped; one alone gives zeros.
@@ -48,7 +49,7 @@ import flow
 import kernels
 import offload
 from checkpoints import (CheckpointError, check_fit, home_of_encoders, is_run, load_encoders, load_part,
-                         read_json, read_run, refuse_part, run_configs, text_widths, write_atomically)
+                         read_run, refuse_part, run_configs, text_widths, write_atomically)
 from finetune import change_all
 from kernels.int8 import quantise_mmdit, quantise_t5
 from offload import Places
@@ -183,6 +184,8 @@ class Pipeline:
         texts, drop = list(dict.fromkeys(prompts)), (drop,) if isinstance(drop, str) else tuple(drop)
         absent = {name for name in ENCODERS if name in drop or getattr(self.encoders, name) is None}
         length = self.t5_tokens(texts, drop) if t5_length is None else t5_length
+        if not isinstance(length, Integral) or length < 0:
+            raise ValueError(f"t5_length is {length!r}: give a whole number, 0 for no T5 tokens")
         length = 0 if left_out and "t5" in absent else length
         if self.encoded[0] != (asked := (texts, length, drop, left_out, self.zero_empty)):
             overflows = self.dtype == torch.float16                             # as T5 does
@@ -315,7 +318,7 @@ def load_published(path, device, dtype, drop, mode, int8, tokenizers, size, pict
                  pictures=min(pictures, at_once(height, width, configs["vae"].factor)))
     mode = place(mode, name, configs, device, int8, about)
     scheduler = path / "scheduler" / "scheduler_config.json"
-    shift = read_json(scheduler).get("shift", 3.0) if scheduler.is_file() else 3.0
+    shift = read_config(scheduler.parent, scheduler.name).get("shift", 3.0)
     if not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
         raise CheckpointError(f"{scheduler}: shift is {shift!r}, not a number above 0: get the file again")
     encoders = load_text_encoders(
@@ -416,8 +419,9 @@ def skipping(ts, scale, layers, begin, end):
 
 def check_side(name: str, side: int) -> None:
     if not isinstance(side, Integral) or side < 16 or side % 16:
-        raise ValueError(f"{name} {side} is not a multiple of 16 (8 in the VAE, 2 in the patches): "
-                         f"try {max(16, round(side / 16) * 16)}")
+        number = isinstance(side, Real) and math.isfinite(side)
+        near = f": try {max(16, round(side / 16) * 16)}" if number else ""
+        raise ValueError(f"{name} {side} is not a multiple of 16 (8 in the VAE, 2 in the patches){near}")
 
 
 def longest_side(c, factor: int) -> int:

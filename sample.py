@@ -26,6 +26,7 @@ import math
 import os
 import re
 import sys
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def parse(argv=None):
     p.add_argument("--steps", type=int,
                    help="steps from noise to picture (default: the model's; 20 for a run)")
     p.add_argument("--guidance", type=number, help="1: none; more: closer to the prompt, less varied "
-                   "(default: the model's; 3 for a run)")
+                   "(default: the model's; 3 for a run). Skip-layer guidance is apart")
     p.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: as trained)")
     p.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: as trained)")
     p.add_argument("--negative", default="", help="what guidance leads away from (default: nothing)")
@@ -209,6 +210,23 @@ def free_path(out, prompt: str, seed: int, n: int) -> Path:
     return path
 
 
+@contextmanager
+def claimed(*wanted):
+    """The path that free_path finds for a picture, held by an empty file until the picture takes its place:
+    another command that draws at the same time then finds another."""
+    while True:
+        path = free_path(*wanted)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            break
+    try:
+        yield path
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def flags_of(path, args) -> tuple[list[str], str]:
     """The settings of a picture drawn here, as flags, and its prompt. Left out are where to write, on which
     device, and lists of which `args` has its own."""
@@ -296,8 +314,8 @@ def draw(args) -> None:
                           drop=args.drop, left_out=args.left_out, image=image, strength=strength_of(args),
                           callback=lambda *_: bar.update(), **asked)
         for picture, seed in zip(images, seeds):
-            path = free_path(args.out, prompt, seed, args.n)
-            save_picture(picture, path, settings | {"prompt": prompt, "seed": seed})
+            with claimed(args.out, prompt, seed, args.n) as path:
+                save_picture(picture, path, settings | {"prompt": prompt, "seed": seed})
             print(path, flush=True)
     if pipe.places.device.type == "cuda":
         most = torch.cuda.max_memory_allocated(pipe.places.device) / offload.GB

@@ -69,8 +69,8 @@ class TrainConfig:
     dtype: str = flag("auto", "dtype of matrix products: auto | bfloat16 | float32")
     seed: int = flag(0, "the same seed repeats a run on the same machine")
     minutes: float = flag(
-        20.0, "limit for the whole run, which takes 3 or so at least: stages get fewer steps; --resume counts "
-        "anew; 0: none, as by default for larger models and under torchrun")
+        20.0, "limit for the whole run, which takes 3 or so at least: stages get fewer steps; --resume "
+        "counts anew; 0: none, as by default for larger models and under torchrun")
     vae_steps: int = flag(700, "steps of the autoencoder", "how long and how fast, by stage")
     vae_batch: int = flag(16, "pictures a step")
     vae_rate: float = flag(2e-3, "peak learning rate")

@@ -181,9 +181,9 @@ def what_is_wrong(path, error) -> str:
     return f"is not a safetensors file ({error}): get the model as .safetensors"
 
 
-def read_config(folder) -> dict:
-    """config.json of a part of a diffusers folder; {} if there is none."""
-    path = Path(folder, "config.json")
+def read_config(folder, name="config.json") -> dict:
+    """The settings of a part of a diffusers folder; {} if there are none."""
+    path = Path(folder, name)
     if not path.is_file():
         return {}
     try:

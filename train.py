@@ -352,7 +352,7 @@ def leave(run: Run, stage: str, step: int):
     if run.saver.saved != (stage, step):
         raise OSError(f"stopped at step {step} of {stage}, which could not be saved: what was saved before "
                       "is still there; check that the disk has room and responds, then  "
-                      + command("--resume", "--out", run.folder))
+                      + resuming(run.folder))
     print(f"{stage}: saved at step {step}", flush=True)
     raise Stopped(run.stop.wanted)
 
@@ -492,8 +492,9 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
             film(folder)
     if run.warned:
         print(f"could not be written the last time: {', '.join(sorted(run.warned))}")
-    print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. "
-          f'Now type\n    python sample.py "{preview_prompts(config, captions)[6]}"')
+    where = [] if folder.resolve().parent == Path("runs").resolve() else ["--run", folder]
+    print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. Now "
+          f"type\n    python {typed('sample.py', preview_prompts(config, captions)[6], *where)}")
     return folder
 
 
@@ -595,7 +596,7 @@ def new_folder(c: TrainConfig) -> Path:
     """Where a new run goes. It never touches the folder of another."""
     if c.out and has_run(c.out):
         raise ValueError(f"{c.out} holds a run already: continue it with  "
-                         f"{command('--resume', '--out', c.out)}  or choose another --out")
+                         f"{resuming(c.out)}  or choose another --out")
     parts = [name for names in PARTS_OF.values() for name in names]
     left = [name for name in (*(f"{name}.safetensors" for name in parts), "checkpoints")
             if c.out and Path(c.out, name).exists()]
@@ -649,7 +650,7 @@ def cache_command(argv) -> None:
     ways = [("--from", whose, "--cache", out), ("--cache", out, "--model", "d15")][:1 + bool(args.model)]
     if rank == 0:
         print(f"done{f' with the share of rank 0 of {world}' if world > 1 else ''}: {out}. Now type\n"
-              + "\n or ".join(f"    {command(*how)}" for how in ways))
+              + "\n or ".join(f"    python {typed('train.py', *how)}" for how in ways))
 
 
 def main(argv=None) -> None:
@@ -688,13 +689,16 @@ def again(argv, config: TrainConfig | None = None, resume: bool = False) -> str:
     """The command that goes on where this one ended."""
     if argv[:1] == ["cache"] or config and not has_run(config.out):
         return "the same command"
-    return command("--resume", *(["--out", config.out] if config else []))
+    return resuming(config.out) if config else f"{parallel.launcher()} train.py --resume"
 
 
-def command(*flags) -> str:
-    """train.py with these flags, as one would type it here."""
-    quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return f"{parallel.launcher()} train.py {quoted(map(str, flags))}"
+def resuming(folder) -> str:
+    return f"{parallel.launcher()} {typed('train.py', '--resume', '--out', folder)}"
+
+
+def typed(*words) -> str:
+    """A command as it must be typed: a folder may have spaces, a caption whatever was downloaded."""
+    return (subprocess.list2cmdline if os.name == "nt" else shlex.join)([str(word) for word in words])
 
 
 # Exercises. (1) --text-drop 0: guidance now compares with an input that the model never saw; what do samples

@@ -46,7 +46,7 @@ from kernels.norm_layout import joint_attention_sdpa
 
 __all__ = ["attention", "gate_residual_modulate", "joint_attention", "modulate", "rms_norm"]
 BACKENDS = ("auto", "torch", "triton")
-DEFAULT = os.environ.get("SD3_KERNELS", "auto")         # what "auto" stands for
+DEFAULT = os.environ.get("SD3_KERNELS") or "auto"       # what "auto" stands for
 TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 RESULTS = Path(__file__).resolve().parent / "results"
 _told = set()                                           # lines already printed
@@ -240,7 +240,8 @@ def demo() -> None:
     print(f"joint attention differs from attention over the concatenation, in float64, by {error:.1e}")
 
 
-# Exercises. (1) Leave out the norms and multiply q by 30: what happens to the softmax, and to its gradient?
+# Exercises. (1) In demo(), which has no norms, multiply q by 30 (its assertion may then fail, as it should):
+# what happens to the softmax, and to its gradient? And with norm_weights=[torch.ones(64)] * 4?
 # (2) In `modulate_reference`, count the reads and writes of x for each line; which could share one pass?
 
 if __name__ == "__main__":

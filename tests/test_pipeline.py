@@ -282,6 +282,9 @@ def test_a_damaged_config_is_named_before_large_files_are_read(
     monkeypatch.setattr(pipeline, "load_text_encoders", lambda *a, **k: pytest.fail("read"))
     with pytest.raises(ValueError, match=name):
         Pipeline.from_pretrained(whole, device="cpu")
+    (whole / file).write_text("{")
+    with pytest.raises(ValueError, match="cannot be read as JSON .*: download it again"):
+        Pipeline.from_pretrained(whole, device="cpu")
 
 
 def test_the_schedulers_shift_and_the_position_tables_size_are_the_folders(folder):

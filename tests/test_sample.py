@@ -184,7 +184,8 @@ def test_nan_weights_are_refused_by_name_when_loaded_and_when_they_arise(run, pi
 
 
 @pytest.mark.parametrize("how, cause", [
-    (dict(height=50), "height 50 is not a multiple of 16"), (dict(width=0), "multiple of 16"),
+    (dict(height=50), "height 50 is not a multiple of 16"), (dict(height="64"), "height 64 is not"),
+    (dict(t5_length=2.5), "t5_length is 2.5: give a whole number"), (dict(width=0), "multiple of 16"),
     (dict(width=-16), "multiple of 16"), (dict(steps=0), "steps is 0"), (dict(steps=-3), "whole number"),
     (dict(steps=10**9), "10,000"), (dict(steps=float("inf")), "steps is inf"),
     (dict(steps=float("nan")), "steps is nan"), (dict(method="ddim"), "euler"), (dict(output="jpeg"), "pil"),
@@ -341,6 +342,21 @@ def test_a_dry_run_counts_the_last_runs_own_weights_and_draws_nothing(run, pipe,
     for part in (pipe.mmdit, pipe.vae, pipe.encoders.t5):
         assert f"{sum(p.numel() for p in part.parameters()):,}" in said
     assert "64 x 64 pixels, float32" in said and sorted(Path(".").rglob("*")) == before
+
+
+def test_two_commands_at_once_draw_into_two_files_and_a_failure_leaves_none(tmp_path, monkeypatch):
+    """The second looks for a name before the first has written."""
+    monkeypatch.chdir(tmp_path)
+    wanted = None, "a star", 0, 1
+    with sample.claimed(*wanted) as first, sample.claimed(*wanted) as second:
+        for path, colour in ((first, "red"), (second, "blue")):
+            sample.save_picture(Image.new("RGB", (16, 16), colour), path, {})
+    assert [Image.open(p).getpixel((0, 0)) for p in (first, second)] == [(255, 0, 0), (0, 0, 255)]
+    names = iter([first, tmp_path / "late.png"])
+    monkeypatch.setattr(sample, "free_path", lambda *_: next(names))
+    with pytest.raises(OSError), sample.claimed(*wanted) as third:          # the first is taken meanwhile
+        raise OSError("no room")
+    assert third == tmp_path / "late.png" and not third.exists() and first.exists()
 
 
 def test_an_existing_file_is_never_overwritten(run, tmp_path, capsys):

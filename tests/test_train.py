@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -155,8 +157,17 @@ def test_minutes_shortens_stages_that_would_not_fit(tmp_path, capsys):
 
 def test_the_start_tells_device_dtype_sizes_and_time_and_the_end_tells_the_next_command(finished):
     said = (finished.parent / "said.txt").read_text(encoding="utf-8")
-    for word in ("device: cpu", "float32 (as asked)", "mmdit ", "vae ", "expected:", "python sample.py"):
+    for word in ("device: cpu", "float32 (as asked)", "mmdit ", "vae ", "expected:"):
         assert word in said, word
+    words = ["python", "sample.py", "a red star left of a blue ring", "--run", str(finished)]
+    assert shlex.split(said.strip().splitlines()[-1]) == words
+
+
+@pytest.mark.skipif(os.name == "nt", reason="rules of a POSIX shell")
+@given(st.text())
+def test_whatever_a_folder_or_a_caption_holds_is_one_word_of_a_command(text):
+    words = ["sample.py", text, "--run", "my run"]
+    assert shlex.split(training.typed(*words)) == words
 
 
 def test_sample_grids_appear_as_it_learns(tmp_path):
