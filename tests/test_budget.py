@@ -121,3 +121,12 @@ def test_bad_input_of_a_dry_run_is_one_line(flags, cause, capsys):
 def test_the_demo_passes(capsys):
     budget.demo()
     assert "counted" in capsys.readouterr().out
+
+
+def test_copies_the_allowance_and_the_cards_are_those_of_the_table():
+    c = MMDiTConfig.preset("d38")
+    total, block = (budget.parameters(c)[k] for k in ("total", "block"))
+    one, many = (budget.memory(c, n, 0, 256, 154) for n in (1, 8))
+    assert (one["copies"], one["spare"]) == (2 * total, 2e9)        # all weights in bfloat16
+    assert many["copies"] == (2 * 2 + 2 + 4) * block                # two blocks gathered, a gradient in both
+    assert budget.CARDS == {"a100": (312e12, 80e9), "h100": (989.4e12, 80e9), "h200": (989.4e12, 141e9)}

@@ -500,3 +500,7 @@ def test_metadata_that_cannot_be_judged_is_told_from_the_drawn_worlds(metadata):
 def test_the_demo_passes(capsys):
     evaluate.demo(n=8)
     assert capsys.readouterr().out.count("100.0 %") >= 6
+
+
+def test_strong_noise_is_smoothed_away():
+    assert evaluate.acceptance(evaluate.noise(25), 15)[0]["overall"] > 0.95

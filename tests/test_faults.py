@@ -33,6 +33,7 @@ import watch
 from checkpoints import CheckpointError, checkpoints_of, load_tensors, save_tensors, sole_writer
 from conftest import ROOT, blank
 from mmdit import MMDiT, MMDiTConfig
+from muon import Muon, split
 from train import TrainConfig, fit
 
 KILLS = 20 if settings.default.max_examples > 100 else 6
@@ -69,6 +70,36 @@ def run_miniature(folder, spoil=lambda step, loss: loss, preview=None, **changes
     with sole_writer(folder), run.stop, run.stop.later():
         fit(run, stage)
         save_tensors(Path(folder, "done.safetensors"), stage.model.state_dict(), {})
+
+
+def test_a_step_is_that_of_adamw_and_muon_spelled_out_and_what_stays_is_their_average(tmp_path):
+    """Warm-up, decay, clipping, moments, weight decay of matrices alone, and how fast the average forgets.
+    Gradients as small as those that this clipping leaves must move the weights too: hence AdamW's eps."""
+    how = dict(flow_steps=16, warmup=2, decay=0.5, ema=0.6, clip_norm=1e-6, save_every=1000)
+    run_miniature(tmp_path, **how)
+    stage, c = miniature(None), TrainConfig(**QUICK | how)
+    params = dict(stage.model.named_parameters())
+    matrices, rest = split(stage.model)
+    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-15, fused=True)
+    muon = Muon(matrices, momentum=0.95, weight_decay=0.01)
+    average = {k: p.detach().clone() for k, p in params.items()}
+    for step in range(16):
+        share = min((step + 1) / 2, 1.0, (16 - step) / 8)
+        for optimizer, rate in ((adamw, c.flow_rate), (muon, c.muon_rate)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share
+        stage.loss(step, torch.Generator().manual_seed(3 * 10**9 + step))[0].backward()
+        torch.nn.utils.clip_grad_norm_(params.values(), 1e-6)
+        for optimizer in (adamw, muon):
+            optimizer.step()
+            optimizer.zero_grad()
+        slow = min(0.6, (1 + step) / (10 + step))
+        average = {k: slow * v + (1 - slow) * params[k].detach() for k, v in average.items()}
+    learned = load_tensors(tmp_path / "done.safetensors")[0]
+    for k, v in average.items():
+        torch.testing.assert_close(learned[k], v, rtol=1e-4, atol=1e-6, msg=k)
 
 
 def child(folder, said, changes, limit=None):

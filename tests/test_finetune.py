@@ -285,3 +285,19 @@ def test_it_learns_to_prefer_and_exchanged_pictures_teach_the_opposite():
         assert loss < 0.6 and ((gains[0] - gains[1]).mean() > 0) == (first is better)
         now = net.state_dict()
         assert all(torch.equal(t, now[name]) for name, t in model().state_dict().items())
+
+
+def test_of_two_adapters_none_is_applied_if_one_does_not_fit(tmp_path):
+    net = model()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    save_file(factors(), tmp_path / "fits.safetensors")
+    save_file(factors(key=KEY.replace("0", "7")), tmp_path / "a.safetensors")
+    refuses(lambda: change_all(net, [Lora(tmp_path / f"{name}.safetensors") for name in ("fits", "a")]),
+            "joint_blocks.7")
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+def test_alpha_is_the_rank_and_the_first_factor_keeps_the_size_of_its_input():
+    net = add_lora(MMDiT(MMDiTConfig.preset("tiny", depth=2)), 8)
+    for layer in adapters(net).values():
+        assert layer.alpha == 8 and abs(layer.lora_A.std() * layer.in_features ** 0.5 - 1) < 0.1

@@ -2,6 +2,7 @@
 pictures are GenEval's, and are drawn once."""
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -235,13 +236,20 @@ class Nowhere:
         return nullcontext()
 
 
+def test_what_is_kept_of_a_reference_is_a_random_part_of_it(tmp_path):
+    images, eye = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8), Eye()
+    kept = metrics.reference(eye, images, tmp_path).kept
+    listed = torch.cat(list(eye.look(images.permute(0, 2, 3, 1).numpy()))).float()
+    assert not torch.equal(kept, listed) and torch.equal(kept, listed[metrics.any_order(12)])
+
+
 def pipeline(model):
     """A Pipeline of which only the velocity is interesting: the VAE but halves each side."""
     def encode(x):
         z = torch.nn.functional.avg_pool2d(x, 2)
-        return Posterior(z, torch.full_like(z, -60.0))
+        return Posterior(z, torch.full_like(z, -2.0))
 
-    vae = SimpleNamespace(encode=encode, to_latent=lambda z: z)
+    vae = SimpleNamespace(encode=encode, to_latent=lambda z: 3 * z)
 
     def say(texts):
         lengths = torch.tensor([[[float(len(t))]] for t in texts])
@@ -259,14 +267,14 @@ def test_the_validation_loss_is_the_formula_at_equidistant_times_below_1():
         return torch.zeros_like(x)
 
     losses = metrics.validation_loss(pipeline(model), images, captions)
-    x0 = torch.nn.functional.avg_pool2d(images.float() / 127.5 - 1, 2)
+    mean = torch.nn.functional.avg_pool2d(images.float() / 127.5 - 1, 2)
     assert losses.shape == (7, 5) and metrics.LEVELS == (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
     assert [t for t, _ in seen] == [[t] * 5 for t in metrics.LEVELS] and seen[0][1] == [1, 2, 3, 1, 1]
     assert torch.equal(losses, losses[:1].expand(7, 5))     # the same noise at every t
     own = [torch.Generator().manual_seed(i) for i in range(5)]
-    flow.draw_noise(x0.shape, own)                          # the posterior's
-    eps = flow.draw_noise(x0.shape, own)
-    assert torch.allclose(losses[0], (eps - x0).square().mean((1, 2, 3)), atol=1e-5)
+    x0 = 3 * (mean + math.exp(-1) * flow.draw_noise(mean.shape, own))       # a sample of the posterior
+    eps = flow.draw_noise(mean.shape, own)
+    assert torch.allclose(losses[0], (eps - x0).square().mean((1, 2, 3)), atol=1e-4)
 
 
 @few

@@ -253,6 +253,18 @@ def test_each_published_model_is_recognised_and_has_its_own_defaults(config, pat
     assert ("skip_layers" in DEFAULTS[name]) == (name == "sd3.5-medium")
 
 
+def test_defaults_are_those_of_stabilitys_scripts():
+    assert DEFAULTS == {
+        "sd3-medium": {"steps": 50, "guidance": 5.0},
+        "sd3.5-medium": {"steps": 50, "guidance": 5.0, "skip_layers": (2.5, (7, 8, 9), 0.01, 0.2)},
+        "sd3.5-large": {"steps": 40, "guidance": 4.5},
+        "sd3.5-large-turbo": {"steps": 4, "guidance": 1.0}} and pipeline.T5_LONGEST == 256
+
+
+def test_pixels_are_rounded_not_cut():
+    assert pipeline.to_pil(torch.full((1, 3, 1, 1), 254.6 / 255))[0].getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_a_folder_of_the_turbo_model_is_told_by_its_config(tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text('{"_name_or_path": "x/SD-3.5-large-turbo"}')

@@ -99,6 +99,14 @@ def test_the_size_is_that_of_the_picture_as_it_is_loaded(tmp_path, name, turned)
     assert {*first, loaded, prepare.identify(path)[0]} == {(20, 40) if turned else (40, 20)}
 
 
+def test_all_eight_orientations_give_the_size_of_the_turned_picture(tmp_path):
+    for k in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = k
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{k}.jpg", exif=exif)
+        assert prepare.identify(tmp_path / f"{k}.jpg")[0] == ((20, 30) if k >= 5 else (30, 20))
+
+
 # --- Order ---
 
 buckets_of = st.lists(st.integers(0, 3), min_size=1, max_size=60)
@@ -199,6 +207,13 @@ def surveyed(folder, size=64):
 def close(stored, said):
     """Within bfloat16's rounding, for the same caption encoded in another batch."""
     return stored.dtype == torch.bfloat16 and torch.allclose(stored.float(), said, rtol=0.01, atol=0.002)
+
+
+def test_nan_text_features_are_refused(tmp_path, encoders, monkeypatch):
+    weight = encoders.text.t5.encoder.final_layer_norm.weight
+    monkeypatch.setattr(weight, "data", weight.data * torch.nan)
+    with pytest.raises(ValueError, match="a text encoder gives NaN"):
+        encoders.write(tmp_path / "cache", surveyed(fill(tmp_path / "a", 3)))
 
 
 def test_the_cache_holds_what_the_encoders_say(tmp_path, encoders, small_shards):

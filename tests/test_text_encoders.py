@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -588,3 +589,42 @@ def test_the_demo_holds_what_it_promises(capsys):
     from text_encoders import demo
     demo()
     assert "passed" in capsys.readouterr().out
+
+
+def test_masked_spans_hide_15_percent_unless_told_never_unk_and_logits_are_scaled_as_in_t5():
+    class Seen(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = torch.nn.Embedding(300, 8)
+            self.config = SimpleNamespace(vocab_size=300, width=8)
+
+        def forward(self, ids):
+            self.ids = ids
+            return self.shared(ids)
+
+    torch.manual_seed(0)
+    ids, encoder = torch.randint(2, 150, (400, 60)), Seen()         # 2: <unk>
+    loss = masked_span_loss(encoder, ids, generator=torch.Generator().manual_seed(0))
+    hidden, w = encoder.ids != ids, encoder.shared.weight
+    assert not hidden[ids == 2].any() and abs(hidden.float().mean() - 0.15) < 0.02
+    assert torch.allclose(loss, F.cross_entropy(w[encoder.ids[hidden]] @ w.T * 8 ** -0.5, ids[hidden]))
+
+
+def test_every_norm_has_the_epsilon_of_the_published_models():
+    with torch.device("meta"):
+        clip, t5 = CLIPTextEncoder(CLIPTextConfig.preset("tiny_l")), T5Encoder(T5Config.preset("tiny"))
+    for module, kind, eps in ((clip, torch.nn.LayerNorm, 1e-5), (t5, torch.nn.RMSNorm, 1e-6)):
+        assert {m.eps for m in module.modules() if isinstance(m, kind)} == {eps}
+
+
+def test_clip_begins_with_the_published_deviations():
+    torch.manual_seed(0)
+    for name in ("tiny_l", "tiny_g"):
+        c = CLIPTextConfig.preset(name)
+        text, a = CLIPTextEncoder(c).text_model, c.width ** -0.5
+        layer, out = text.encoder.layers[0], a * (2 * c.layers) ** -0.5
+        for module, std in ((text.embeddings.token_embedding, 0.02),
+                            (text.embeddings.position_embedding, 0.01), (layer.self_attn.q_proj, a),
+                            (layer.self_attn.out_proj, out), (layer.mlp.fc1, a * 2 ** -0.5),
+                            (layer.mlp.fc2, out)):
+            assert abs(module.weight.std() / std - 1) < 0.1

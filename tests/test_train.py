@@ -23,6 +23,7 @@ from data import load_pictures
 from mmdit import MMDiT, MMDiTConfig
 from settings import flag_of
 from train import TrainConfig, parse, rate_at, train
+from vae import AutoencoderKL, VAEConfig, discriminator_loss, vae_loss
 
 pytestmark = pytest.mark.usefixtures("miniature")
 
@@ -168,6 +169,28 @@ def test_the_start_tells_device_dtype_sizes_and_time_and_the_end_tells_the_next_
 def test_whatever_a_folder_or_a_caption_holds_is_one_word_of_a_command(text):
     words = ["sample.py", text, "--run", "my run"]
     assert shlex.split(training.typed(*words)) == words
+
+
+def test_no_two_stages_or_steps_share_their_random_numbers(tmp_path):
+    run = training.Run(TrainConfig(**MICRO), tmp_path)
+    seeds = {run.generator(stage, step).initial_seed() for stage in stages.STAGES for step in (0, 1, 8000)}
+    assert len(seeds) == 12
+
+
+def test_the_critic_learns_from_its_own_loss_alone_and_the_autoencoder_from_its_verdict(tmp_path):
+    run = training.Run(TrainConfig(**MICRO | dict(vae_critic=0.5)), tmp_path)
+    pictures, vae = load_pictures("drawn", count=16), AutoencoderKL(VAEConfig.preset("tiny"))
+    stage = stages.vae_stage(run, {"vae": vae}, pictures)
+    critic, g, batch = stage.model["critic"], run.generator("vae", 0), run.config.vae_batch
+    stage.loss(0, run.generator("vae", 0))[0].backward()
+    x = stages.to_signed(pictures.images[torch.randint(16, (batch,), generator=g)], "cpu")
+    noise = flow.draw_noise((batch, vae.config.z_channels, 8, 8), g)
+    total, _, recon = vae_loss(vae, x, noise=noise, critic=critic, critic_weight=0.5)
+    judged = discriminator_loss(critic, x, recon)
+    for module, loss in ((vae, total), (critic, judged)):
+        expected = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
+        for p, grad in zip(module.parameters(), expected):
+            torch.testing.assert_close(p.grad, grad)
 
 
 def test_sample_grids_appear_as_it_learns(tmp_path):

@@ -280,7 +280,8 @@ def test_one_flag_sets_how_often_synthetic_captions_are_taken_in_clip_and_flow(
     c = TrainConfig(**MICRO, synthetic=share)
     run = training.Run(c, finished)
     told = []
-    pictures = Pictures(torch.zeros(40, 3, 64, 64, dtype=torch.uint8), [("found", "made", "made")] * 40, [])
+    images = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8)
+    pictures = Pictures(images, [("found", "made", "made")] * 40, [])
 
     def tokenizer(captions):
         told.extend(captions)
@@ -292,7 +293,10 @@ def test_one_flag_sets_how_often_synthetic_captions_are_taken_in_clip_and_flow(
 
         def forward(self, x):
             pooled = torch.ones(len(x), 8)
-            return (pooled, pooled) if x.dtype == torch.long else pooled
+            if x.dtype == torch.long:
+                return pooled, pooled
+            assert 0 <= x.min() < 0.01 and 0.99 < x.max() <= 1          # as metrics.py shows it pictures
+            return pooled
 
     parts = {name: Tower() for name in stages.PARTS_OF["clip"]}
     stage = stages.clip_stage(run, parts, pictures, {"clip_l": tokenizer, "clip_g": tokenizer})
@@ -402,6 +406,27 @@ def test_the_noise_of_the_flow_is_not_that_of_the_posterior(finished, monkeypatc
     for x in (spread, noise):
         assert abs(x.mean()) < 0.05 and abs(x.std() - 1) < 0.05
     assert abs((spread * noise).mean()) < 0.05
+
+
+def test_the_flow_learns_at_the_times_and_with_the_text_that_its_settings_say(finished, monkeypatch):
+    how = dict(density="uniform", shift=3.0, text_drop=0.8, flow_batch=40)
+    run = training.Run(TrainConfig(**read_json(finished / "config.json") | how), finished)
+    run.config.cache = str(finished / "cache")
+    parts = {name: load_part(finished, name) for names in stages.PARTS_OF.values() for name in names}
+    left, c, seen = parts["clip_l"].config.width, run.config, []
+    both = left + parts["clip_g"].config.width
+    words = Pictures(torch.empty(0), [("a star",)] * 8, [])
+    stage = stages.flow_stage(run, parts, load_tokenizers(finished, c.clip_length), None, words)
+    monkeypatch.setattr(stages.flow, "loss", lambda model, latents, **given: seen.append(
+        given) or torch.zeros(len(latents)))
+    for step in range(30):
+        stage.loss(step, run.generator("flow", step))
+    t, context, pooled = (torch.cat([x[k] for x in seen]) for k in ("t", "context", "pooled"))
+    unshifted = t / (3 - 2 * t)
+    assert abs(unshifted.mean() - 0.5) < 0.04 and abs(unshifted.std() - 12 ** -0.5) < 0.02
+    clip, t5 = context.split([c.clip_length, c.t5_length], dim=1)
+    for features in (clip[..., :left], clip[..., left:both], t5, pooled[:, :left], pooled[:, left:]):
+        assert abs((~features.flatten(1).any(1)).float().mean() - 0.8) < 0.05
 
 
 def test_adapters_of_a_run_that_was_sharded_are_not(finished, tmp_path):

@@ -415,3 +415,39 @@ def test_pictures_of_a_wrong_size_are_refused_in_one_line(shape):
 def test_an_unknown_preset_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="no VAE preset 'sdxl': choose from sd3, tiny"):
         VAEConfig.preset("sdxl")
+
+
+def test_the_critics_verdict_lowers_the_loss_where_it_takes_a_picture_for_real_and_parts_have_these_weights():
+    vae, images, critic = small(), pictures(), PatchDiscriminator(ch=8)
+    loss, parts, recon = vae_loss(vae, images, generator=seeded(), critic=critic)
+    assert torch.allclose(parts["adversarial"], -critic(recon).mean())
+    assert torch.allclose(loss, parts["mse"] + 0.3 * parts["edge"] + 1e-3 * parts["kl"]
+                          + 0.1 * parts["adversarial"])
+
+
+@torch.no_grad()
+def test_shift_and_scale_are_measured_on_samples_not_on_means():
+    vae, images = small(), pictures(16)
+    vae.encoder.conv_out.bias[2:] = 0.0                             # a spread of about 1
+    shift, scale = measure_latents(vae, images, batch=5)
+    vae.config = replace(vae.config, shift=shift, scale=scale)
+    x = vae.to_latent(vae.encode(images).sample(seeded(1)))
+    assert abs(x.mean()) < 0.06 and abs(x.var() - 1) < 0.06         # by means it would be 3.6
+
+
+def test_1024_pixels_of_sd3_are_decoded_whole_and_more_are_not():
+    for shape, whole in (((128, 128), True), ((128, 136), False)):
+        net = Local()
+        vae_module.in_tiles(net, torch.zeros(1, 3, *shape), None, cell=1, out_cell=2, channels=3)
+        assert set(net.seen) == {(128, 128)} and len(net.seen) == 2 - whole
+
+
+def test_convolutions_begin_preserving_variance():
+    torch.manual_seed(0)
+    w = AutoencoderKL(VAEConfig.preset("tiny")).decoder.up[0].block[0].conv1.weight
+    assert abs(w.std() * w[0].numel() ** 0.5 - 1) < 0.05
+
+
+def test_every_norm_has_the_epsilon_of_the_published_model():
+    norms = [m.eps for m in AutoencoderKL(VAEConfig.preset("tiny")).modules() if isinstance(m, nn.GroupNorm)]
+    assert norms and set(norms) == {1e-6}
