@@ -72,7 +72,7 @@ from checkpoints import (CheckpointError, Saver, State, checkpoints_of, clean_ch
 from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiT
 from muon import Muon, split
-from offload import is_out_of_memory, short
+from offload import GB, is_out_of_memory, short
 from parallel import local, whole
 from pipeline import pick_device
 from prepare import EVERY, Cache, Survey, place_of, source_of
@@ -479,6 +479,10 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
         stage = stages.pop(name) if name in stages else make[name]()
         with run.stop.later():                      # a stop waits for the save below
             fit(run, stage, SHARE[name])
+            if run.device.type == "cuda":
+                most = torch.cuda.max_memory_allocated(run.device) / GB
+                print(f"{name}: at most {most:.2f} GB of the card, besides what CUDA takes", flush=True)
+                torch.cuda.reset_peak_memory_stats(run.device)
             if stage.finish:
                 stage.finish()
             for part in PARTS_OF[name]:

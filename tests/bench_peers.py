@@ -2,7 +2,7 @@
 
     pip install -r tests/requirements-peers.txt
     python tests/bench_peers.py                         # a table; some minutes on two cores
-    python tests/bench_peers.py --only vae --rounds 9 --device cuda --dtype bfloat16
+    python tests/bench_peers.py --only vae --rounds 9 --device cuda --dtype bfloat16 --compile
 
 Each part has the real widths but only as many layers as a laptop's memory and patience allow; what is left
 out is more of the same. `step` is a whole training step of the miniature. The peers write their random
@@ -129,10 +129,12 @@ def timed(call, device) -> float:
 
 
 @torch.no_grad()
-def row(name, rounds, device, dtype) -> str:
+def row(name, rounds, device, dtype, compiled) -> str:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = PARTS[name](Path(folder), device=device, dtype=dtype)
+    if compiled:
+        ours, theirs = torch.compile(ours), torch.compile(theirs)
     a, b = ours().float(), theirs().float()
     error = ((a - b).norm() / b.norm()).item()
     times = [(timed(ours, device), timed(theirs, device)) for _ in range(rounds)]
@@ -147,14 +149,15 @@ def main(argv=None):
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    p.add_argument("--compile", action="store_true", help="both sides by torch.compile")
     args = p.parse_args(argv)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     print(f"{time.strftime('%Y-%m-%d')}, {where}, {torch.get_num_threads()} threads, {args.dtype}, torch "
           f"{torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}; "
-          f"medians of {args.rounds}\n")
+          f"{'compiled, ' * args.compile}medians of {args.rounds}\n")
     print("| part   | here, ms  | peer, ms  | error    | times |\n|---|---|---|---|---|")
     for name in args.only:
-        print(row(name, args.rounds, args.device, getattr(torch, args.dtype)), flush=True)
+        print(row(name, args.rounds, args.device, getattr(torch, args.dtype), args.compile), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python tests/make_fake_checkpoint.py FOLDER --parts mmdit vae clip_l clip_g t5 --layers 2         # 3.2 GB
     python tests/make_fake_checkpoint.py FOLDER --parts mmdit vae clip_l clip_g t5 --config small     # 11 MB
     python tests/make_fake_checkpoint.py FOLDER --measure [--device cuda]   # load what is there: time, memory
-    python sample.py "a star" --model FOLDER/sd3.5-large.safetensors --offload block --steps 2 --width 256
+    python tests/make_fake_checkpoint.py FOLDER --draw text [--int8] --limit 24     # draw: time, memory
 
 single_file: OUT/<config>.safetensors with transformer and autoencoder, encoders beside it in text_encoders/.
 folder: OUT/transformer, OUT/vae, OUT/text_encoder, ... with their config.json, in shards of 10 GB. With text
@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import weights
 from layouts import PREFIXES, Recipe, mmdit_folder, same_names, vae_folder
 from mmdit import MMDiT, MMDiTConfig, position_table
+from offload import MODES
+from pipeline import Pipeline, pick_device
 from tensor_files import write_json, write_safetensors, write_shards
 from text_encoders import (BOS, EOS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder, pre_tokenizers,
                            train_t5_tokenizer)
@@ -170,6 +172,27 @@ def measure(out, device) -> None:
     print(line)
 
 
+def draw(args) -> None:
+    """Two pictures with all parts that were written, the first to warm up; on a card if there is one."""
+    device, path = pick_device("auto"), next(iter(sorted(args.out.glob("*.safetensors"))), args.out)
+    if device.type == "cuda":
+        share = args.limit * 1e9 / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    times = [time.perf_counter()]
+    pipe = Pipeline.from_pretrained(path, device=device, offload=args.draw, int8=args.int8,
+                                    size=(args.side, args.side))
+    for steps in (2, args.steps):
+        times.append(time.perf_counter())
+        pipe("a red star", height=args.side, width=args.side, steps=steps, guidance=4.5)
+    times.append(time.perf_counter())
+    line = (f"{path}, --offload {args.draw}{' --int8' * args.int8}: read in {times[1] - times[0]:.1f} s; "
+            f"{args.side} x {args.side}, {args.steps} steps, guidance 4.5: {times[3] - times[2]:.1f} s")
+    if device.type == "cuda":
+        line += (f"; at most {torch.cuda.max_memory_allocated() / 1e9:.2f} of {args.limit:g} GB of the card, "
+                 f"{torch.cuda.max_memory_reserved() / 1e9:.2f} with what PyTorch keeps")
+    print(f"{line}; {memory('VmHWM') / 1e9:.2f} GB of main memory")
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description="random weights in the layouts of the real ones")
     p.add_argument("out", type=Path, help="folder")
@@ -181,7 +204,14 @@ def main(argv=None):
                    "real ones; with fewer, 2 or more, it takes less room)")
     p.add_argument("--measure", action="store_true", help="write nothing; load OUT's transformer")
     p.add_argument("--device", default="cpu", help="where --measure loads to")
+    p.add_argument("--draw", choices=MODES, help="write nothing; draw with all of OUT's parts, offloaded so")
+    p.add_argument("--int8", action="store_true", help="with --draw")
+    p.add_argument("--limit", type=float, default=24, help="GB of the card that --draw may use (default: 24)")
+    p.add_argument("--steps", type=int, default=50, help="of --draw (default: 50)")
+    p.add_argument("--side", type=int, default=1024, help="of --draw's picture in pixels (default: 1024)")
     args = p.parse_args(argv)
+    if args.draw:
+        return draw(args)
     if args.measure:
         return measure(args.out, args.device)
     began, configs = time.perf_counter(), CONFIGS[args.config]

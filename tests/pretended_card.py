@@ -153,7 +153,8 @@ def install(free=80 * 10**9):
     answers = dict(
         is_available=True, device_count=1, current_device=0, is_bf16_supported=True, synchronize=None,
         mem_get_info=(free, free), memory_reserved=0, memory_allocated=0, max_memory_allocated=0,
-        get_device_name=about.name, get_device_capability=(9, 0), get_device_properties=about,
+        reset_peak_memory_stats=None, set_per_process_memory_fraction=None, get_device_name=about.name,
+        get_device_capability=(9, 0), get_device_properties=about,
         current_stream=Nothing(), stream=nothing, device=nothing, is_current_stream_capturing=False)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **how: answer)

@@ -21,9 +21,8 @@ def test_on_a_card_everything_that_meets_is_there(card):
     placing the weights, by own and by published ones; scoring."""
     assert card.returncode == 0, card.stdout[-2000:] + card.stderr[-4000:]
     for words in ("a meeting is noticed", "device: cuda", "bfloat16 (this GPU has it)",
-                  "going on at step 2 of 3", "--offload text: at most", "--offload model: at most",
-                  "--offload block: at most",
-                  "validation loss", "all passed"):
+                  "going on at step 2 of 3", "flow: at most", "--offload text: at most",
+                  "--offload model: at most", "--offload block: at most", "validation loss", "all passed"):
         assert words in card.stdout + card.stderr, words
 
 

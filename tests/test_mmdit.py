@@ -69,7 +69,7 @@ def test_velocities_agree_with_the_public_implementations(name):
     model.load_state_dict({k.removeprefix(PREFIX): v for k, v in weights.items()}, strict=True)
     io = load_file(folder / "io.safetensors")
     v = model(io["latents"], io["timesteps"] / 1000, io["context"], io["pooled"])
-    assert error(v, io["velocity"]) < 1e-6          # with an exact GELU 7e-6, with LayerNorms' eps of 1e-5 4e-6
+    assert error(v, io["velocity"]) < 1e-6          # exact GELU is 7e-6 off, an eps of 1e-5 in LayerNorm 4e-6
 
 
 @pytest.mark.parametrize("preset, count", [

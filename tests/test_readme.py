@@ -73,6 +73,19 @@ def test_the_demos_of_the_readme_pass(command, ahead):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("command", [line.split(" #")[0].strip() for block in re.findall(
+    r"^```text\n(.*?)^```", README, re.S | re.M) for line in block.splitlines() if ".py" in line])
+def test_commands_that_need_more_than_a_laptop_have_flags_that_exist(command, capsys):
+    before, program, flags = command.partition("train.py" if "train.py" in command else "sample.py")
+    flags = shlex.split(flags)
+    assert before.startswith(("python ", "torchrun ")) and flags
+    kind = ["cache"] * (flags[0] == "cache") + ["--dry-run"] * ("--dry-run" in flags and program == "train.py")
+    with pytest.raises(SystemExit) as end:
+        (train if program == "train.py" else sample).main([*kind, "--help"])
+    told = set(re.findall(r"(?<!\S)--[\w-]+", capsys.readouterr().out)) | {"--dry-run"}
+    assert end.value.code == 0 and {f for f in flags if f.startswith("--")} <= told
+
+
 @pytest.mark.parametrize("command", sorted({c for c in COMMANDS if "evaluate.py" in c}))
 def test_scoring_commands_of_the_readme_are_understood(command):
     report.parse(words(command)[1:])

@@ -613,7 +613,7 @@ def test_the_widths_of_sd3_come_out_as_154_x_4096_and_2048_and_fit_the_presets(t
     assert parse(["--cache", str(out), "--model", "d15", "--flow-rate", "1"])[0].flow_rate == 1
     assert parse(["--cache", str(out)])[0].muon_rate == TrainConfig.muon_rate           # of the miniature
     with torch.device("meta"):                                  # ValueError unless all shapes fit
-        stages.build_mmdit(config, *bare).check_inputs(mean, torch.ones(2), context, pooled)
+        stages.build_mmdit(config, *bare, contextlib.nullcontext()).check_inputs(mean, torch.ones(2), context, pooled)
 
 
 @pytest.fixture(scope="module")

@@ -1013,6 +1013,8 @@ def test_random_models_of_real_layouts_can_be_made_and_drawn_with(tmp_path, layo
     sample.main(["a red star", "--model", str(path), "--device", "cpu", "--offload", "block", "--steps", "2",
                  "--width", "48", "--height", "32"])
     assert Path(capsys.readouterr().out.strip()).is_file()
+    make_fake_checkpoint.main([str(tmp_path), "--draw", "block", "--int8", "--steps", "2", "--side", "32"])
+    assert "--offload block --int8: read in" in (said := capsys.readouterr().out) and "32 x 32, 2 steps" in said
 
 
 def test_made_up_tokenizers_have_the_sizes_and_special_ids_of_the_real_ones(tmp_path):
