@@ -157,8 +157,8 @@ def thorough():
 # The models' own head dim and widths; the limits of what is allowed. 8.6 stands for 8.0 and 8.9, whose
 # instructions it shares, with the least shared memory of the three.
 MODELS = [("bfloat16", 64, 0), ("bfloat16", 0, 1536), ("bfloat16", 0, 2432)]
-LIMITS = [("float16", 256, 0), ("float32", 64, 0), ("float32", 256, 0), ("bfloat16", 128, 0),
-          ("float32", 0, 2432)]
+LIMITS = [("bfloat16", 80, 0), ("bfloat16", 128, 0), ("float16", 256, 0), ("float32", 64, 0),
+          ("float32", 256, 0), ("float32", 0, 2432)]
 DEFAULT = (86, 90)
 
 
