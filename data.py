@@ -526,7 +526,7 @@ def _listing(root):
             entry = _entry(real, name, *parts)
             if _printed(entry.name) != entry.name:
                 raise ValueError("its name is not one line of UTF-8 text: rename it")
-            file = os.path.relpath(real / entry.name, real) if listed else entry.name   # ./a.png is a.png
+            file = _in_folder(real, entry.name) if listed else entry.name
             if file in seen:
                 raise ValueError("listed before: a picture has all its captions in one place")
             seen.add(file)
@@ -539,6 +539,14 @@ def _listing(root):
     there = {str(p) for p in _paths(root) if p.suffix.lower() in SUFFIXES | {".tar"}} if listed else set()
     unnamed = sum((root / file).is_file() for file in there - seen)
     return entries, [(_printed(name), reason) for name, reason in skipped], unnamed
+
+
+def _in_folder(root, name):
+    """One name for a file in root (resolved), however a listing spells it; a link keeps a name of its own."""
+    path = Path(name)
+    if path.is_absolute():
+        return os.path.relpath(path.parent.resolve() / path.name, root)
+    return os.path.normpath(name)
 
 
 def _printed(name):

@@ -89,6 +89,8 @@ def add(weight, A, B, scale) -> None:
 def add_lora(model: nn.Module, rank: int, alpha: float | None = None, seed: int = 0) -> nn.Module:
     """Give each Linear in an MMDiT's joint blocks an adapter, as in the paper; only adapters learn. alpha:
     rank unless given. Until they have learned something the model computes what it did. Returns the model."""
+    if adapters(model):
+        raise ValueError("this model has adapters already: merge_lora makes them part of it first")
     widest = min(min(p.shape) for p in model.joint_blocks.parameters() if p.ndim > 1)
     if not 1 <= rank <= widest:
         raise ValueError(f"the adapters' rank is {rank}: it must be 1 to {widest}, that of the weights")
@@ -97,7 +99,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None, seed: int 
     dead = f"joint_blocks.{len(model.joint_blocks) - 1}.context_block.attn.qkv"
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name.startswith("joint_blocks.") and name != dead:
-            model.set_submodule(name, LoRALinear(layer, rank, alpha or rank, generator))
+            model.set_submodule(name, LoRALinear(layer, rank, rank if alpha is None else alpha, generator))
     return model
 
 
@@ -129,6 +131,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
 def save_lora(model: nn.Module, path) -> None:
     """The model's adapters, and nothing else, as a file that sample.py and ComfyUI read."""
     tensors = {}
+    if not adapters(model):
+        raise ValueError("this model has no adapters to save: add_lora gives it some, merge_lora takes them")
     for name, layer in adapters(model).items():
         key = f"diffusion_model.{name}"
         tensors |= {f"{key}.lora_A.weight": layer.lora_A, f"{key}.lora_B.weight": layer.lora_B,

@@ -63,7 +63,7 @@ def sample_t(density, n, *, m=0.0, s=1.0, mode_scale=1.29, generator=None, devic
     """
     _check_density(density, s, mode_scale)
     draw = torch.randn if density == "logit_normal" else torch.rand
-    r = draw(n, generator=generator, device=generator.device if generator else device)  # (n,)
+    r = draw(n, generator=generator, device=generator.device if generator else device, dtype=torch.float32)
     if density == "uniform":
         t = r
     elif density == "logit_normal":
@@ -243,10 +243,11 @@ def draw_noise(shape, generator=None, device=None):
     seed and not on its neighbours in the batch. Raises ValueError unless the list has B entries.
     """
     if generator is None or isinstance(generator, torch.Generator):
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} pictures: give each its own")
-    return torch.stack([torch.randn(shape[1:], generator=g) for g in generator]).to(device)
+    drawn = [torch.randn(shape[1:], generator=g, dtype=torch.float32, device="cpu") for g in generator]
+    return torch.stack(drawn).to(device)
 
 
 def guided(model, scale, cond, uncond, weaker=None):

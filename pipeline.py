@@ -187,7 +187,8 @@ class Pipeline:
         if not isinstance(length, Integral) or length < 0:
             raise ValueError(f"t5_length is {length!r}: give a whole number, 0 for no T5 tokens")
         length = 0 if left_out and "t5" in absent else length
-        if self.encoded[0] != (asked := (texts, length, drop, left_out, self.zero_empty)):
+        before, text = self.encoded                             # once: another thread may be drawing as well
+        if before != (asked := (texts, length, drop, left_out, self.zero_empty, absent, self.dtype)):
             overflows = self.dtype == torch.float16                             # as T5 does
             with torch.autocast(self.places.device.type, enabled=False) if overflows else nullcontext():
                 text = self.encoders(texts, length, drop)
@@ -197,7 +198,7 @@ class Pipeline:
                 filled = torch.tensor([bool(p.strip()) for p in texts], device=text.context.device)
                 text = Conditioning(text.context * filled[:, None, None], text.pooled * filled[:, None])
             self.encoded = asked, text
-        rows, text = [texts.index(p) for p in prompts], self.encoded[1]
+        rows = [texts.index(p) for p in prompts]
         return Conditioning(*(x[rows].to(self.places.device) for x in (text.context, text.pooled)))
 
     def t5_tokens(self, texts, drop=()) -> int:

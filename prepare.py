@@ -508,6 +508,9 @@ class Cache:
 
     def text(self, pictures, captions, locked: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """context and pooled, as `read` gives them; the pictures may be of any buckets."""
+        if not ((0 <= captions) & (captions < self.counts[pictures])).all():
+            raise IndexError(f"captions {captions.tolist()} of pictures that have "
+                             f"{self.counts[pictures].tolist()}")
         place = self.text_place[self.rows[(self.first[pictures] + captions).numpy()]]
         clip, t5, said = (self._rows("text", place, name) for name in ("clip", "t5", "pooled"))
         (length, wide), (rest, width) = clip[0].shape, t5[0].shape
@@ -520,6 +523,12 @@ class Cache:
     def _rows(self, kind, place, name) -> list[torch.Tensor]:
         """Rows (shard, place in it) of a tensor that is spread over several files, where they lie."""
         return [self._mapped(self.files[kind][shard])[name][i] for shard, i in place.tolist()]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_mapped": None}            # a worker process opens the files itself
+
+    def __setstate__(self, state):
+        self.__dict__ |= state | {"_mapped": lru_cache(MAPS)(self._map)}
 
     def _map(self, name):
         with safe_open(self.folder / name, framework="pt") as file:

@@ -198,13 +198,13 @@ def free_path(out, prompt: str, seed: int, n: int) -> Path:
         if folder.suffix.lower() not in ("", ".png"):
             raise ValueError(f"--out {out}: pictures are PNG, which keeps their settings; end it in .png")
         path = folder.with_name(f"{folder.stem}-{seed}.png" if n > 1 else f"{folder.stem}.png")
-        if path.exists():
+        if os.path.lexists(path):
             raise ValueError(f"{path} exists already: choose another --out, or leave it out for a new name")
     else:
         words = re.sub(r"[^\w]+", "-", prompt).strip("-").lower()[:60] or "empty"
         words = words.encode("utf-8", "replace")[:120].decode("utf-8", "ignore")    # names: up to 255 bytes
         path, i = folder / f"{words}-{seed}.png", 1
-        while path.exists():
+        while os.path.lexists(path):                    # a link that leads nowhere is there, too
             path, i = folder / f"{words}-{seed}-{i}.png", i + 1
     check_writable(path.parent)
     return path
@@ -213,7 +213,7 @@ def free_path(out, prompt: str, seed: int, n: int) -> Path:
 @contextmanager
 def claimed(*wanted):
     """The path that free_path finds for a picture, held by an empty file until the picture takes its place:
-    another command that draws at the same time then finds another."""
+    another command that draws at the same time then finds another. Only a kill or a power cut leaves it."""
     while True:
         path = free_path(*wanted)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -240,7 +240,8 @@ def go_on_as(c: TrainConfig) -> None:
 
 
 def second_phase(given: dict) -> dict:
-    """Settings of a run that goes on from another: the other's, where no flag says otherwise.
+    """Settings of a run that goes on from another: the other's, where no flag says otherwise; but after
+    adapters the rates of whole weights.
 
     With m pixels in place of n the training times move towards noise by sqrt(m / n), paper section 5.3.2."""
     run = Path(given["origin"])
@@ -262,11 +263,13 @@ def second_phase(given: dict) -> dict:
     size = given.get("size", saved["size"])
     known = {f.name for f in fields(TrainConfig)} - {"out", "origin", "cache", "minutes", "lora"}
     known -= {"fsdp"} if given.get("lora") else set()                   # adapters are not sharded
-    c, published = config_of_part(run, "mmdit"), saved.get("encoders")
+    c = config_of_part(run, "mmdit")
+    large = c.width > MMDiTConfig.preset("tiny").width  # `model` is "tiny" where published weights were named
+    published = large and saved.get("encoders")         # a miniature may learn from their cache, too
     kept = {k: v for k, v in saved.items() if k in known}
     if saved.get("lora"):                           # adapters' steps would spoil the weights themselves
         kept |= SMALL_STEPS if published else {k: getattr(TrainConfig, k) for k in SMALL_STEPS}
-    if c.width > MMDiTConfig.preset("tiny").width:  # `model` is "tiny" where published weights were named
+    if large:
         kept["minutes"] = 0.0
     kept |= of_adapters(given, c, 1e-4 if published else 5e-3)
     return {**kept, "shift": saved["shift"] * size / saved["size"], **given, "size": size}

@@ -52,6 +52,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -381,7 +382,8 @@ def swapped(params: dict, average: dict):
 # -------------------------------------------------------------------------------------------------- all of it
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
-    """Train every part that the run's folder does not hold yet; returns the folder.
+    """Train every part that the run's folder does not hold yet; returns the folder. What the config leaves
+    open (folder, lengths of text) is filled in there: another run needs another config.
 
     Raises ValueError (also CheckpointError) if the input is at fault, FloatingPointError if training
     diverged.
@@ -496,10 +498,16 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
             film(folder)
     if run.warned:
         print(f"could not be written the last time: {', '.join(sorted(run.warned))}")
-    where = [] if folder.resolve().parent == Path("runs").resolve() else ["--run", folder]
     print(f"done in {clock(time.monotonic() - run.start)}: {folder}, losses in {folder / 'loss.png'}. Now "
-          f"type\n    python {typed('sample.py', preview_prompts(config, captions)[6], *where)}")
+          f"type\n    python {typed(*drawing(folder, preview_prompts(config, captions)[6]))}")
     return folder
+
+
+def drawing(folder: Path, prompt: str) -> list:
+    """The command that draws with a run: without its name if it is the last one, which is the default."""
+    last = max(Path("runs").glob("*/mmdit.safetensors"), key=lambda p: p.stat().st_mtime, default=Path())
+    where = [] if folder.resolve() == last.parent.resolve() else ["--run", folder]
+    return ["sample.py", *where, *["--"] * prompt.startswith("-"), prompt]
 
 
 def settle_folder(c: TrainConfig, folder: Path, todo: list[str]) -> None:
@@ -702,7 +710,13 @@ def resuming(folder) -> str:
 
 def typed(*words) -> str:
     """A command as it must be typed: a folder may have spaces, a caption whatever was downloaded."""
-    return (subprocess.list2cmdline if os.name == "nt" else shlex.join)([str(word) for word in words])
+    return " ".join((shlex.quote if os.name == "posix" else quoted)(str(word)) for word in words)
+
+
+def quoted(word: str) -> str:
+    """For Windows, whose shells give & and ; a meaning outside quotes."""
+    line = subprocess.list2cmdline([word])
+    return line if line[:1] == '"' or re.fullmatch(r"[\w.:/\\-]+", word) else f'"{line}"'
 
 
 # Exercises. (1) --text-drop 0: guidance now compares with an input that the model never saw; what do samples

@@ -256,6 +256,7 @@ class AutoencoderKL(nn.Module):
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"the VAE encodes (B, 3, height, width) with sides in multiples of {f}, "
                              f"got {tuple(x.shape)}")
+        x = x.to(next(self.parameters()).dtype)
         moments = in_tiles(self.encoder, x, tile, cell=f, out_cell=1, channels=2 * self.config.z_channels)
         mean, logvar = moments.chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
@@ -268,6 +269,7 @@ class AutoencoderKL(nn.Module):
         """
         if z.ndim != 4 or z.shape[1] != self.config.z_channels:
             raise ValueError(f"this VAE decodes (B, {self.config.z_channels}, H, W), got {tuple(z.shape)}")
+        z = z.to(next(self.parameters()).dtype)
         return in_tiles(self.decoder, z, tile, cell=1, out_cell=self.config.factor, channels=3)
 
     def to_latent(self, z: torch.Tensor) -> torch.Tensor:

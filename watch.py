@@ -313,13 +313,13 @@ def curve(panel, rows, column, **style) -> None:
 def plot_run(path) -> None:
     """loss.png beside metrics.csv. Above, each stage's loss: every step in grey, a running mean, and skipped
     steps in red. Below: gradients, the flow's loss by t, attention logits, speed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure                # not pyplot: a notebook keeps its own back end
 
     rows = read_metrics(path, most=5_000)           # enough for a plot of 400 pixels: all would take a minute
     stages = list(dict.fromkeys(r["stage"] for r in rows))
-    fig, (above, below) = plt.subplots(2, 4, figsize=(17, 7.4))
+    fig = Figure(figsize=(17, 7.4))
+    above, below = fig.subplots(2, 4)
     fig.subplots_adjust(0.04, 0.07, 0.99, 0.95, wspace=0.2, hspace=0.3)
     for panel, stage in zip(above, stages):
         own = [r for r in rows if r["stage"] == stage]
@@ -338,7 +338,7 @@ def plot_run(path) -> None:
         own = [r for r in rows if r["stage"] == stage]
         curve(below[0], own, "grad_norm", label=stage)
         curve(below[3], own, "samples_per_s", label=stage)
-    flow, colours = [r for r in rows if r["stage"] == "flow"], plt.get_cmap("viridis")
+    flow, colours = [r for r in rows if r["stage"] == "flow"], colormaps["viridis"]
     for i in range(BINS):
         curve(below[1], flow, f"t{i}", color=colours(i / BINS), label=f"{i / BINS:g} to {(i + 1) / BINS:g}")
     curve(below[2], flow, "max_logit", color="#2a6fbb", marker=".")
@@ -350,7 +350,6 @@ def plot_run(path) -> None:
             panel.legend(fontsize="x-small", ncols=2)
     with io.BytesIO() as png:
         fig.savefig(png, dpi=100, format="png")
-        plt.close(fig)
         write_atomically(Path(path).with_name("loss.png"), lambda p: p.write_bytes(png.getvalue()))
 
 

@@ -76,12 +76,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(hd)) v over (B, nh, L, hd), spelled out; the softmax in float32.
+    """softmax(q k^T / sqrt(hd)) v over (B, nh, L, hd), spelled out; the softmax at least in float32.
     mask: True where attended."""
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                  # (B, nh, Lq, Lk)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+    return scores.softmax(dim=-1, dtype=torch.promote_types(v.dtype, torch.float32)).to(v.dtype) @ v
 
 
 def join(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights=None, eps=1e-6):

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import weights
 from layouts import PREFIXES, Recipe, mmdit_folder, same_names, vae_folder
 from mmdit import MMDiT, MMDiTConfig, position_table
-from offload import MODES
+from offload import MODES, OVERHEAD
 from pipeline import Pipeline, pick_device
 from tensor_files import write_json, write_safetensors, write_shards
 from text_encoders import (BOS, EOS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder, pre_tokenizers,
@@ -176,7 +176,7 @@ def draw(args) -> None:
     """Two pictures with all parts that were written, the first to warm up; on a card if there is one."""
     device, path = pick_device("auto"), next(iter(sorted(args.out.glob("*.safetensors"))), args.out)
     if device.type == "cuda":
-        share = args.limit * 1e9 / torch.cuda.get_device_properties(device).total_memory
+        share = (args.limit * 1e9 - OVERHEAD) / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
     times = [time.perf_counter()]
     pipe = Pipeline.from_pretrained(path, device=device, offload=args.draw, int8=args.int8,
@@ -188,8 +188,9 @@ def draw(args) -> None:
     line = (f"{path}, --offload {args.draw}{' --int8' * args.int8}: read in {times[1] - times[0]:.1f} s; "
             f"{args.side} x {args.side}, {args.steps} steps, guidance 4.5: {times[3] - times[2]:.1f} s")
     if device.type == "cuda":
-        line += (f"; at most {torch.cuda.max_memory_allocated() / 1e9:.2f} of {args.limit:g} GB of the card, "
-                 f"{torch.cuda.max_memory_reserved() / 1e9:.2f} with what PyTorch keeps")
+        used, kept = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
+        line += (f"; besides what CUDA takes at most {used:.2f} of {args.limit:g} GB of the card, {kept:.2f} "
+                 "with what PyTorch keeps")
     print(f"{line}; {memory('VmHWM') / 1e9:.2f} GB of main memory")
 
 

@@ -1,8 +1,10 @@
 """Claims about checkpoints.py: parts come back bit by bit, a crash leaves the old file,
 a bad file is refused in one line."""
+import dataclasses
 import json
 import os
 import pickle
+import shutil
 import stat
 from dataclasses import asdict
 
@@ -15,11 +17,12 @@ from safetensors.torch import save_file
 import checkpoints
 from conftest import refuses
 from checkpoints import (PARTS, CheckpointError, State, checkpoints_of, clean_checkpoints, has_run, last_run,
-                         load_part, load_state, load_strict, load_tensors, read_json, save_part, save_state,
-                         save_tensors, sha256, sole_writer, write_atomically, write_json)
+                         load_part, load_state, load_strict, load_tensors, load_tokenizers, read_json,
+                         run_configs, save_part, save_state, save_tensors, sha256, sole_writer,
+                         write_atomically, write_json)
 from mmdit import MMDiT, MMDiTConfig
 from muon import Muon, split
-from text_encoders import CLIPImageConfig, CLIPTextConfig, T5Config
+from text_encoders import CLIPImageConfig, CLIPTextConfig, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
 
 text, image = (CLIPTextConfig(60, 16, 1, 2, 32, "gelu", 8, 16),
@@ -671,3 +674,17 @@ def test_the_description_in_a_file_is_the_config_and_nothing_that_needs_unpickli
 def test_classes_are_those_that_the_names_say():
     assert PARTS["mmdit"] == (MMDiT, MMDiTConfig) and PARTS["vae"] == (AutoencoderKL, VAEConfig)
     assert issubclass(CheckpointError, ValueError)
+
+
+def test_clip_l_pads_a_runs_prompts_with_eos_and_bigg_with_id_0(finished):
+    words = load_tokenizers(finished, 77)
+    l, g = (words[name](["a star"])[0] for name in ("clip_l", "clip_g"))
+    assert l[-1] == words["clip_l"].eos and g[-1] == 0 != words["clip_g"].eos and (l[:4] == g[:4]).all()
+
+
+def test_a_t5_of_another_run_is_refused(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = load_part(run, "t5").config
+    save_part(run, "t5", T5Encoder(dataclasses.replace(config, width=2 * config.width)))
+    with pytest.raises(CheckpointError, match="the folder mixes two runs"):
+        run_configs(run)

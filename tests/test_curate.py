@@ -277,3 +277,13 @@ def test_data_py_check_is_the_command(tmp_path, monkeypatch, capsys):
 def test_the_demo_passes(capsys):
     curate.demo()
     assert "nothing to remove" in capsys.readouterr().out
+
+
+def test_a_runs_clip_is_shown_pictures_in_the_range_that_it_has_learned(tmp_path, monkeypatch):
+    save_part(tmp_path / "run", "clip_l_image", te.CLIPImageEncoder(te.CLIPImageConfig.preset("tiny")))
+    fill(tmp_path / "a", [blur(0), blur(1)])
+    seen, look = [], te.CLIPImageEncoder.forward
+    monkeypatch.setattr(te.CLIPImageEncoder, "forward", lambda self, x: seen.append(x) or look(self, x))
+    curate.check(tmp_path / "a", run=tmp_path / "run", out=tmp_path / "r", say=lambda line: None)
+    [x] = seen
+    assert len(x) == 2 and 0 <= x.min() < 0.4 and 0.6 < x.max() <= 1        # as in stages.py, not from -1

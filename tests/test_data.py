@@ -401,10 +401,11 @@ def test_pictures_that_captions_jsonl_does_not_name_are_counted_and_are_no_fault
 def test_a_picture_under_four_spellings_counts_once(tmp_path):
     folder = fill(tmp_path, a=flat("red"), b=flat("blue"), c=flat("pink"))
     (folder / "x").mkdir()
-    files = ("a.png", "./a.png", "b.png", "x/../a.png", str(folder.resolve() / "a.png"), "c.png")
+    (folder.with_name("link")).symlink_to(folder)
+    files = ("a.png", "./a.png", "b.png", "x/../a.png", str(folder.with_name("link") / "a.png"), "c.png")
     (folder / "captions.jsonl").write_text("\n".join(
         json.dumps({"file": file, "captions": [file]}) for file in files))
-    got = data.load_pictures(folder, 8)
+    got = data.load_pictures(folder.with_name("link"), 8)
     assert got.captions == [("a.png",), ("b.png",), ("c.png",)] and not got.unnamed
     assert [name for name, _ in got.skipped] == [f"captions.jsonl:{n}" for n in (2, 4, 5)]
     assert all("listed before" in reason for _, reason in got.skipped)

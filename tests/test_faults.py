@@ -692,3 +692,17 @@ def test_a_checkpoint_without_a_usable_neighbour_is_an_error_and_no_new_start(tm
         (folder / "state.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no checkpoint of flow can be used"):
         run_miniature(tmp_path)
+
+
+def test_a_stage_of_fewer_steps_than_ten_that_are_all_bad_is_no_result(tmp_path):
+    with pytest.raises(FloatingPointError, match="stays bad"):
+        run_miniature(tmp_path, bad_at(range(99), float("nan")), flow_steps=6)
+    assert not (tmp_path / "done.safetensors").exists()
+
+
+def test_a_log_that_someone_removes_begins_again_with_its_header(tmp_path):
+    log = watch.Log(tmp_path, SimpleNamespace(stage="flow", step=0, total=9), batch=1)
+    (tmp_path / "metrics.csv").unlink()
+    log.write([{"stage": "flow", "step": 1}])
+    log.bar.close()
+    assert [row["step"] for row in watch.read_metrics(tmp_path / "metrics.csv")] == ["1"]

@@ -297,6 +297,17 @@ def test_of_two_adapters_none_is_applied_if_one_does_not_fit(tmp_path):
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
 
 
+def test_adapters_are_not_given_twice_and_none_are_not_saved(tmp_path):
+    net = add_lora(model(), 2)
+    with pytest.raises(ValueError, match="has adapters already"):
+        add_lora(net, 2)
+    save_lora(net, tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="no adapters to save"):
+        save_lora(merge_lora(net), tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+
+
 def test_alpha_is_the_rank_and_the_first_factor_keeps_the_size_of_its_input():
     net = add_lora(MMDiT(MMDiTConfig.preset("tiny", depth=2)), 8)
     for layer in adapters(net).values():

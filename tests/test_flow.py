@@ -470,3 +470,18 @@ def test_a_model_that_overflows_stops_sampling_at_the_step_where_it_happened(met
 
     with pytest.raises(FloatingPointError, match=r"t = 0.5.*bfloat16"):
         flow.sample(model, torch.ones(2, 3), [1.0, 0.75, 0.5, 0.25, 0.0], method=method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_times_and_noise_are_the_same_whatever_the_process_dtype(dtype):
+    def drawn():
+        g = [torch.Generator().manual_seed(i) for i in range(4)]
+        return (*(flow.sample_t(d, 3, generator=g[0]) for d in flow.DENSITIES), flow.draw_noise((2, 3), g[1]),
+                flow.draw_noise((2, 3), g[2:]))
+
+    usual = drawn()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(drawn(), usual))
+    finally:
+        torch.set_default_dtype(torch.float32)

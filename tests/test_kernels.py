@@ -590,3 +590,12 @@ def test_the_bench_counts_each_activation_that_goes_in_or_out_once(name, dtype):
     again = out if "attention" in name else out[:gated]
     size += moved(activations[gated:] + again + out + activations)
     assert bench.work(case, 1)[1] == size
+
+
+def test_without_gradients_the_measurement_of_the_forward_alone_counts(monkeypatch):
+    key = ("H100", "modulate", "bfloat16", 0, "forward", False)
+    monkeypatch.setattr(kernels, "MEASURED", {key: [(float("inf"), ("triton", "torch"))]})
+    x = torch.zeros(1, 10, 1, dtype=torch.bfloat16, requires_grad=True)
+    assert kernels.ranking("modulate", 0, {"x": x}, "H100")[0] == ()
+    with torch.no_grad():
+        assert kernels.ranking("modulate", 0, {"x": x}, "H100")[0] == ("triton", "torch")

@@ -526,6 +526,21 @@ def test_the_backwards_of_the_modulations_are_the_derivatives_of_their_forwards(
         check_gradients(lambda *a: adaln.gate_residual_modulate_op(*a, 1e-6), (x, y, gate, shift, scale))
 
 
+def test_the_parts_of_a_modulations_gradient_are_added_in_float32_whatever_the_activations_are():
+    x, dout = torch.randn(2, 1, 64, 24, generator=seeded(0)).to(DEVICE, torch.bfloat16)
+    shift, scale = (torch.zeros(1, 24, device=DEVICE, requires_grad=True) for _ in range(2))
+    adaln.modulate_op(x, shift, scale, 1e-6).backward(dout)
+    torch.testing.assert_close(shift.grad, dout.double().sum(1).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [joint_attention_reference, joint_attention_triton, joint_attention_sdpa])
+def test_the_norm_weight_of_text_queries_that_are_not_there_gets_no_gradient(way):
+    """Zeros would let an optimizer decay it, and keep moments of it."""
+    w = [x.requires_grad_() for x in norm_weights(16)]
+    way(*streams(1, 3, 5, 1, 16, text="dead"), w, None, 1e-6)[1].square().sum().backward()
+    assert [x.grad is None for x in w] == [True, False, False, False]
+
+
 # ------------------------------------------------------------------------------------------- known to PyTorch
 
 @pytest.mark.parametrize("text, with_norm, lengths", [("all", True, [3, 0]), ("dead", False, None)])

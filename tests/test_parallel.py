@@ -580,3 +580,15 @@ def test_the_rows_of_all_pieces_of_all_ranks_are_the_batch(world, pieces):
     for ranks.rank in range(world):
         rows += [ranks.rows(24, k, pieces) for k in range(pieces)]
     assert [i for piece in rows for i in range(24)[piece]] == list(range(24))
+
+
+def test_each_rank_takes_the_card_of_its_place_on_its_own_machine_unless_one_is_named(monkeypatch):
+    for name, value in (("RANK", "10"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert parallel.own_device("auto") == "auto"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [parallel.own_device(d) for d in ("auto", "cuda", "cuda:1", "cpu")] == [
+        "cuda:2", "cuda:2", "cuda:1", "cpu"]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert parallel.own_device("auto") == "auto"

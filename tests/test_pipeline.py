@@ -13,6 +13,8 @@ import io
 import json
 import math
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,6 +159,21 @@ def test_a_long_prompt_gets_the_tokens_of_t5_that_it_needs_and_no_more_than_t5_l
         needed = int((ids != 0).sum())
         assert context.shape[1] - 77 == min(256, max(77, needed))
     assert pipe.encode(["red " * 200], 77).context.shape[1] == 154
+
+
+def test_threads_that_share_a_pipeline_get_each_its_own_text_and_lost_encoders_are_noticed():
+    pipe, prompts, interval = by_hand(), ["a red star", "three hearts", "a ring"], sys.getswitchinterval()
+    right = {prompt: pipe.encode([prompt], 77).context for prompt in prompts}
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            found = list(threads.map(lambda text: (text, pipe.encode([text], 77).context), prompts * 20))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.allclose(context, right[text], atol=1e-5) for text, context in found)
+    pipe.encode(["a ring"], 77)
+    pipe.encoders.t5 = None
+    assert not pipe.encode(["a ring"], 77).context[:, 77:].any()
 
 
 def test_equal_texts_are_encoded_once(pipe):
@@ -884,3 +901,82 @@ def test_on_a_card_pictures_agree_and_the_peak_is_below_the_prediction(pipe, mod
     image = away("a red star", **HOW)
     assert torch.cuda.max_memory_allocated() < predicted - offload.OVERHEAD + 64e6      # cuBLAS's own
     assert error(image.cpu(), expected) < 1e-2
+
+
+# ------------------------------------------------------------------------------- where weights wait, exactly
+
+def test_the_two_places_are_filled_after_earlier_work_and_freed_after_the_last_copy(monkeypatch):
+    before, log = {}, []
+    main, side = Timeline(before, log), Timeline(before, log)
+    stream, waited = offload.BlockStream([nn.Linear(3, 3) for _ in range(3)], "cpu"), []
+    for name, value in (("Stream", lambda d: side), ("current_stream", lambda d: main),
+                        ("Event", lambda: SimpleNamespace(node=None, record=lambda timeline: None)),
+                        ("stream", lambda s: contextlib.nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, value)
+    stream.cuda = True
+    monkeypatch.setattr(Timeline, "wait_stream", lambda self, other: waited.append((self, other)))
+    monkeypatch.setattr(Timeline, "wait_event", lambda self, event: None)
+    with stream:
+        assert waited == [(side, main)]         # the allocator may hand out what earlier work still uses
+        stream.blocks[0](torch.zeros(1, 3))
+    assert waited[1:] == [(main, side)]         # and give away what the last copy still fills
+
+
+def test_in_main_memory_is_what_waits_there_and_locked_blocks_as_powers_of_two():
+    needs = offload.need(SMALL, height=64, width=64)
+    blocks = [sum(t.nbytes for t in offload.tensors_of(block.bfloat16()))
+              for block in MMDiT(SMALL["mmdit"]).joint_blocks]
+    weights, locked = needs["weights"], sum(2 ** math.ceil(math.log2(n)) - n for n in blocks)
+    assert needs["locked"] == locked > 0
+    encoders = sum(weights[name] for name in offload.ENCODERS)
+    assert [offload.waiting(needs, mode) for mode in ("text", "model", "block")] == [
+        encoders, sum(weights.values()), sum(weights.values()) + locked]
+
+
+def test_a_byte_too_few_for_weights_and_for_what_computes_is_too_few():
+    how = dict(height=64, width=64, dtype=torch.bfloat16)
+    needs = offload.need(SMALL, **how)
+    taken = sum(needs["weights"].values()) + max(needs["work"].values())
+    offload.check_main_memory("it", SMALL, taken, works=True, **how)
+    with pytest.raises(ValueError, match="main memory"):
+        offload.check_main_memory("it", SMALL, taken - 1, works=True, **how)
+
+
+def test_where_memory_cannot_be_locked_weights_wait_in_ordinary_memory(monkeypatch):
+    empty = torch.empty
+
+    def refuses(*shape, pin_memory=False, **how):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*shape, **how)
+
+    monkeypatch.setattr(torch, "empty", refuses)
+    assert offload.room(3, torch.uint8, locked=True).shape == (3,)
+
+
+def test_a_block_that_fails_goes_home():
+    blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(3)).requires_grad_(False)
+    stream = offload.BlockStream(blocks, "cpu")
+    home = [t.data_ptr() for t in blocks.parameters()]
+    with pytest.raises(RuntimeError), stream:
+        blocks[1](torch.zeros(1, 4))
+    assert home == [t.data_ptr() for t in blocks.parameters()]
+
+
+def test_full_main_memory_is_known_by_the_words_of_each_system():
+    for words in ("DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes.",        # Windows
+                  "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.",
+                  "MPS backend out of memory (MPS allocated: 9.00 GB)"):
+        assert offload.is_out_of_memory(RuntimeError(words))
+    assert not offload.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_a_dry_run_counts_what_the_flags_ask_for(monkeypatch):
+    asked, flags = [], ["--dry-run", "--model", "sd3-medium", "--height", "512", "--width", "512",
+                        "--device", "cpu"]
+    monkeypatch.setattr(offload, "report", lambda *_, **how: asked.append(how) or "")
+    for more in ((), ("--guidance", "1"), ("-n", "3"), ("--dtype", "float32")):
+        sample.main([*flags, *more])
+    assert [how["guidance"] for how in asked] == [True, False, True, True]
+    assert [how["pictures"] for how in asked] == [1, 1, 3, 1] and pipeline.at_once(512, 512, 8) >= 3
+    assert [how["dtype"] for how in asked] == [*[torch.bfloat16] * 3, torch.float32]

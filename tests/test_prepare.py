@@ -7,6 +7,7 @@ number of ranks, notices other data and other encoders, and is fast.
 
 import io
 import json
+import pickle
 import struct
 import time
 import zlib
@@ -207,6 +208,17 @@ def surveyed(folder, size=64):
 def close(stored, said):
     """Within bfloat16's rounding, for the same caption encoded in another batch."""
     return stored.dtype == torch.bfloat16 and torch.allclose(stored.float(), said, rtol=0.01, atol=0.002)
+
+
+def test_a_cache_goes_to_another_process_and_knows_how_many_captions_a_picture_has(tmp_path, encoders):
+    encoders.write(tmp_path / "cache", surveyed(fill(tmp_path / "a", 3)))
+    cache, pictures = Cache(tmp_path / "cache"), np.array([1])
+    last = cache.counts[pictures] - 1
+    for a, b in zip(cache.read(pictures, last), pickle.loads(pickle.dumps(cache)).read(pictures, last)):
+        assert torch.equal(a, b)
+    for beyond in (last + 1, last * 0 - 1):
+        with pytest.raises(IndexError, match="captions"):
+            cache.read(pictures, beyond)
 
 
 def test_nan_text_features_are_refused(tmp_path, encoders, monkeypatch):

@@ -79,7 +79,8 @@ def test_commands_that_need_more_than_a_laptop_have_flags_that_exist(command, ca
     before, program, flags = command.partition("train.py" if "train.py" in command else "sample.py")
     flags = shlex.split(flags)
     assert before.startswith(("python ", "torchrun ")) and flags
-    kind = ["cache"] * (flags[0] == "cache") + ["--dry-run"] * ("--dry-run" in flags and program == "train.py")
+    dry = program == "train.py" and "--dry-run" in flags
+    kind = ["cache"] * (flags[0] == "cache") + ["--dry-run"] * dry
     with pytest.raises(SystemExit) as end:
         (train if program == "train.py" else sample).main([*kind, "--help"])
     told = set(re.findall(r"(?<!\S)--[\w-]+", capsys.readouterr().out)) | {"--dry-run"}

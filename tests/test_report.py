@@ -353,3 +353,9 @@ def test_matrices_are_darkest_where_the_counts_are():
 def test_the_demo_passes(capsys):
     report.demo()
     assert "1 skipped in all" in capsys.readouterr().out
+
+
+def test_fresh_drawings_are_none_of_the_training_pictures():
+    s = report.Subject(None, [], [], [], {"data": "drawn", "size": 64, "seed": 3, "pictures": 40})
+    seen, fresh = s.training()[0].images, s.heldout(20)[0].images
+    assert not (fresh[:, None] == seen[None]).flatten(2).all(2).any()

@@ -365,6 +365,9 @@ def test_an_existing_file_is_never_overwritten(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         sample.main(["a star", "--model", str(run), "--out", str(out), "--steps", "1"])
     assert end.value.code == 2 and out.read_bytes() == b"precious" and "--out" in capsys.readouterr().err
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone" / "x.png")
+    with pytest.raises(ValueError, match="exists already"):
+        free_path(tmp_path / "link.png", "a star", 0, 1)
 
 
 @given(st.text(max_size=400), st.integers(0, 2**62))
@@ -421,3 +424,26 @@ def test_parts_of_two_runs_are_not_mixed(run, tmp_path):
     save_part(mixed, "mmdit", MMDiT(MMDiTConfig.preset("tiny", depth=1, pooled_dim=24)))
     with pytest.raises(CheckpointError, match="mixes two runs"):
         Pipeline.from_pretrained(mixed, device="cpu")
+
+
+def test_pictures_of_a_prompt_have_seeds_of_their_own_however_few_are_drawn_at_once(
+        run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "at_once", lambda *_: 2)
+    sample.main(["a star", "--model", str(run), "--steps", "1", "-n", "3", "--seed", "5",
+                 "--device", "cpu", "--out", f"{tmp_path}/"])
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [p.name for p in paths] == [f"a-star-{seed}.png" for seed in (5, 6, 7)]
+    assert len({Image.open(p).tobytes() for p in paths}) == 3
+
+
+def test_every_setting_of_a_picture_is_taken_over_by_like(tmp_path):
+    told = {"negative": "-", "seed": 5, "steps": 3, "guidance": 2.0, "height": 48, "width": 32,
+            "method": "heun", "schedule": "clean", "shift": 2.0, "model": "m", "tokenizers": "t",
+            "lora": ["f=0.5"], "image": "i.png", "strength": 0.5, "t5_length": 20, "drop": ["clip_l"],
+            "left_out": False, "int8": True, "dtype": "bfloat16"}
+    sample.save_picture(Image.new("RGB", (16, 16)), tmp_path / "a.png",
+                        told | {"prompt": "a star", "skip_layers": [2.5, [7, 8, 9]]})
+    args = vars(sample.parse(["--like", str(tmp_path / "a.png")]))
+    taken = {name: args[name] for name in told}
+    assert taken == told | {"dtype": torch.bfloat16, "drop": ("clip_l",)}
+    assert args["prompt"] == ["a star"] and args["skip_layer_guidance"] == 2.5

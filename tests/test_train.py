@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from PIL import Image
 
 import flow
+import sample
 import stages
 import train as training
 from checkpoints import load_tensors, load_tokenizers
@@ -160,15 +161,25 @@ def test_the_start_tells_device_dtype_sizes_and_time_and_the_end_tells_the_next_
     said = (finished.parent / "said.txt").read_text(encoding="utf-8")
     for word in ("device: cpu", "float32 (as asked)", "mmdit ", "vae ", "expected:"):
         assert word in said, word
-    words = ["python", "sample.py", "a red star left of a blue ring", "--run", str(finished)]
+    words = ["python", "sample.py", "--run", str(finished), "a red star left of a blue ring"]
     assert shlex.split(said.strip().splitlines()[-1]) == words
 
 
 @pytest.mark.skipif(os.name == "nt", reason="rules of a POSIX shell")
-@given(st.text())
-def test_whatever_a_folder_or_a_caption_holds_is_one_word_of_a_command(text):
-    words = ["sample.py", text, "--run", "my run"]
-    assert shlex.split(training.typed(*words)) == words
+@given(st.text(st.characters(exclude_characters="\0\n")).filter(str.strip))
+@example('a poster that says "$(date)"').via("a caption")
+@example("--").via("a caption")
+def test_whatever_a_folder_or_a_caption_holds_the_command_draws_that_with_that_run(text):
+    _, *words = shlex.split(training.typed(*training.drawing(Path("my run"), text)))
+    args = sample.parse(words)
+    assert (args.prompt, args.model) == ([text], "my run")
+
+
+def test_on_windows_what_shells_give_a_meaning_is_quoted():
+    for word, typed in (("R&B", '"R&B"'), ("a>b", '"a>b"'), ("--out", "--out"), ("", '""'),
+                        ("my run", '"my run"'),
+                        ("D:\\R&D\\run", '"D:\\R&D\\run"'), ("C:\\runs\\a", "C:\\runs\\a")):
+        assert training.quoted(word) == typed
 
 
 def test_no_two_stages_or_steps_share_their_random_numbers(tmp_path):

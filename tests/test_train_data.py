@@ -613,7 +613,8 @@ def test_the_widths_of_sd3_come_out_as_154_x_4096_and_2048_and_fit_the_presets(t
     assert parse(["--cache", str(out), "--model", "d15", "--flow-rate", "1"])[0].flow_rate == 1
     assert parse(["--cache", str(out)])[0].muon_rate == TrainConfig.muon_rate           # of the miniature
     with torch.device("meta"):                                  # ValueError unless all shapes fit
-        stages.build_mmdit(config, *bare, contextlib.nullcontext()).check_inputs(mean, torch.ones(2), context, pooled)
+        model = stages.build_mmdit(config, *bare, contextlib.nullcontext())
+        model.check_inputs(mean, torch.ones(2), context, pooled)
 
 
 @pytest.fixture(scope="module")
@@ -864,6 +865,27 @@ def test_settings_that_cannot_be_are_refused_before_a_folder_is_made(flags, word
     monkeypatch.chdir(tmp_path)
     assert words in refused([str(finished) if flag == "RUN" else flag for flag in flags], capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_defaults_are_the_papers_where_it_tells_them():
+    c = TrainConfig()
+    assert c.density == "logit_normal" and c.synthetic == 0.5
+    assert c.text_drop ** 3 == pytest.approx(0.1, abs=1e-3)             # all three texts gone in a tenth
+
+
+def test_a_new_transformer_of_the_papers_sizes_learns_at_the_papers_rate(encoded):
+    for flags, expected in (({}, (1e-4, 0.0, 1000)), (dict(warmup=7, flow_rate=2e-4), (2e-4, 0.0, 7))):
+        config, _ = parse(flags_of(model="d15", cache=encoded[0], **flags))
+        assert (config.flow_rate, config.muon_rate, config.warmup) == expected
+
+
+def test_a_resumed_run_refuses_encoders_that_did_not_make_its_cache(learned, published, tmp_path, capsys):
+    run, other = (shutil.copytree(p, tmp_path / p.name) for p in (learned[0], published.parent))
+    before = (run / "config.json").read_bytes()
+    file = next(other.rglob("clip_l*.safetensors"))
+    save_file({k: x * 2 if x.is_floating_point() else x for k, x in load_file(file).items()}, file)
+    assert "encoders" in refused(["--resume", "--out", run, "--encoders", other / published.name], capsys)
+    assert (run / "config.json").read_bytes() == before
 
 
 # --- Adapters ---

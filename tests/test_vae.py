@@ -435,6 +435,12 @@ def test_shift_and_scale_are_measured_on_samples_not_on_means():
     assert abs(x.mean()) < 0.06 and abs(x.var() - 1) < 0.06         # by means it would be 3.6
 
 
+@torch.no_grad()
+def test_pictures_and_latents_come_in_any_dtype():
+    vae, x = small().bfloat16(), pictures()
+    assert vae.decode(vae.encode(x.double()).mean).isfinite().all()
+
+
 def test_1024_pixels_of_sd3_are_decoded_whole_and_more_are_not():
     for shape, whole in (((128, 128), True), ((128, 136), False)):
         net = Local()

@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoints
@@ -31,7 +32,7 @@ import tensor_files
 import weights
 from conftest import refuses
 from kernels.int8 import quantise_mmdit, quantise_t5
-from layouts import IGNORED, NAMES, clip_openclip, mmdit_folder, take_apart, vae_folder
+from layouts import IGNORED, NAMES, clip_openclip, is_foreign, mmdit_folder, take_apart, vae_folder
 from mmdit import MMDiT, MMDiTConfig
 from tensor_files import CheckpointError, Source, files_of_part, write_safetensors, write_shards
 from text_encoders import ENCODERS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
@@ -1014,7 +1015,8 @@ def test_random_models_of_real_layouts_can_be_made_and_drawn_with(tmp_path, layo
                  "--width", "48", "--height", "32"])
     assert Path(capsys.readouterr().out.strip()).is_file()
     make_fake_checkpoint.main([str(tmp_path), "--draw", "block", "--int8", "--steps", "2", "--side", "32"])
-    assert "--offload block --int8: read in" in (said := capsys.readouterr().out) and "32 x 32, 2 steps" in said
+    said = capsys.readouterr().out
+    assert "--offload block --int8: read in" in said and "32 x 32, 2 steps" in said
 
 
 def test_made_up_tokenizers_have_the_sizes_and_special_ids_of_the_real_ones(tmp_path):
@@ -1053,3 +1055,23 @@ def test_while_a_model_is_read_there_is_never_a_second_copy_of_it(tmp_path):
                            str(Path(__file__).parent)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert size > 1.5 * tensor_files.REOPEN and int(done.stdout) < 1.05 * size + tensor_files.REOPEN + 60e6
+
+
+def test_a_written_config_is_the_published_one_of_sd3_medium():
+    told = weights.folder_config(MMDiTConfig.preset("sd3-medium"))
+    expected = {"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+                "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
+                "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
+    assert {k: told[k] for k in expected} == expected
+
+
+@pytest.mark.parametrize("key", ["transformer.transformer_blocks.0.attn.to_q.lora.down.weight",
+                                 "lycoris_joint_blocks_0.hada_w1_a", "lycoris_joint_blocks_0.lokr_w2"])
+def test_adapters_of_every_make_are_called_loras(key):
+    assert "a LoRA" in is_foreign([key])
+
+
+def test_a_written_file_says_that_its_tensors_are_pytorchs(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", {"a": ("F32", (2,))}, [torch.ones(2)])
+    with safe_open(tmp_path / "x.safetensors", "pt") as f:
+        assert f.metadata() == {"format": "pt"}
