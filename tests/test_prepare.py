@@ -403,6 +403,7 @@ def test_reading_rows_as_large_as_those_of_sd3s_encoders_costs_hardly_more_than_
     cache, n, kept, room = Cache.__new__(Cache), 32, {}, prepare.room
     monkeypatch.setattr(prepare, "room", lambda shape, *how: kept.setdefault(shape, room(shape, *how)))
     cache.files, cache.first = {"text": ["a", "b"]}, torch.arange(2 * n)
+    cache.counts = torch.ones_like(cache.first)
     cache.rows = np.random.default_rng(0).permutation(2 * n)
     cache.text_place = np.stack([np.repeat([0, 1], n), np.tile(np.arange(n), 2)], 1)
     sizes = {"clip": (77, 2048), "t5": (77, 4096), "pooled": (2048,)}

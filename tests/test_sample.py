@@ -367,7 +367,7 @@ def test_an_existing_file_is_never_overwritten(run, tmp_path, capsys):
     assert end.value.code == 2 and out.read_bytes() == b"precious" and "--out" in capsys.readouterr().err
     (tmp_path / "link.png").symlink_to(tmp_path / "gone" / "x.png")
     with pytest.raises(ValueError, match="exists already"):
-        free_path(tmp_path / "link.png", "a star", 0, 1)
+        free_path(str(tmp_path / "link.png"), "a star", 0, 1)
 
 
 @given(st.text(max_size=400), st.integers(0, 2**62))
