@@ -165,6 +165,28 @@ def test_the_start_tells_device_dtype_sizes_and_time_and_the_end_tells_the_next_
     assert shlex.split(said.strip().splitlines()[-1]) == words
 
 
+def test_the_expected_time_is_that_of_whole_steps_and_timing_them_changes_no_weight(tmp_path, monkeypatch):
+    c = TrainConfig(**MICRO | dict(clip_length=4, t5_length=4, accumulate=2, flow_batch=4))
+    parts = {"mmdit": MMDiT(MMDiTConfig.preset("tiny")), "vae": AutoencoderKL(VAEConfig.preset("tiny"))}
+    before = {k: p.clone() for k, p in parts["mmdit"].named_parameters()}
+    clock = [0.0]
+
+    def slow(f, seconds):
+        def slower(*args, **how):
+            clock[0] += seconds
+            return f(*args, **how)
+        return slower
+
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(flow, "loss", slow(flow.loss, 1))
+    monkeypatch.setattr(training.Muon, "step", slow(training.Muon.step, 10))
+    run = training.Run(c, tmp_path)
+    assert training.time_stages(run, parts, ["flow"], {}) == {"flow": 12 * c.flow_steps}
+    assert all(torch.equal(p, before[k]) and p.grad is None for k, p in parts["mmdit"].named_parameters())
+    run.config = dataclasses.replace(c, muon_rate=0.0)
+    assert training.time_stages(run, parts, ["flow"], {}) == {"flow": 2 * c.flow_steps}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="rules of a POSIX shell")
 @given(st.text(st.characters(exclude_characters="\0\n")).filter(str.strip))
 @example('a poster that says "$(date)"').via("a caption")
