@@ -484,9 +484,10 @@ class Saver:
             return
         temporary = folder_of(self.run, manifest).with_suffix(".tmp")
         self.ranks.alone(lambda: shutil.rmtree(temporary, ignore_errors=True))
-        written = async_save(
-            share_of(tensors, self.ranks), process_group=self.ranks.saving,
-            storage_writer=HuggingFaceStorageWriter(temporary, save_distributed=True))
+        writer = HuggingFaceStorageWriter(temporary, save_distributed=True)
+        writer.per_thread_copy_ahead = 0        # all is in main memory: else it asks GPU 0, the thread's own
+        written = async_save(share_of(tensors, self.ranks), process_group=self.ranks.saving,
+                             storage_writer=writer)
         self.pending = self.thread.submit(self.finish, written, temporary, manifest)
 
     def finish(self, written, temporary: Path, manifest: dict) -> tuple[str, int]:

@@ -35,6 +35,7 @@ What to know
 
 Run `python parallel.py`: two processes and one compute the same gradient.
 """
+import atexit
 import os
 import sys
 import time
@@ -212,9 +213,11 @@ def processes(device: str):
         store = dist.PrefixStore(attempt, store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=store,
                             rank=rank, world_size=world, timeout=PATIENCE)
+    together = False
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank else nullcontext():
             yield Ranks(rank, world)
+        together = True
     except (ValueError, OSError, FloatingPointError) as e:
         if rank == 0:
             raise
@@ -227,9 +230,21 @@ def processes(device: str):
         raise OSError(f"rank {rank} has lost another rank, whose own last message says why; what was saved "
                       "is still there: repeat the torchrun command with --resume") from None
     finally:
-        if torch.__version__ < (2, 8):  # it waits there for threads that wait for the GIL (PyTorch #154976)
-            time.sleep(1)
-        dist.destroy_process_group()
+        if together or not device.startswith("cuda"):
+            if torch.__version__ < (2, 8):      # waits for threads that wait for the GIL (PyTorch #154976)
+                time.sleep(1)
+            dist.destroy_process_group()
+        else:                                   # NCCL's waits for all ranks (PyTorch #141510), and others do
+            atexit.register(end_at_once)        # not come before they learn of a failure, by this one's end
+
+
+def end_at_once() -> None:
+    """End this process without what C++ does at the end of one: NCCL may wait there for other ranks."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(2)
 
 
 # ---------------------------------------------------------------------------------------------- the model

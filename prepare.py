@@ -552,7 +552,9 @@ class Batches:
         locked: read into memory that a GPU can fetch by itself."""
         self.cache, self.order = cache, Order(cache.buckets, batch, seed)
         self.seed, self.synthetic, self.locked = seed, synthetic, locked
-        self.thread, self.ahead = ThreadPoolExecutor(1), {}         # (step, first row, end): to be read
+        # a new thread's current GPU is the first one, on which each rank would then take half a GB
+        own = (torch.cuda.set_device, (torch.cuda.current_device(),)) if locked else (None, ())
+        self.thread, self.ahead = ThreadPoolExecutor(1, "", *own), {}   # (step, first row, end): to be read
 
     def at(self, step: int, device="cpu", rows=slice(None)):
         """-> mean, std (B, C, H, W), context (B, M, ctx), pooled (B, pool), float32 on `device`."""

@@ -350,7 +350,7 @@ class WhiteLinear(nn.Linear):
     def measure(self, some: torch.Tensor, learned: bool = False) -> None:
         """some (n, in): inputs to measure mean and covariance on. learned: the weights were trained on
         raw inputs, and are converted so as to compute the same; else they are untrained, and stay."""
-        some = some.double().cpu()                                              # no float64 on MPS
+        some = some.cpu().double()                                              # no float64 on MPS
         # (in,), (in, in); for SD3's 4096 it takes half a minute on one core
         values, vectors = torch.linalg.eigh(some.T.cov(correction=0))
         scale = (values.clamp(min=0) + 0.03 * values.mean()).rsqrt()            # floor against rounding

@@ -3,7 +3,7 @@
 Without a GPU nobody notices a tensor that was left behind on the CPU: there everything meets everything.
 After `install()` the same code, asked for the device "cuda", fails where it would fail on a card: where
 tensors of both devices meet in an operation, where NumPy is given one of the card's, where a generator of the
-CPU is to draw there. What a card computes, how fast and in how much memory, this does not tell; streams and
+CPU is to draw there; and where float64 is asked of it, as on Apple's. What a card computes, how fast and in how much memory, this does not tell; streams and
 events do nothing.
 
     a request     torch.zeros(3, device="cuda"), x.to("cuda")     Requests: made on the CPU, entered
@@ -46,6 +46,8 @@ def on_card(t) -> bool:
 def enter(t):
     """Count a tensor's memory as the card's, as long as it lives."""
     if isinstance(t, Tensor) and real(t) == CPU and address(t) not in entered:
+        if t.dtype == torch.float64:
+            raise TypeError("float64 is on the card, and Apple's have none")
         entered.add(address(t))
         weakref.finalize(t.untyped_storage(), entered.discard, address(t))
     return t
@@ -151,9 +153,9 @@ def install(free=80 * 10**9):
     about = types.SimpleNamespace(name="a pretended card", major=9, minor=0)
     nothing = contextlib.nullcontext()
     answers = dict(
-        is_available=True, device_count=1, current_device=0, is_bf16_supported=True, synchronize=None,
-        mem_get_info=(free, free), memory_reserved=0, memory_allocated=0, max_memory_allocated=0,
-        reset_peak_memory_stats=None, set_per_process_memory_fraction=None, get_device_name=about.name,
+        is_available=True, device_count=1, current_device=0, set_device=None, is_bf16_supported=True,
+        synchronize=None, mem_get_info=(free, free), memory_reserved=0, memory_allocated=0,
+        max_memory_allocated=0, reset_peak_memory_stats=None, set_per_process_memory_fraction=None, get_device_name=about.name,
         get_device_capability=(9, 0), get_device_properties=about,
         current_stream=Nothing(), stream=nothing, device=nothing, is_current_stream_capturing=False)
     for name, answer in answers.items():

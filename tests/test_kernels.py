@@ -366,7 +366,7 @@ def h100(monkeypatch):
     """A GPU to the dispatch, on which two things were measured."""
     gpu, ever = SimpleNamespace(name="H100", major=9), float("inf")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(kernels, "find_spec", lambda name: True)
+    monkeypatch.setattr(kernels, "installed", lambda: True)
     monkeypatch.setattr(kernels, "TORCH", (2, 7))
     monkeypatch.setattr(kernels, "DEFAULT", "auto")
     monkeypatch.setattr(kernels, "MEASURED", {

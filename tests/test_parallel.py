@@ -367,6 +367,33 @@ def test_training_whose_last_checkpoint_could_not_be_written_says_so_at_its_end(
     assert (folder / "mmdit.safetensors").exists()
 
 
+@pytest.mark.parametrize("device, waits", [("cpu", True), ("cuda:0", False)])
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others_under_nccl(device, waits, monkeypatch):
+    """Its library would, for hours, while they wait for it; they learn of the failure by this process's end."""
+    called = []
+    monkeypatch.setattr(parallel, "launched", lambda: (0, 2, 0))
+    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous",
+                        lambda *_, **how: iter([[object()]]))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: None)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(parallel.dist, name, lambda *_, name=name, **how: called.append(name))
+    monkeypatch.setattr(parallel.atexit, "register", called.append)
+    monkeypatch.setattr(parallel, "Ranks", lambda *_: None)
+    with parallel.processes(device):
+        pass
+    assert called == ["init_process_group", "destroy_process_group"]        # all have come to the end
+    with pytest.raises(MemoryError), parallel.processes(device):
+        raise MemoryError
+    assert called[2:] == ["init_process_group", "destroy_process_group" if waits else parallel.end_at_once]
+
+
+def test_what_was_said_is_not_lost_where_a_process_ends_at_once():
+    program = ("import atexit, parallel\natexit.register(print, 'never')\n"
+               "atexit.register(parallel.end_at_once)\nprint('said')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "said\n"), done.stderr
+
+
 # -------------------------------------------------------------------------------------- what is cut up, alone
 
 def shards_in_little_memory(config):

@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import struct
+import threading
 import time
 import zlib
 from collections import Counter
@@ -370,7 +371,22 @@ def test_a_batch_is_of_one_shape_and_the_same_at_every_asking(cache):
     assert not torch.equal(batches.at(13)[0], Batches(cache, 8, 1).at(13)[0])
 
 
-def test_what_is_read_ahead_is_what_would_have_been_read_and_is_read_once(cache, monkeypatch):
+@pytest.fixture
+def cards(monkeypatch):
+    """On a machine with four, of which this process uses the last -> who has chosen which, (thread, card)."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: chosen.append((threading.get_ident(), card)))
+    return chosen
+
+
+def test_the_thread_that_reads_ahead_uses_its_processs_own_card(cache, cards):
+    assert Batches(cache, 8, 0).thread.submit(threading.get_ident).result() and not cards
+    reader = Batches(cache, 8, 0, locked=True).thread.submit(threading.get_ident).result()
+    assert cards == [(reader, 3)] and reader != threading.get_ident()
+
+
+def test_what_is_read_ahead_is_what_would_have_been_read_and_is_read_once(cache, monkeypatch, cards):
     asked, read = [], Batches._read
     monkeypatch.setattr(Batches, "_read",
                         lambda self, step, rows: asked.append((step, rows.start)) or read(self, step, rows))
