@@ -82,7 +82,7 @@ class TrainConfig:
     t5_steps: int = flag(1000, "steps of T5")
     t5_batch: int = flag(64, "texts a step, each of all captions of a picture")
     t5_rate: float = flag(2e-3, "peak learning rate")
-    flow_steps: int = flag(8000, "steps of the transformer")
+    flow_steps: int = flag(2000, "steps of the transformer: enough for drawings, other pictures need more")
     flow_batch: int = flag(64, "latents a step")
     flow_rate: float = flag(2e-3, "peak learning rate")
     muon_rate: float = flag(0.02, "learning rate of Muon for the transformer's matrices; 0: AdamW, no Muon")
@@ -101,7 +101,7 @@ class TrainConfig:
     accumulate: int = flag(1, "compute the transformer's batch in this many pieces, to save memory")
     fsdp: bool = flag(False, "under torchrun: shard a transformer that does not fit one GPU over all of them")
     compile: bool = flag(False, "compile the transformer's blocks (torch.compile)")
-    preview_every: int = flag(500, "steps between sample grids; 0: none")
+    preview_every: int = flag(250, "steps between sample grids; 0: none")
     save_every: int = flag(500, "steps between saves of the unfinished stage")
 
     def __post_init__(self):
@@ -277,9 +277,9 @@ def second_phase(given: dict) -> dict:
 
 def by_published(given: dict) -> dict:
     """Settings of a new transformer that learns from a cache which published encoders made. One of the
-    paper's sizes learns as there (section 5.1: AdamW, 1e-4, 1,000 steps of warm-up)."""
+    paper's sizes learns as there (sections 5.1, 5.3: AdamW, 1e-4, 1,000 steps of warm-up, 500,000 in all)."""
     given = by_encoders(given)
-    as_there = {"flow_rate": 1e-4, "muon_rate": 0.0, "warmup": 1000}
+    as_there = {"flow_rate": 1e-4, "muon_rate": 0.0, "warmup": 1000, "flow_steps": 500_000}
     return {**(as_there if given.get("model", "tiny") != "tiny" else {}), **given}
 
 

@@ -5,7 +5,7 @@ rate falls, a run is worse than a shorter one that is finished. RUN itself is on
 every point but those of other seeds, which train everything anew and say how far a figure depends on luck.
 
     python studies/training_length.py runs/drawn                               four lengths: hours on a laptop
-    python studies/training_length.py runs/drawn --steps 2840 --seeds 1 2      whole runs from other seeds
+    python studies/training_length.py runs/drawn --steps 2000 --seeds 1 2      whole runs from other seeds
 
 Everything lies in RUN/lengths/ and is kept: a stopped command goes on where it was, and a later one adds
 points. Beside it, length.csv and length.png hold what has been finished so far.

@@ -873,10 +873,11 @@ def test_defaults_are_the_papers_where_it_tells_them():
     assert c.text_drop ** 3 == pytest.approx(0.1, abs=1e-3)             # all three texts gone in a tenth
 
 
-def test_a_new_transformer_of_the_papers_sizes_learns_at_the_papers_rate(encoded):
-    for flags, expected in (({}, (1e-4, 0.0, 1000)), (dict(warmup=7, flow_rate=2e-4), (2e-4, 0.0, 7))):
+def test_a_new_transformer_of_the_papers_sizes_learns_at_the_papers_rate_and_as_long(encoded):
+    for flags, expected in (({}, (1e-4, 0.0, 1000, 500_000)),
+                            (dict(warmup=7, flow_rate=2e-4, flow_steps=9), (2e-4, 0.0, 7, 9))):
         config, _ = parse(flags_of(model="d15", cache=encoded[0], **flags))
-        assert (config.flow_rate, config.muon_rate, config.warmup) == expected
+        assert (config.flow_rate, config.muon_rate, config.warmup, config.flow_steps) == expected
 
 
 def test_a_resumed_run_refuses_encoders_that_did_not_make_its_cache(learned, published, tmp_path, capsys):
