@@ -55,7 +55,7 @@ from safetensors.torch import save_file
 
 from mmdit import MMDiT, MMDiTConfig
 from parallel import Ranks, local, rows_of
-from tensor_files import CheckpointError, sync_folder, write_atomically, write_json
+from tensor_files import CheckpointError, files_in, sync_folder, write_atomically, write_json
 from text_encoders import (ENCODERS, EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
                            T5Config, T5Encoder, TextEncoders, load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
@@ -426,7 +426,7 @@ def seal(temporary: Path, manifest: dict, sums: dict | None = None) -> Path:
 
     sums: sha256 of files, as far as known."""
     files = {p.name: {"bytes": p.stat().st_size, "sha256": (sums or {}).get(p.name) or sha256(p)}
-             for p in sorted(temporary.glob("*.safetensors"))}
+             for p in files_in(temporary)}
     write_json(temporary / "manifest.json", manifest | {"files": files})
     folder = temporary.with_suffix("")
     if folder.exists():                         # damaged, or of steps that were rolled back
@@ -681,8 +681,8 @@ def fill_state(state: State, manifest: dict, tensors: dict, folder: Path) -> Non
         optimizer.state.clear()
     for p, (optimizer, found) in moments.items():
         if found:
-            optimizer.state[p] = {m: v.to(p.device) if m == "step" else cut_as(v, p)
-                                  for m, v in found.items()}
+            where = p.device if optimizer.defaults.get("fused") else "cpu"  # else each step waits for a card
+            optimizer.state[p] = {m: v.to(where) if m == "step" else cut_as(v, p) for m, v in found.items()}
     state.in_a_row.fill_(manifest["bad_in_a_row"])
     state.step, state.total, state.rollbacks = (manifest[k] for k in ("step", "total", "rollbacks"))
 

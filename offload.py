@@ -393,7 +393,7 @@ def cheaper(flags, taken, measure) -> list[str]:
 def is_out_of_memory(e: RuntimeError) -> bool:
     """CUDA has an exception for it; Metal, main memory and page locking only say so in the message."""
     return isinstance(e, torch.OutOfMemoryError) or bool(
-        re.search("out of memory|not enough memory|allocate memory", str(e)))
+        re.search("out of memory|not enough memory|allocate memory|Invalid buffer size", str(e)))
 
 
 def short(dtype) -> str:

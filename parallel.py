@@ -215,7 +215,8 @@ def processes(device: str):
                             rank=rank, world_size=world, timeout=PATIENCE)
     together = False
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank else nullcontext():
+        with (open(os.devnull, "w", encoding="utf-8") as nowhere,
+              redirect_stdout(nowhere) if rank else nullcontext()):
             yield Ranks(rank, world)
         together = True
     except (ValueError, OSError, FloatingPointError) as e:
@@ -395,12 +396,12 @@ def demo() -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        queue = context.SimpleQueue()
+        queue = context.Queue()
         ranks = [context.Process(target=half, args=(rank, world, port, queue)) for rank in range(world)]
         for process in ranks:
             process.start()
         for _ in ranks:
-            rank, rows, loss, grad = queue.get()
+            rank, rows, loss, grad = queue.get(timeout=120)
             found[world, rank] = torch.tensor([loss, *sum(grad, [])])
             print(f"rank {rank} of {world}: {rows} rows, loss of all {loss:.6f}, "
                   f"first gradient {grad[0][0]:+.6f}")

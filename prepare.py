@@ -32,6 +32,7 @@ Run: python prepare.py              from pictures of three shapes to batches, in
 """
 import hashlib
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -221,7 +222,8 @@ def source_of(c) -> dict:
 SHARD = 1024                # pictures or captions in a file, at most (about): what an interruption may cost;
                             # up to twice as many in a cache that has grown
 FORMAT = 1
-MAPS = 30_000               # files of a cache mapped at once; Linux allows a process 65,530 maps in all
+# files of a cache mapped at once: Linux allows a process 65,530 maps in all, Windows reserves memory for each
+MAPS = 30_000 if os.name != "nt" else 8
 
 
 def key(text: str) -> int:
@@ -591,7 +593,7 @@ def demo() -> None:
     boxes, entries = [(80, 80), (112, 80), (80, 112)], data.list_pictures("emoji", count=150).entries[:150]
     entries = [e._replace(picture=e.picture.resize(boxes[i % 3])) for i, e in enumerate(entries)]
     survey = Survey(entries, 64)
-    with TemporaryDirectory() as work:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as work:    # Windows keeps files that are mapped
         te.train_clip_tokenizer(survey.captions, f"{work}/clip", 600)
         te.train_t5_tokenizer(survey.captions, f"{work}/t5", 600)
         words = [te.load_clip_tokenizer(f"{work}/clip", pad, 20) for pad in (te.EOS, "!")]

@@ -375,11 +375,12 @@ def dry_run(args) -> None:
 
 def out_of_memory(e, args) -> str:
     ram = re.search("CPUAllocator|not enough memory", str(e))               # not a card's
-    on_card = pick_device(args.device).type == "cuda"
-    wide = args.model and (args.dtype == torch.float32 or args.dtype is None and not on_card)
+    kind = pick_device(args.device).type
+    wide = args.model and (args.dtype == torch.float32 or args.dtype is None and kind != "cuda")
+    streams = not ram and args.offload != "block" and kind != "mps"         # whose memory is the CPU's, too
     lean = [flag for flag, helps in (("--int8", not args.int8), ("--drop-t5", "t5" not in args.drop),
                                      ("--dtype bfloat16", ram and wide),
-                                     ("--offload block", not ram and args.offload != "block")) if helps]
+                                     ("--offload block", streams)) if helps]
     whose = "main" if ram else "the card's"
     return (f"{whose} memory was not enough ({str(e).splitlines()[0]}): try "
             f"{', '.join(lean + ['a smaller --height and --width'])}; --dry-run says how much each takes")

@@ -214,7 +214,7 @@ def encoder_prints(path) -> tuple[str, str]:
     records them."""
     home = home_of_encoders(path)
     if is_run(home):
-        words = [p for p in (home / "tokenizers").rglob("*") if p.is_file()]
+        words = [home / name for name in tokenizer_files(home)]
         return (files_fingerprint([home / "vae.safetensors"]),
                 files_fingerprint([*(home / f"{name}.safetensors" for name in ENCODERS), *words]))
     prints = {name: f"{config_of(home, name)} {tensors_fingerprint(locate(home, name)[0])}".encode()
@@ -277,6 +277,12 @@ def encode_all(run, out, prints, rank, world) -> None:
         print(f"skipped {name}: {reason}")
 
 
+def tokenizer_files(run) -> list[Path]:
+    """Relative to the run; without what macOS adds to folders that someone has looked at."""
+    return [p.relative_to(run) for p in Path(run, "tokenizers").rglob("*")
+            if p.is_file() and not p.name.startswith(".")]
+
+
 def take_over(c, folder) -> None:
     """Copy all that c.origin has learned, unless it is there: its encoders as they are, then its transformer
     to start from. The settings come first, so that an interrupted copy can be resumed."""
@@ -284,7 +290,7 @@ def take_over(c, folder) -> None:
     if any((folder / name).is_file() for name in ("start/mmdit.safetensors", "mmdit.safetensors")):
         return
     files = [f"{name}.safetensors" for stage, names in PARTS_OF.items() for name in names if stage != "flow"]
-    files += [p.relative_to(origin) for p in (origin / "tokenizers").rglob("*") if p.is_file()]
+    files += tokenizer_files(origin)
     files = files if is_run(home_of_encoders(origin)) else []           # published ones stay where they are
     copies = [(name, name) for name in files] + [("mmdit.safetensors", "start/mmdit.safetensors")]
     for source, _ in copies:
@@ -359,7 +365,7 @@ class WhiteLinear(nn.Linear):
         if learned:                     # FSDP2 cuts both by the weight's rows: each rank converts its own
             weight, bias = local(self.weight), local(self.bias)
             bias += weight @ self.mean
-            weight.copy_(weight @ torch.linalg.inv(self.matrix))
+            weight.copy_(weight @ ((vectors / scale) @ vectors.T).to(weight))       # matrix inverted
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):                  # subtracts large numbers

@@ -38,10 +38,17 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 SCALES = (".scale_weight", ".weight_scale")         # two spellings of scaled float8
 REOPEN = 256 * 2**20                                # bytes
+# Windows reserves memory for all of a mapped file (transformers #48285), and none where it is read in pieces
+HOW = {"backend": "pread"} if os.name == "nt" else {}
 
 
 class CheckpointError(ValueError):
     """A file that cannot be used; the message is one line with cause and remedy."""
+
+
+def files_in(folder, pattern="*.safetensors") -> list[Path]:
+    """Sorted, without what macOS puts beside each file on other systems' drives."""
+    return sorted(p for p in Path(folder).glob(pattern) if not p.name.startswith("._"))
 
 
 def write_atomically(path, write) -> None:
@@ -133,6 +140,7 @@ class Source:
         read count as this process's memory until then, as if the model were there twice."""
         file = self.index[key][0]
         if self.opened != file or self.since > REOPEN:
+            self.handle = self.opened = None            # never two maps at once
             self.handle, self.opened, self.since = open_safetensors(file), file, 0
         t = self.handle.get_tensor(self.prefix + key)
         self.since += t.numel() * t.element_size()
@@ -146,7 +154,7 @@ class Source:
 
 def open_safetensors(path):
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework="pt", **HOW)
     except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"{path} {what_is_wrong(Path(path), e)}") from None
 
@@ -258,7 +266,7 @@ def write_shards(folder, stem, shapes, tensors, most) -> list[Path]:
     folder, n, tensors = Path(folder), len(groups), iter(tensors)
     names = [f"{stem}-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)] if n > 1 else [
         f"{stem}.safetensors"]
-    there = sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index*.json")])
+    there = files_in(folder) + files_in(folder, "*.safetensors.index*.json")
     if others := [p.name for p in there if [p.name] != names]:
         raise CheckpointError(f"{folder} holds {others[0]} already, and a mixture of two models might be "
                               "read: choose another folder, or empty this one")
@@ -277,7 +285,7 @@ def demo():
     g = torch.Generator().manual_seed(0)
     tensors = {f"layer.{i}.weight": torch.randn(8, 3 + i, generator=g) for i in range(4)}
     shapes = {key: ("F32", t.shape) for key, t in tensors.items()}
-    with TemporaryDirectory() as tmp:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as tmp:         # Windows keeps files that are mapped
         files = write_shards(tmp, "model", shapes, tensors.values(), 250)
         print(*(f"{f.name}: {f.stat().st_size} bytes" for f in files), sep="\n")
         source = Source(files_of_part(Path(tmp)))

@@ -25,6 +25,7 @@ What to know
 Run `python watch.py`: three bad steps among good ones, which leave no trace in the weights.
 """
 import csv
+import errno
 import io
 import math
 import os
@@ -42,6 +43,7 @@ from tqdm import tqdm
 
 import mmdit
 from checkpoints import State, checkpoints_of, remove_checkpoint, write_atomically
+from tensor_files import files_in
 from kernels import rms_norm
 from parallel import local
 
@@ -356,7 +358,7 @@ def plot_run(path) -> None:
 def film(folder: Path) -> None:
     """film.gif, if there are two sample grids or more: what the same noise became, step after step."""
     frames = []
-    for path in sorted((folder / "samples").glob("*.png")):
+    for path in files_in(folder / "samples", "*.png"):
         with Image.open(path) as grid:
             frames.append(grid.convert("P", palette=Image.Palette.ADAPTIVE))
     if len(frames) > 1:
@@ -430,7 +432,11 @@ class Lasting:
     def attempt(self, action) -> None:
         try:
             action()
-        except BrokenPipeError:         # from here on into the void: Python flushes once more as it exits
+        except OSError as e:
+            closed = isinstance(e, BrokenPipeError) or os.name == "nt" and e.errno == errno.EINVAL
+            if not closed:              # (Windows says EINVAL: CPython #79935)
+                raise
+            # from here on into the void: Python flushes once more as it exits
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
@@ -439,6 +445,8 @@ class Lasting:
 @contextmanager
 def lasting_output():
     before = sys.stdout, sys.stderr
+    if hasattr(sys.stdout, "reconfigure"):      # for consoles and files that cannot hold every name
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = map(Lasting, before)
     try:
         yield

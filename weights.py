@@ -39,8 +39,8 @@ from kernels.int8 import Int8Linear, quantise, quantise_mmdit, quantise_t5
 from layouts import (IGNORED, IN_A_FILE, LAYOUTS, NAMES, PREFIXES, Recipe, assemble, describe, is_foreign,
                      mmdit_folder, take_apart, why_unknown)
 from mmdit import MMDiT, MMDiTConfig
-from tensor_files import (DTYPES, CheckpointError, Source, files_of_part, read_config, shards, write_json,
-                          write_safetensors, write_shards)
+from tensor_files import (DTYPES, CheckpointError, Source, files_in, files_of_part, read_config, shards,
+                          write_json, write_safetensors, write_shards)
 from text_encoders import (BOS, EOS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder, TextEncoders,
                            load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
@@ -76,14 +76,9 @@ def candidates(path, part):
         return path.parent, [shards(path) if path.name.endswith(".json") else [path]]
     inside = path / FOLDERS[part]
     if inside.is_dir() and any(p.suffix in WEIGHTS or ".index" in p.name for p in inside.iterdir()):
-        return inside, [files_of_part(inside) or tensor_files_in(inside)]
+        return inside, [files_of_part(inside) or files_in(inside)]
     own = files_of_part(path)                       # a folder without weights says nothing of where they are
-    return path, [own] if own else [[p] for p in tensor_files_in(path)]
-
-
-def tensor_files_in(folder, pattern="*.safetensors") -> list[Path]:
-    """Sorted, without what macOS puts beside each file on other systems' drives."""
-    return sorted(p for p in folder.glob(pattern) if not p.name.startswith("._"))
+    return path, [own] if own else [[p] for p in files_in(path)]
 
 
 def beside(path, folder, part) -> list:
@@ -94,7 +89,7 @@ def beside(path, folder, part) -> list:
     places = folder, folder / "text_encoders"
     found = {}
     for pattern in (f"{escape(path.stem)}_{BESIDE[part]}", BESIDE[part])[path.is_dir():]:
-        files = [p for d in places for p in tensor_files_in(d, pattern)]
+        files = [p for d in places for p in files_in(d, pattern)]
         found = found or {p: x for p in files if (x := pick_part(Source([p], read_config(p.parent)), part))}
     found = {p: x for p, x in found.items() if is_of_sd3(part, *x)} or found
     plain = f"{part}.safetensors", "sd3_vae.safetensors"

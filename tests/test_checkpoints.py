@@ -326,6 +326,30 @@ def at_step(folder, step):
     return folder / "checkpoints" / f"flow-{step:06d}"
 
 
+def test_what_macos_puts_beside_a_checkpoints_files_is_no_part_of_it(tmp_path):
+    folder = at_step(trained(tmp_path), 2).with_suffix(".tmp")
+    at_step(tmp_path, 2).rename(folder)
+    (folder / "._state.safetensors").write_bytes(b"about a file of this name")
+    manifest = read_json(folder / "manifest.json")
+    files = manifest.pop("files")
+    assert read_json(checkpoints.seal(folder, manifest) / "manifest.json")["files"] == files
+    (at_step(tmp_path, 2) / "._state.safetensors").unlink()                 # on another drive it is not there
+    assert Training().load(tmp_path)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_only_a_fused_optimizer_counts_its_steps_on_the_card(tmp_path, fused):
+    """Another asks there for each parameter's number, in each step, and waits for the answer."""
+    trained(tmp_path)
+    with torch.device("meta"):              # a place that is not the CPU
+        training = Training()
+    training.optimizers[0] = training.state.optimizers[0] = torch.optim.AdamW(
+        split(training.model)[1], lr=1e-2, fused=fused)
+    assert training.load(tmp_path)
+    assert {state["step"].device.type for state in training.optimizers[0].state.values()} == {
+        "meta" if fused else "cpu"}
+
+
 def test_training_that_was_saved_and_loaded_goes_on_bit_by_bit(tmp_path):
     straight, again = Training(), Training()
     for i in range(3):

@@ -244,6 +244,18 @@ def test_excluded_txt_holds_names_with_the_line_ends_of_unicode_and_grows_withou
     assert [entry.name for entry in data.list_pictures(folder).entries] == ["01.png", "02.png"]
 
 
+def test_names_that_a_console_cannot_show_stop_nothing(tmp_path, monkeypatch):
+    """Into a file or a pipe Windows writes cp1252."""
+    (tmp_path / "\u661f.png").write_bytes(b"no picture")
+    (tmp_path / "\u661f.txt").write_text("a star")
+    for i, picture in enumerate(emoji(4)):
+        picture.save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("an emoji")
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    curate.main(["check", str(tmp_path), "--out", str(tmp_path / "report"), "--min-side", "8", "--apply"])
+    assert "\u661f.png" in (tmp_path / "excluded.txt").read_text(encoding="utf-8")
+
+
 def test_a_folder_of_caption_files_alone_is_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("whole")
     with pytest.raises(SystemExit):

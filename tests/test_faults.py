@@ -7,6 +7,8 @@ default 6 times. The command line itself gets its signals at the end of the file
 """
 import builtins
 import csv
+import errno
+import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -636,6 +638,36 @@ def test_the_command_line_outlives_its_reader_and_saves_on_ctrl_c(tmp_path):
     said = process.stderr.read().decode()
     assert "Traceback" not in said and "BrokenPipe" not in said and "train.py --resume" in said, said
     assert all((folder / f"{part}.safetensors").exists() for part in ("vae", "clip_l", "clip_g", "t5"))
+
+
+def test_what_a_console_or_file_cannot_hold_is_said_in_other_signs(monkeypatch):
+    """Into a file or a pipe Windows writes cp1252."""
+    told = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(told, encoding="cp1252"))
+    with watch.lasting_output():
+        print("skipped \u661f.png")
+    assert told.getvalue().strip() == rb"skipped \u661f.png"
+
+
+@pytest.mark.parametrize("system, error, ends", [
+    ("posix", BrokenPipeError(errno.EPIPE, "closed"), False), ("nt", OSError(errno.EINVAL, "closed"), False),
+    ("posix", OSError(errno.EINVAL, "wrong"), True), ("nt", OSError(errno.ENOSPC, "full"), True)])
+def test_output_that_nobody_reads_any_more_ends_nothing_on_any_system(system, error, ends, tmp_path,
+                                                                      monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise error
+
+    with open(tmp_path / "pipe", "w") as pipe:
+        stream = Closed()
+        stream.fileno = pipe.fileno
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "name", system)
+            try:
+                watch.Lasting(stream).write("said")
+                assert not ends
+            except OSError as e:
+                assert ends and e is error
 
 
 @pytest.mark.parametrize("out", ["file/run", "file"])

@@ -875,6 +875,9 @@ def test_running_out_of_memory_names_the_flags_that_save_some(error, folder, tmp
     assert ("--offload block" in err, "main memory" in err, "--dtype bfloat16" in err) == (not ram, ram, ram)
     _, err = run_main(["a star", "--model", folder, "--device", "cpu", "--dtype", "bfloat16"], capsys)
     assert "--dtype bfloat16" not in err and "--int8" in err
+    monkeypatch.setattr(sample, "pick_device", lambda name: torch.device("mps"))        # it shares the CPU's
+    advice = sample.out_of_memory(error, sample.parse(["a star", "--model", str(folder)]))
+    assert "--offload block" not in advice and "--int8" in advice
 
 
 def test_a_card_that_only_emulates_bfloat16_gets_float16_for_the_transformer(monkeypatch):
@@ -966,7 +969,7 @@ def test_a_block_that_fails_goes_home():
 def test_full_main_memory_is_known_by_the_words_of_each_system():
     for words in ("DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes.",        # Windows
                   "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.",
-                  "MPS backend out of memory (MPS allocated: 9.00 GB)"):
+                  "MPS backend out of memory (MPS allocated: 9.00 GB)", "Invalid buffer size: 19.38 GiB"):
         assert offload.is_out_of_memory(RuntimeError(words))
     assert not offload.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 

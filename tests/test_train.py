@@ -18,6 +18,7 @@ import flow
 import sample
 import stages
 import train as training
+import watch
 from checkpoints import load_tensors, load_tokenizers
 from conftest import MICRO
 from data import load_pictures
@@ -231,6 +232,9 @@ def test_sample_grids_appear_as_it_learns(tmp_path):
     grids = sorted((folder / "samples").glob("*.png"))
     assert [g.name for g in grids] == ["000003.png", "000006.png"]
     assert Image.open(grids[0]).size[0] > 4 * 64
+    (folder / "samples" / "._000006.png").write_bytes(b"of macOS, on another system's drive")
+    (folder / "film.gif").unlink()
+    watch.film(folder)
     with Image.open(folder / "film.gif") as film:
         assert film.n_frames == 2 and film.size == Image.open(grids[0]).size
 

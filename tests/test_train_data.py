@@ -179,6 +179,12 @@ def test_a_quick_try_with_fewer_pictures_leaves_the_cache_of_all_as_it_is(finish
         c = TrainConfig(data="mine", size=32, **{"pictures": 10**9} | wanted)
         return training.cache_folder(c, stages.encoder_prints(finished)).name
 
+    (finished / "tokenizers" / ".DS_Store").touch()             # Finder has looked at it
+    try:
+        assert place() == whole.name and not any(".DS_Store" in str(name)
+                                                 for name in stages.tokenizer_files(finished))
+    finally:
+        (finished / "tokenizers" / ".DS_Store").unlink()
     # of all pictures the seed decides nothing, else it decides which they are
     assert place() == place(seed=7) == whole.name and place(pictures=2) == tried.name
     assert place(pictures=2, seed=7) == place(pictures=3) == "cache-mine-32-3"

@@ -1043,6 +1043,17 @@ print(memory("VmHWM") - before)
 """
 
 
+def test_a_file_is_let_go_before_it_is_mapped_anew(tmp_path, monkeypatch):
+    """Two maps of one file count twice on Windows."""
+    tensors, opened = {name: torch.ones(3) for name in "abc"}, []
+    save_file(tensors, tmp_path / "x.safetensors")
+    source, open_file = Source([tmp_path / "x.safetensors"]), tensor_files.open_safetensors
+    monkeypatch.setattr(tensor_files, "REOPEN", 0)
+    monkeypatch.setattr(tensor_files, "open_safetensors",
+                        lambda file: opened.append(source.handle) or open_file(file))
+    assert all(torch.equal(source.read(name), tensors[name]) for name in "abc") and opened == [None] * 3
+
+
 @hollow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells the largest memory")
 def test_while_a_model_is_read_there_is_never_a_second_copy_of_it(tmp_path):
