@@ -111,7 +111,8 @@ def memory(c: MMDiTConfig, gpus: int, each: int, N: int, M: int, checkpointing=F
 
 def plan(c: MMDiTConfig, gpus: int, batch: int, N: int, M: int, card="h100", mfu=MFU, checkpointing=None):
     """The largest share of the batch that fits a card at once: {each, accumulate, checkpointing, bytes,
-    seconds}; None if not even one picture fits. checkpointing None: only if fewer than 8 fit without it."""
+    seconds}; None if not even one picture fits. The share is cut into equal pieces. checkpointing None: only
+    where these would be of fewer than 8 without it."""
     peak, room = CARDS[card]
     share = math.ceil(batch / gpus)
     best = None
@@ -194,7 +195,8 @@ def main(argv=None) -> None:
     parser.add_argument("--card", default="h100", help=f"{' | '.join(CARDS)} (default: h100)")
     parser.add_argument("--mfu", type=float, default=MFU, help=f"assumed share of the peak (default: {MFU})")
     parser.add_argument("--checkpointing", action="store_true", default=None,
-                        help="recompute blocks; by default only if fewer than 8 pictures fit without")
+                        help="recompute blocks; by default only where a card could take fewer than 8 "
+                        "pictures at once, in equal pieces of its share")
     a = parser.parse_args(argv)
     for flag in ("size", "flow_batch", "flow_steps", "gpus", "mfu"):
         if not getattr(a, flag) > 0:

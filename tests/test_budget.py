@@ -77,6 +77,20 @@ def test_what_is_kept_for_the_backward_pass_is_what_pytorch_keeps(changes):
     assert predicted == pytest.approx(saved(c, B, h, w, M), rel=0.03)
 
 
+@pytest.mark.parametrize("qk_norm, half, whole", [(True, 20, 6), (False, 17, 4)])
+def test_under_autocast_a_block_keeps_the_tables_bfloat16_and_float32(qk_norm, half, whole):
+    def kept(depth, checkpointing=False):
+        c = MMDiTConfig(depth, heads=4, context_dim=64, qk_norm=qk_norm)
+        return budget.kept(c, N, M, True, checkpointing)
+
+    N, M, D = 80, 60, 256
+    assert kept(3) - kept(2) == (N + M) * D * (2 * half + 4 * whole)
+    text = 2 * (5 if qk_norm else 3) + 4 * (3 if qk_norm else 2)        # of the last block: keys and values
+    ends = N * D * (4 * 2 + 2) + M * 64 * 2             # stream, LayerNorm; final Linear's input; the text
+    assert kept(1) == N * D * (2 * half + 4 * whole) + M * D * text + ends
+    assert kept(3, True) - kept(2, True) == (N + M) * D * 4             # a block's input is the stream
+
+
 def test_checkpointing_keeps_inputs_and_one_block():
     c = MMDiTConfig(6, heads=4, context_dim=64, pooled_dim=16, pos_max=16)
     N, M = 80, 60
@@ -108,6 +122,65 @@ def test_the_dry_run_tells_the_model_and_the_papers_study_and_trains_nothing(tmp
     assert "does not fit" in capsys.readouterr().out
 
 
+def test_a_card_gets_as_many_pictures_as_fit_and_recomputes_only_for_fewer_than_eight():
+    c, M, peak = MMDiTConfig.preset("d38"), 154, 989.4e12 * 0.45
+    for N, recompute in ((256, False), (4096, True)):
+        p = budget.plan(c, 64, 4096, N, M)
+        once, again = budget.training_flops(c, N, M), budget.forward_flops(c, N, M)["blocks"]
+        assert p["checkpointing"] == recompute and p["each"] * p["accumulate"] == 64
+        assert p["seconds"] == pytest.approx((once + again * recompute) * 64 / peak)
+        used, twice = (sum(budget.memory(c, 64, n * p["each"], N, M, recompute).values()) for n in (1, 2))
+        assert p["bytes"] == pytest.approx(used) and used <= 0.95 * 80e9 < twice
+    few = budget.plan(c, 1024, 4096, 256, M)
+    assert (few["each"], few["checkpointing"]) == (4, False)                    # all of its share fits
+    uneven = budget.plan(c, 48, 4096, 256, M)
+    assert uneven["each"] * uneven["accumulate"] == 86 == -(-4096 // 48)        # no picture is left out
+    assert not budget.plan(c, 64, 4096, 4096, M, checkpointing=False)["checkpointing"]
+
+
+def test_what_is_printed_are_the_plans_own_numbers():
+    c, N, M = MMDiTConfig.preset("d38"), (256 // 16) ** 2, 154
+    p, flops = budget.plan(c, 64, 4096, N, M), budget.training_flops(c, N, M)
+    shares = budget.memory(c, 64, p["each"], N, M, p["checkpointing"])
+    text = "\n".join(budget.describe("d38", 256, 4096, 500_000, 64, "h100", 0.45, None))
+    keeps = [budget.kept(c, N, M, checkpointing=again) / 1e9 for again in (False, True)]
+    days = p["seconds"] * 500_000 / 86400
+    for told in (f"{flops:.3e} a picture", f"{4096 * flops:.3e} a step of 4,096",
+                 f"{4096 * 500_000 * flops:.3e} in 500,000 steps", "are 256 tokens, with 154 of text",
+                 f"under FSDP, {p['each']} pictures at once (predicted)",
+                 *(f"{what:14} {b / 1e9:7.1f} GB" for what, b in shares.items()),
+                 f"{p['bytes'] / 1e9:.1f} of 80 GB; a picture keeps {keeps[0]:.2f} GB, with checkpointing "
+                 f"{keeps[1]:.2f}", "at 45 % MFU of 989 TFLOP/s",
+                 f"{p['seconds']:.2f} s a step of {p['accumulate']} x {p['each']} on each card",
+                 f"{days:.1f} days, {days * 24 * 64:,.0f} card-hours"):
+        assert told in text, told
+    row = budget.table("h100", 0.45, counts=(64,))[-2].split()
+    assert row == ["d38", "8,056,627,520", f"{4096 * 500_000 * flops:.1e}", f"{p['bytes'] / 1e9:.0f}",
+                   f"{p['each']}", f"{p['seconds']:.3f}", f"{days:.1f}"]
+    again = budget.describe("d38", 1024, 4096, 500_000, 64, "h100", 0.45, None)
+    q = budget.plan(c, 64, 4096, 4096, M)
+    total = sum(budget.memory(c, 64, q["each"], 4096, M, True).values()) / 1e9
+    assert f"{q['each']} pictures at once, checkpointing (predicted)" in again[2]
+    assert f"{total:.1f} of 80 GB" in "\n".join(again)
+    assert "with 28 of text" in budget.describe("tiny", 64, 64, 100, 1, "h100", 0.45, None)[0]
+    alone = sum(budget.memory(c, 1, 1, N, M, True).values()) / 1e9
+    assert f"takes {alone:.0f} GB on each" in budget.describe("d38", 256, 4096, 9, 1, "h100", 0.45, None)[-1]
+
+
+def test_the_flags_of_a_dry_run_reach_its_numbers_and_the_papers_are_the_defaults(capsys):
+    def said(*flags):
+        budget.main(flags)
+        return capsys.readouterr().out
+
+    assert said("--model", "d15") == "\n".join(
+        budget.describe("d15", 256, 4096, 500_000, 8, "h100", 0.45, None) + [""] + budget.table()) + "\n"
+    assert "256 x 256, batch 4,096, 500,000 steps, on h100" in said() and "1,024 cards" in said()
+    flags = "--model d15 --size 512 --flow-batch 64 --flow-steps 7 --gpus 2 --card a100 --mfu 0.3"
+    told = budget.describe("d15", 512, 64, 7, 2, "a100", 0.3, True) + [""] + budget.table("a100", 0.3)
+    assert ", checkpointing (predicted)" in told[2]
+    assert said(*flags.split(), "--checkpointing") == "\n".join(told) + "\n"
+
+
 @pytest.mark.parametrize("flags, cause", [
     (["--model", "d99"], "choose from"), (["--gpus", "0"], "above 0"), (["--card", "tpu"], "h100"),
     (["--size", "100"], "try 96"), (["--mfu", "2"], "peak"), (["--flow-bach", "3"], "--help")])
@@ -126,7 +199,7 @@ def test_the_demo_passes(capsys):
 def test_copies_the_allowance_and_the_cards_are_those_of_the_table():
     c = MMDiTConfig.preset("d38")
     total, block = (budget.parameters(c)[k] for k in ("total", "block"))
-    one, many = (budget.memory(c, n, 0, 256, 154) for n in (1, 8))
+    one, many = (budget.memory(c, n, 0, 256, 154) for n in (1, 2))
     assert (one["copies"], one["spare"]) == (2 * total, 2e9)        # all weights in bfloat16
     assert many["copies"] == (2 * 2 + 2 + 4) * block                # two blocks gathered, a gradient in both
     assert budget.CARDS == {"a100": (312e12, 80e9), "h100": (989.4e12, 80e9), "h200": (989.4e12, 141e9)}

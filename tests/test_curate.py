@@ -78,6 +78,15 @@ def test_each_copy_is_near_the_one_that_is_kept_and_the_kept_are_far_apart(seed,
     assert all(apart[a, b] >= limit - 1e-6 for a in kept for b in kept if a < b)
 
 
+def test_of_two_that_are_kept_a_copy_is_the_firsts_by_rank_and_more_than_1024_are_compared():
+    line = torch.tensor([[0.0], [0.15], [0.08]])
+    assert curate.copies(np.array([0, 1, 2]), (line, 0.1)) == {2: 0}
+    assert curate.copies(np.array([1, 0, 2]), (line, 0.1)) == {2: 1}
+    many = torch.arange(1030.0)[:, None]
+    many[1029] = many[1027]
+    assert curate.copies(np.arange(1030), (many, 0.5)) == {1029: 1027}
+
+
 def test_clusters_part_hardly_any_copies(monkeypatch):
     monkeypatch.setattr(curate, "CLUSTER", 100)
     g = torch.Generator().manual_seed(0)
@@ -161,9 +170,91 @@ def test_a_runs_clip_finds_crops_that_thumbnails_miss(tmp_path):
     assert found["copy"] == [] and found["near copy (CLIP)"] == [("crop.png", "like 02.png")]
 
 
+def test_bounds_are_kept_the_upright_size_counts_and_the_copy_with_most_pixels_stays(tmp_path):
+    sizes = {"bound": (48, 64), "below": (47, 64), "low": (64, 47), "three": (144, 48),
+             "more": (145, 48), "high": (48, 145)}
+    fill(tmp_path / "a", [])
+    for i, (name, size) in enumerate(sizes.items()):
+        blur(i).resize(size).save(tmp_path / "a" / f"{name}.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6                                                  # stored on its side
+    blur(5).resize((64, 47)).save(tmp_path / "a" / "turned.jpg", exif=turned)
+    blur(6).resize((60, 60)).save(tmp_path / "a" / "square.png")
+    blur(6).resize((66, 48)).save(tmp_path / "a" / "wide.png")
+    for picture in list((tmp_path / "a").iterdir()):
+        picture.with_suffix(".txt").write_text("a picture")
+    blur(7, 600).save(tmp_path / "a" / "large.jpg")
+    (tmp_path / "a" / "large.txt").write_text("a picture")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "1-unusable.png").touch()                         # of an earlier report
+    quiet = dict(size=32, out=tmp_path / "r", say=lambda line: None)
+    found = curate.check(tmp_path / "a", min_side=48, **quiet)
+    assert not (tmp_path / "r" / "1-unusable.png").exists()
+    assert {step: sorted(items) for step, items in found.items()} == {
+        "unusable": [],
+        "small": [("below.png", "47 x 64"), ("low.png", "64 x 47"), ("turned.jpg", "47 x 64")],
+        "long": [("high.png", "48 x 145"), ("more.png", "145 x 48")],
+        "copy": [("wide.png", "like square.png")]}
+    assert curate.check(tmp_path / "a", **quiet)["small"] == []         # without --min-side: --size
+    assert curate.look(tmp_path / "a" / "large.jpg")[0] == (600, 600)   # however small it was decoded
+
+
+def test_the_report_counts_of_all_pictures_and_tells_captions_and_buckets(tmp_path):
+    fill(tmp_path / "a", [*(blur(i).resize((128, 64)) for i in range(3)), blur(9).resize((96, 96)),
+                          blur(7).resize((10, 10))])
+    (tmp_path / "a" / "00.txt").write_text("one two three\nfour five six seven")
+    (tmp_path / "a" / "04.txt").write_text("of a small picture that is left out in the end")
+    (tmp_path / "a" / "05.png").write_bytes(b"text")
+    (tmp_path / "a" / "05.txt").write_text("x")
+    blur(8).save(tmp_path / "a" / "06.png")                             # without a caption
+    said = []
+    curate.check(tmp_path / "a", size=64, out=tmp_path / "r", say=said.append)
+    lines = [" ".join(line.split()) for line in said]
+    assert lines[0].endswith(": 7 entries") and lines[1].startswith("unusable 2 28.6 %")
+    assert "kept 4 57.1 %" in lines and any(line.startswith("small 1 14.3 %") for line in lines)
+    told, = [line for line in lines if line.startswith("buckets for --size 64")]
+    width, height = map(int, told.split(": ")[1].split()[0].split("x"))
+    assert width > height and told.endswith("64x64 1")
+    assert ("captions: 1 of 4 pictures have synthetic ones beside the original; the longest has 4 words; "
+            "3 times 'whole'") in lines
+
+
+def test_a_long_list_is_shown_from_its_first_to_its_last_with_what_is_kept(tmp_path):
+    pictures = [Image.new("RGB", (32, 32), (i, 0, 0)) for i in range(240)]
+    entries = [data.Entry(str(i), picture, ("x",), {}) for i, picture in enumerate(pictures)]
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "contact_sheet", lambda rows: shown.extend(rows.values()))
+        curate.contact([(e.name, "why", i, None) for i, e in enumerate(entries)], entries, "small")
+        assert [int(tile[0, 0, 0]) for row in shown for tile, _ in row] == list(range(0, 240, 10))
+        assert [len(row) for row in shown] == [8, 8, 8]
+        shown.clear()
+        curate.contact([("5", "like 9", 5, 9)], entries, "copy")
+    assert [(int(tile[0, 0, 0]), text) for tile, text in shown[0]] == [(5, ["5", "like 9"]), (9, ["kept: 9"])]
+
+
+def test_pictures_are_embedded_64_at_a_time_each_once(tmp_path, monkeypatch):
+    tower = te.CLIPImageEncoder(te.CLIPImageConfig.preset("tiny"))
+    save_part(tmp_path / "run", "clip_l_image", tower)
+    fill(tmp_path / "a", [blur(seed, 64) for seed in range(66)])
+    listing = data.list_pictures(tmp_path / "a")
+    entries, sizes, thumbs, embeds, lost = curate.examine(listing, tmp_path / "run")
+    assert (len(entries), len(sizes), len(thumbs), lost) == (66, 66, 66, [])
+    x = torch.stack([torch.from_numpy(np.array(blur(seed, 64))) for seed in (0, 63, 64, 65)])
+    with torch.no_grad():
+        own = tower(x.permute(0, 3, 1, 2) / 255)
+    expected = torch.nn.functional.normalize(own, dim=1)
+    assert len(embeds) == 66 and torch.allclose(embeds[[0, 63, 64, 65]], expected, atol=1e-4)
+    seen, copies = [], curate.copies
+    monkeypatch.setattr(curate, "copies", lambda rank, *spaces: seen.append(spaces) or copies(rank, *spaces))
+    curate.check(tmp_path / "a", run=tmp_path / "run", out=tmp_path / "r", say=lambda line: None)
+    (_, cosine), (_, thumbnail) = seen[1]
+    assert cosine == pytest.approx((0.03 ** 2 + 1 - 0.97 ** 2) ** 0.5) and thumbnail == 0.35    # a chord
+
+
 @pytest.mark.parametrize("rule, row, verdict", [
     ("aesthetic>=5", {"aesthetic": 5}, True), ("aesthetic >= 5.5", {"aesthetic": 5}, False),
-    ("nsfw<=0.1", {"nsfw": 0.05}, True), ("nsfw<=1e-3", {"nsfw": 0.05}, False), ("nsfw<=1", {}, None),
+    ("nsfw<=0.05", {"nsfw": 0.05}, True), ("nsfw<=1e-3", {"nsfw": 0.05}, False), ("nsfw<=1", {}, None),
     ("nsfw<=1", {"nsfw": "0.05"}, True), ("nsfw<=1", {"nsfw": "6.0"}, False),
     ("nsfw<=1", {"nsfw": "no"}, None), ("nsfw<=1", {"nsfw": "nan"}, None),
     ("nsfw<=1", {"nsfw": float("nan")}, None),
@@ -183,6 +274,9 @@ def test_the_command_reports_and_errors_are_one_line_with_exit_code_2(tmp_path, 
     out = capsys.readouterr().out
     assert "kept                      12 100.0 %" in out and "buckets for --size 32: " in out
     assert (tmp_path / "runs" / "check-pics" / "report.json").is_file()
+    curate.main(["check", "pics", "--max-ratio", "1.5", "--min-side", "16", "--size", "32", "--apply"])
+    assert "long                       8  66.7 %" in capsys.readouterr().out    # of 50 x 30 and 30 x 50
+    assert len((tmp_path / "pics" / "excluded.txt").read_text().split()) == 8
     for wrong, message in ((["gone"], "no such folder"), (["pics", "--score", "x>>2"], "is not a rule"),
                            (["pics", "--score", "x>=2"], "no scores at all"),
                            (["emoji"], "comes with the project"),

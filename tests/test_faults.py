@@ -542,6 +542,10 @@ def test_a_spike_is_measured_by_the_median_of_healthy_losses():
     verdicts = [int(watch.judge(state, torch.tensor(x), torch.tensor(1.0))) for x in losses]
     assert verdicts == [0] * 41 + [2, 2, 0, 1, 0] and int(state.in_a_row) == 0
     assert int(watch.judge(state, torch.tensor(1.0), torch.tensor(float("inf")))) == watch.NOT_FINITE
+    state.recent.copy_(torch.tensor([3.0, 1.0] * 25 + [2.0]))
+    verdicts = [int(watch.judge(state, torch.tensor(10.1), torch.tensor(1.0))) for _ in range(3)]
+    assert verdicts == [2] * 3 and int(state.in_a_row) == 4 and state.recent.max() == 3
+    assert int(watch.judge(state, torch.tensor(9.9), torch.tensor(1.0))) == 0
 
 
 def test_judging_reads_nothing_from_the_device():

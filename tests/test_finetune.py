@@ -1,6 +1,7 @@
 """Claims about finetune.py: an adapter changes nothing until it has learned, and then means the same beside
 the weights, inside them and in a file of any of the three namings; what is no such file, or of another model,
 is named. DPO learns a preference, by its formula, and nothing else moves."""
+import json
 import math
 from dataclasses import replace
 
@@ -50,7 +51,7 @@ def learned(net, rank=2, alpha=None, seed=3):
 # ------------------------------------------------------------------------------------------------- learning
 
 def test_new_adapters_change_no_bit_and_they_alone_learn():
-    net, x = model(), inputs()
+    net, x = model().requires_grad_(), inputs()
     before = net(**x)
     add_lora(net, 2)
     assert torch.equal(net(**x), before)
@@ -84,6 +85,7 @@ def test_beside_the_weights_inside_them_and_in_a_file_an_adapter_means_the_same(
 def test_a_rank_that_is_none_is_refused(rank):
     with pytest.raises(ValueError, match="it must be 1 to 16"):
         add_lora(model(), rank)
+    add_lora(model(), 16)
 
 
 # ----------------------------------------------------------------------------------------------------- files
@@ -154,6 +156,28 @@ def test_without_alpha_the_metadata_tell_the_scale_or_it_is_one(tmp_path, about,
     changed = change_all(model(), [Lora(tmp_path / "a.safetensors")]).state_dict()
     name = "joint_blocks.1.x_block.attn.proj.weight"
     assert torch.allclose(changed[name] - model().state_dict()[name], scale * B @ A, atol=1e-5)
+
+
+@pytest.mark.parametrize("beside, scale", [
+    ({"lora_alpha": 6}, 2), ({"lora_alpha": 6, "use_rslora": True}, 6 / math.sqrt(3)),
+    ({"lora_alpha": 6, "alpha_pattern": {"to_out.0": 1.5, "to_q": 9}}, 0.5)])
+def test_what_peft_has_saved_tells_its_scale_beside_it_and_other_files_do_not_look_there(
+        tmp_path, beside, scale):
+    A, B, name = torch.randn(3, 16), torch.randn(16, 3), "joint_blocks.1.x_block.attn.proj.weight"
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3, **beside}))
+    for prefix, expected in (("base_model.model.", scale), ("transformer.", 1)):
+        key = f"{prefix}transformer_blocks.1.attn.to_out.0"
+        save_file({f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}, tmp_path / "a.safetensors")
+        changed = change_all(model(), [Lora(tmp_path / "a.safetensors")]).state_dict()
+        assert torch.allclose(changed[name] - model().state_dict()[name], expected * B @ A, atol=1e-5)
+
+
+def test_factors_of_other_shapes_are_refused(tmp_path):
+    conv = "diffusion_model.x_embedder.proj"
+    for A, B, key in ((torch.ones(2, 15), torch.ones(16, 2), KEY),
+                      (torch.ones(2, 4, 2, 2), torch.ones(16, 2, 2, 2), conv)):
+        save_file({f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}, tmp_path / "a.safetensors")
+        refuses(lambda: change_all(model(), [Lora(tmp_path / "a.safetensors")]), "another model", key)
 
 
 def test_a_layer_that_is_changed_under_two_names_is_refused(tmp_path):
@@ -242,8 +266,11 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_changed_or_re
 def test_an_adapter_of_a_deeper_model_and_one_that_makes_nan_of_weights_are_refused(tmp_path):
     save_file(factors(key=KEY.replace("0", "7")), tmp_path / "a.safetensors")
     refuses(lambda: change_all(model(), [Lora(tmp_path / "a.safetensors")]), "joint_blocks.7", "3 blocks")
-    save_file({key: t * torch.nan for key, t in factors().items()}, tmp_path / "a.safetensors")
-    refuses(lambda: change_all(model(), [Lora(tmp_path / "a.safetensors")]), "a.safetensors", "NaN")
+    for bad in (torch.nan, torch.inf):                              # in one row
+        change = factors()
+        change[f"{KEY}.lora_B.weight"][3, 0] = bad
+        save_file(change, tmp_path / "a.safetensors")
+        refuses(lambda: change_all(model(), [Lora(tmp_path / "a.safetensors")]), "a.safetensors", "NaN")
 
 
 # ------------------------------------------------------------------------------------------------------- DPO
@@ -312,3 +339,8 @@ def test_alpha_is_the_rank_and_the_first_factor_keeps_the_size_of_its_input():
     net = add_lora(MMDiT(MMDiTConfig.preset("tiny", depth=2)), 8)
     for layer in adapters(net).values():
         assert layer.alpha == 8 and abs(layer.lora_A.std() * layer.in_features ** 0.5 - 1) < 0.1
+
+
+def test_a_seed_decides_how_adapters_begin():
+    begun = [[layer.lora_A for layer in adapters(add_lora(model(), 2, seed=s)).values()] for s in (1, 1, 2)]
+    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in zip(*begun))

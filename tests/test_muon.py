@@ -44,8 +44,8 @@ def test_steps_equal_those_of_torchs_own_muon(shape):
     torch.manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(shape))
     theirs = torch.nn.Parameter(ours.detach().clone())
-    optimizers = (Muon([ours], lr=0.02, weight_decay=0.01),
-                  torch.optim.Muon([theirs], lr=0.02, weight_decay=0.01, adjust_lr_fn="original"))
+    optimizers = (Muon([ours], lr=0.02, weight_decay=0.1),
+                  torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="original"))
     start = ours.detach().clone()
     for _ in range(4):
         ours.grad = torch.randn(shape)
@@ -94,10 +94,23 @@ def test_a_step_that_was_found_bad_changes_neither_weights_nor_momentum(value):
 
 
 def test_parameters_without_a_gradient_are_left_alone():
-    p = torch.nn.Parameter(torch.ones(3, 3))
-    optimizer = Muon([p])
+    p, q = (torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
+    optimizer = Muon([p, q])
+    q.grad = torch.eye(3)
     optimizer.step()
     assert torch.equal(p, torch.ones(3, 3)) and not optimizer.state[p]
+    assert not torch.equal(q, torch.ones(3, 3))                             # those behind them are not
+
+
+def test_products_are_of_the_shorter_side(monkeypatch):
+    """Of an MLP's (4 D, D) the other would cost four times as much."""
+    matrices = [torch.nn.Parameter(torch.ones(shape)) for shape in ((12, 3), (3, 12))]
+    for p in matrices:
+        p.grad = torch.ones_like(p)
+    sizes, usual = [], muon.orthogonalize
+    monkeypatch.setattr(muon, "orthogonalize", lambda x: sizes.append(tuple(x.shape)) or usual(x))
+    Muon(matrices).step()
+    assert sizes == [(2, 3, 12)]
 
 
 def test_directions_that_are_a_hundred_times_weaker_are_learnt_too(capsys):

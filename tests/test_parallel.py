@@ -4,6 +4,7 @@ one.
 On a CPU, with gloo, in processes forked from one that has imported everything, since importing takes longer
 than a training this small. Losses are equal to rounding, not bit by bit: sums over ranks have another order.
 """
+import copy
 import csv
 import dataclasses
 import json
@@ -387,6 +388,26 @@ def test_a_rank_that_fails_alone_does_not_wait_for_the_others_under_nccl(device,
     assert called[2:] == ["init_process_group", "destroy_process_group" if waits else parallel.end_at_once]
 
 
+@pytest.mark.parametrize("device, backend, card", [
+    ("cpu", "gloo", []), ("auto", "cpu:gloo,cuda:nccl", ["cuda:3"])])
+def test_a_rank_takes_its_own_card_and_numbers_travel_between_main_memories_too(
+        device, backend, card, monkeypatch):
+    cards, how = [], {}
+    monkeypatch.setattr(parallel, "launched", lambda: (1, 8, 3))
+    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous",
+                        lambda url, timeout: iter([[timeout]]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", cards.append)
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda name, **rest: how.update(rest, name=name))
+    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(parallel, "Ranks", lambda *_: None)
+    with parallel.processes(device):
+        pass
+    assert cards == card
+    assert how == {"name": backend, "store": parallel.PATIENCE, "rank": 1, "world_size": 8,
+                   "timeout": parallel.PATIENCE}
+
+
 def test_what_was_said_is_not_lost_where_a_process_ends_at_once():
     program = ("import atexit, parallel\natexit.register(print, 'never')\n"
                "atexit.register(parallel.end_at_once)\nprint('said')")
@@ -427,6 +448,56 @@ def test_shards_are_those_of_one_process_and_take_little_more_memory_than_they_f
     for line in said.splitlines():
         grown, own, of_block, total = map(int, line.split())
         assert own < grown < own + of_block < 0.8 * total, line
+
+
+def test_what_is_put_off_is_made_as_it_would_have_been_and_nothing_else_is_put_off():
+    torch.manual_seed(0)
+    with (later := parallel.Later()):
+        x = torch.empty(4, 4)
+        x.normal_()
+        for other in (lambda: x[:2].zero_(), lambda: x.copy_(torch.ones(4)), lambda: x.mul_(2)):
+            with pytest.raises(NotImplementedError, match="later"):
+                other()
+    now = torch.get_rng_state()
+    torch.manual_seed(0)
+    assert torch.equal(torch.randn(4, 4), later.maker(x)()) and torch.equal(torch.get_rng_state(), now)
+    later.maker(x)()
+    assert torch.equal(torch.get_rng_state(), now)
+
+
+def cut_up_in_bfloat16():
+    """A trained model's outputs and gradients, cut up and under autocast; and what has which dtype when."""
+    with parallel.processes("cpu") as ranks:
+        torch.manual_seed(0)
+        plain = MMDiT(MMDiTConfig(2, heads=2, head_dim=16, in_channels=4, context_dim=24, pooled_dim=12,
+                                  pos_max=8, pos_sample=4))
+        for p in plain.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        cut, seen = copy.deepcopy(plain), []
+        parallel.shard(cut, torch.bfloat16, torch.device("cpu"), parallel.Later())
+        first, second = cut.joint_blocks
+        second.x_block.attn.qkv.register_forward_pre_hook(
+            lambda layer, _: seen.append((layer.weight.dtype, parallel.sharded(first))))
+        given = dict(x=torch.randn(4, 4, 8, 8), t=torch.tensor([0.999, 0.9995, 0.997, 1]),
+                     context=torch.randn(4, 5, 24), pooled=torch.randn(4, 12))
+        with torch.autocast("cpu", torch.bfloat16):
+            whole = plain(**given)
+            rows = ranks.rows(4)
+            part = cut(**{k: x[rows] for k, x in given.items()})
+        assert seen == [(torch.bfloat16, True)]
+        assert (part - whole[rows]).norm() < 2e-3 * whole[rows].norm()
+        (whole.square().sum() / ranks.world).backward()
+        part.square().sum().backward()
+        grad = parallel.whole(cut.joint_blocks[0].x_block.mlp.fc1.weight.grad)
+        expected = plain.joint_blocks[0].x_block.mlp.fc1.weight.grad
+        assert (grad - expected).norm() < 0.02 * expected.norm()
+        assert not torch.equal(grad, grad.bfloat16().float())                           # added in float32
+
+
+@fsdp
+def test_cut_up_weights_travel_in_bfloat16_a_block_at_a_time_while_times_and_sums_stay_float32(tmp_path):
+    codes, said = spread(tmp_path / "x", 2, cut_up_in_bfloat16)
+    assert codes == [0, 0], said
 
 
 def state_of_two_kinds(cut_up):
@@ -526,7 +597,7 @@ def muon_on_shards(shapes):
 
 def test_muon_moves_matrices_that_are_cut_up_as_if_they_were_whole(tmp_path):
     """Also where rows do not divide among ranks, are fewer than ranks, or matrices are."""
-    shapes = [(1, 8, 4), (3, 24, 8), (1, 10, 16), (1, 2, 5), (3, 9, 7), *[(1, 6, 6)] * 5]
+    shapes = [(1, 8, 4), (3, 24, 8), (1, 24, 8), (1, 10, 16), (1, 2, 5), (3, 9, 7), *[(1, 6, 6)] * 5]
     codes, said = spread(tmp_path / "x", 4, muon_on_shards, shapes)
     assert codes == [0] * 4, said
 
@@ -598,6 +669,48 @@ def test_two_ranks_make_the_cache_that_one_makes(finished, tmp_path):
         assert codes == [0] * world and said.count("done") == 1, said
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / f"by{n}").iterdir()} for n in (1, 2))
     assert len(one) > 2 and one == two
+
+
+def meeting():
+    """All that ranks exchange, and what becomes of one's error."""
+    with parallel.processes("cpu") as ranks:
+        r, world = ranks.rank, ranks.world
+        assert ranks.add(torch.tensor([1, r])).tolist() == [world, sum(range(world))]
+        assert ranks.most(r, -r, 5) == [world - 1, 0, 5]
+        assert ranks.same(r) == 0 and ranks.told(r) == list(range(world))
+        assert ranks.first_word(("", "second", "third")[r]) == "second"
+        assert ranks.alone(lambda: r) == (None if r else 0) and ranks.once(lambda: r) == r
+        assert {k: x.tolist() for k, x in ranks.collect({"r": torch.tensor(r)}).items()} == (
+            {} if r else {"r": 0})
+
+        def fail():
+            if r == where:
+                raise error
+        for where, error in ((1, OSError("no room")), (2, ValueError()), (0, ValueError("bad flag"))):
+            with pytest.raises((OSError, ValueError), match=str(error) or "ValueError") as caught:
+                ranks.together(fail)
+            assert type(caught.value) is (parallel.Elsewhere if r else OSError if where else ValueError)
+
+        x, y = torch.full((1, 2), float(r), requires_grad=True), torch.zeros(world, 2, requires_grad=True)
+        weights = (r + 1) * torch.arange(2.0 * world).view(world, 2)                    # in this rank's loss
+        beside = y * 1
+        every = ranks.gather(x)
+        ((every + beside) * weights).sum().backward()
+        assert every.tolist() == [[k, k] for k in range(world)]
+        assert torch.equal(x.grad[0], (weights / (r + 1) * sum(range(world + 1)))[r])   # of all ranks' losses
+        assert torch.equal(y.grad, weights)                                             # of its own alone
+        model = torch.nn.Linear(2, 1, bias=False)
+        loss, pause = parallel.add_gradients(model, lambda x: model(x).sum(), ranks)
+        with pause():
+            loss(torch.full((1, 2), float(r))).backward()
+        assert model.weight.grad.tolist() == [[r, r]]
+        loss(torch.full((1, 2), float(r))).backward()
+        assert model.weight.grad.tolist() == [[world - 1.0] * 2]                        # the mean of all 2 r
+
+
+def test_what_one_rank_has_or_lacks_all_learn(tmp_path):
+    codes, said = spread(tmp_path / "x", 3, meeting)
+    assert codes == [0] * 3 and not said, said
 
 
 @pytest.mark.parametrize("world, pieces", [(1, 1), (2, 3), (4, 2)])

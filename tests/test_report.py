@@ -3,6 +3,7 @@ gives a wrong score for what it cannot score."""
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ import make_fake_checkpoint
 import metrics
 import report
 from checkpoints import save_part, write_json
-from pipeline import Pipeline
+from offload import Places
+from pipeline import Pipeline, save_picture
 from stages import build, make_tokenizers
+from text_encoders import ENCODERS
 from train import TrainConfig
 
 
@@ -86,6 +89,7 @@ def test_a_run_is_drawn_once_and_measured_in_every_way(run, small, monkeypatch, 
     assert told["memory"]["training"] == 60 and 0 <= told["memory"]["copies"] <= 1
     beside = told["memory"]["beside"]
     assert list(beside) == ["true copies", "fresh drawings"] and beside["true copies"]["copies"] >= 0.9
+    assert beside["true copies"]["median"] > 1                      # they too have been through the VAE
     assert (run / "scores.txt").read_text(encoding="utf-8").strip() in table
     with Image.open(run / "scores.png") as page:
         assert page.width > 900 and page.height > 900
@@ -163,7 +167,9 @@ def test_one_measure_that_fails_does_not_take_the_others_with_it(tmp_path, made,
 
 def test_the_validation_loss_needs_no_pictures_to_be_drawn(run, small, monkeypatch, capsys):
     monkeypatch.setattr(report, "draw_folder", lambda *_: pytest.fail("drawn"))
+    (run / "scores.png").touch()
     command("--run", run, "--measures", "loss", "--device", "cpu")
+    assert not (run / "scores.png").exists()                                # of an earlier report
     assert scores(run)["loss"]["pictures"] == 6 and "0 pictures; wrote" in capsys.readouterr().out
 
 
@@ -172,6 +178,9 @@ def test_the_references_size_is_that_of_most_pictures(tmp_path):
     paths = [metrics.picture_path(tmp_path, job) for job in jobs]
     Image.new("RGB", (8, 8)).save(paths[0])
     assert report.common_side(paths) == 64
+    for path in paths[1:]:
+        Image.new("RGB", (96, 64)).save(path)
+    assert report.common_side(paths) == 64                                  # the shorter side
 
 
 def test_the_error_of_clips_figures_counts_prompts_and_not_their_pictures():
@@ -237,6 +246,196 @@ def test_published_weights_are_measured_in_every_way_but_by_the_drawn_world(run,
     assert "drawn is left out" in capsys.readouterr().out
 
 
+# --- The numbers ------------------------------------------------------------------------------------------
+
+class Reader:
+    """Towers that see and read the ten colours and eight shapes, and nothing else."""
+    name, words = "reader", (*data.COLOURS, *data.SHAPES)
+    image = SimpleNamespace(config=SimpleNamespace(image_size=64))
+
+    def read(self, texts):
+        return metrics.normed(torch.tensor([[float(w in t.split()) for w in self.words] for t in texts]))
+
+    def look(self, pictures):
+        pictures = [p if isinstance(p, np.ndarray) else metrics.open_picture(p) for p in pictures]
+        yield self.read([" ".join(f"{f.colour} {f.shape}" for f in evaluate.find_objects(p))
+                         for p in pictures])
+
+
+def cells(line):
+    return line[:17].strip(), *(line[i:i + 12].strip() for i in range(17, len(line), 12))
+
+
+def blank(path, level=128, size=64):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (level,) * 3).save(path)
+    return path
+
+
+def test_the_table_of_the_drawn_world_tells_the_scores_and_what_true_drawings_get(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "chance", lambda *_: 0.125)               # two thousand judgements a task
+    jobs = gallery(tmp_path, 2, 2)
+    paths = [metrics.picture_path(tmp_path, job) for job in jobs]
+    blank(paths[0])                                                     # wrong; its prompt's second is right
+    extra = next(shape for shape in data.SHAPES if shape not in jobs[1].metadata["prompt"])
+    asked = jobs[1].metadata["include"][0]["class"]
+    things = [data.Thing(asked, "red", 0.3, 0.3, 0.16), data.Thing(extra, "blue", 0.7, 0.7, 0.16)]
+    Image.fromarray(data.draw(things, 64)).save(paths[1])                   # right, but not strictly
+    result, lines, _ = report.measure_drawn(report.Subject(tmp_path, jobs, paths, [], {}))
+    assert [result[key]["single_object"] for key in ("score", "strict", "any")] == [0.75, 0.5, 1]
+    assert cells(lines[0]) == ("per cent", "score", "+-", "strict", "any of", "chance", "drawn")
+    for line, task in zip(lines[1:], (*data.TASKS, "overall"), strict=False):
+        told = [result[key][task] for key in ("score", "error", "strict", "any", "chance")]
+        assert cells(line) == (task, *(f"{100 * x:.1f}" for x in told), "100.0")
+    for line, key in zip(lines[8:], ("seen", "unseen", "shape", "colour"), strict=True):
+        share = "" if result[key] is None else f"{100 * result[key]:.1f}"
+        assert (cells(line)[0], cells(line)[1], cells(line)[6]) == (
+            key, share, "" if result["ceilings"]["drawn"][key] is None else "100.0")
+
+
+def test_the_validation_loss_is_told_by_time_and_every_caption_has_its_turn(monkeypatch):
+    levels, asked = torch.tensor(metrics.LEVELS)[:, None], []
+    monkeypatch.setattr(report, "HELDOUT", 4)
+    monkeypatch.setattr(report, "validation_loss", lambda pipe, images, captions: asked.append(
+        (images, captions)) or levels + torch.tensor([0.0, 0, 2, 2]))
+    s = report.Subject(None, [], [], [], {"data": "drawn", "size": 64, "seed": 3, "pictures": 40})
+    result, lines, _ = report.measure_loss(s)
+    assert result["by_t"] == {str(t): t + 1 for t in metrics.LEVELS} and result["mean"] == 1.5
+    assert result["error"] == pytest.approx((4 / 3) ** 0.5 / 2)
+    assert cells(lines[1]) == ("4 pictures", *(f"{t + 1:.4f}" for t in metrics.LEVELS), "1.5000", "0.5774")
+    fresh = s.heldout(4)[0]
+    assert torch.equal(asked[0][0], fresh.images) and len(fresh.captions[1]) > 1
+    assert asked[0][1] == [texts[i % len(texts)] for i, texts in enumerate(fresh.captions)]
+
+
+def test_towers_that_see_prefer_the_prompt_among_rivals_and_not_when_captions_are_shuffled(tmp_path):
+    bench = metrics.geneval_prompts()[0]                                    # no picture of this world
+    jobs = [metrics.Job(0, 0, None, bench), *evaluate.requests(6, ("colors",), per_prompt=2)]
+    pictures = [np.full((64, 64, 3), 128, np.uint8), *report.true_drawings(jobs[1:], 64)]
+    result, lines, _ = report.measure_clip(report.Subject(None, jobs, pictures, [], {}, towers=Reader()))
+    told, shuffled, true = (result[name] for name in ("pictures", "shuffled", "true drawings"))
+    assert told["score"] == pytest.approx(12 / 13) and true["score"] == pytest.approx(1)
+    assert told["error"] == pytest.approx(1 / 7)                            # of seven prompts
+    assert told["precision"] == pytest.approx((12 + 1 / 32) / 13) and true["precision"] == 1
+    assert shuffled["score"] < 0.6 and shuffled["precision"] < 0.5
+    assert result["chance"] == pytest.approx((1 / 32 + 12 / 17) / 13)
+    assert cells(lines[1])[:4] == ("pictures", "0.9231", "0.1429", "92.5 %")
+    assert "among 17 to 32 captions, where chance is 5.7 %" in lines[-1]
+
+
+def test_rivals_are_other_captions_at_most_31():
+    rng, unknown = np.random.default_rng(0), {"tag": "caption", "include": [], "prompt": "a"}
+    assert sorted(report.rivals(unknown, ["a", "b", "c", "b"], rng)) == ["b", "c"]
+    bench = report.rivals(metrics.geneval_prompts()[0], ["a"], rng)
+    assert len(set(bench)) == 31 and all(text.startswith("a photo of a") for text in bench)
+
+
+def test_fid_and_kid_are_of_all_pictures_to_all_that_training_has_seen(tmp_path):
+    jobs = gallery(tmp_path, 1, 2)
+    paths, towers = [metrics.picture_path(tmp_path, job) for job in jobs], Reader()
+    config = {"data": "drawn", "size": 64, "seed": 3, "pictures": 20}
+    s = report.Subject(tmp_path, jobs, paths, [], config, towers=towers)
+    result, lines, _ = report.measure_fid(s)
+    seen = data.load_pictures("drawn", 64, count=20, seed=3).images.permute(0, 2, 3, 1).numpy()
+    x, y = (torch.cat(list(towers.look(pictures))) for pictures in (paths, list(seen)))
+    value, error = metrics.kid(x, y, [job.number for job in jobs])          # of six prompts
+    told = result["pictures"]
+    assert told["fid"] == pytest.approx(metrics.fid(metrics.Statistics(x), metrics.Statistics(y)), rel=1e-4)
+    assert (told["kid"], told["kid_error"]) == pytest.approx((value, error), rel=1e-4)
+    assert {name: r["n"] for name, r in result.items() if isinstance(r, dict)} == {
+        "pictures": 12, "fresh drawings": 12, "true drawings": 12} and result["reference_n"] == 20
+    assert cells(lines[1]) == ("pictures", "12", f"{told['fid']:.3f}", f"{value:.4f}", f"{error:.4f}")
+    assert "to 20 pictures (training pictures)" in lines[4] and "FID is far too high" in lines[-1]
+
+
+def test_what_fewer_steps_lose_is_told_beside_the_most(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "STEPS", (1, 2))
+    jobs = evaluate.requests(4, ("colors",), per_prompt=2)
+
+    def draw(jobs, steps):
+        paths = [metrics.picture_path(tmp_path / str(steps), job) for job in jobs]
+        for i, (path, drawing) in enumerate(zip(paths, report.true_drawings(jobs, 64))):
+            drawing = drawing if steps == 2 or i > 1 else drawing * 0 + 128     # in one step two are lost
+            save_picture(Image.fromarray(drawing), path, {"path": 3 + i, "straight": 2})
+        return paths
+
+    s = report.Subject(tmp_path, jobs, [], [], {}, SimpleNamespace(size=(64, 64)), Reader(), draw)
+    result, lines, _ = report.measure_steps(s)
+    few = result["1"]
+    assert [few[key] for key in ("clip", "lost", "score", "path", "straight")] == pytest.approx(
+        [0.5, 0.5, 0.5, 4.5, 2])
+    assert few["error"] == pytest.approx((1 / 3) ** 0.5 / 4 ** 0.5) and result["2"]["score"] == 1
+    assert cells(lines[1]) == ("1", "0.5000", "50.00", "28.87", "50.0", "4.50", "2.00")
+    assert cells(lines[2]) == ("2", "1.0000", "0.00", "0.00", "100.0", "4.50", "2.00")
+
+
+def test_copies_are_told_from_others_pictures_and_shown_beside_what_they_copy(tmp_path, monkeypatch):
+    for i, level in enumerate((20, 120, 220)):
+        blank(tmp_path / "seen" / f"{i}.png", level).with_suffix(".txt").write_text("grey")
+    levels, shown = (150, 219, 60, 120), []
+    paths = [blank(tmp_path / f"{i}.png", level) for i, level in enumerate(levels)]
+    jobs = [metrics.Job(i, 0, None, {"prompt": str(level)}) for i, level in enumerate(levels)]
+    monkeypatch.setattr(report, "side_by_side", shown.extend)
+    s = report.Subject(tmp_path, jobs, paths, [], {}, source=str(tmp_path / "seen"))
+    result, lines, _ = report.measure_memory(s)
+    assert (result["copies"], result["limit"], result["training"]) == (0.5, 2, 3)
+    assert [(prompt, far) for _, _, prompt, far in shown] == [("120", 0), ("219", 1), ("150", 30), ("60", 40)]
+    assert [(int(a[0, 0, 0]), int(b[0, 0, 0])) for a, b, _, _ in shown] == [
+        (120, 120), (219, 220), (150, 120), (60, 20)]
+    assert cells(lines[1])[2] == "50.0" and result["beside"] == {}
+
+
+def test_pictures_go_through_the_vae_and_come_back_in_their_order(made):
+    vae = metrics.load_part(made, "vae")
+    images = list(np.random.default_rng(0).integers(0, 256, (17, 16, 16, 3), dtype=np.uint8))
+    pipe = SimpleNamespace(vae=vae, places=Places("none", "cpu", None, None))
+    with torch.no_grad():
+        x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+        x = vae.decode(vae.encode(x).mean).permute(0, 2, 3, 1).numpy()
+    expected = np.clip((x + 1) * 127.5, 0, 255)
+    found = report.through_vae(pipe, images)
+    assert len(found) == 17 and abs(np.stack(found) - expected).max() <= 0.51
+    assert expected.std() > 1
+
+
+def test_training_pictures_are_the_runs_and_no_more_and_others_pictures_have_none_held_out(tmp_path):
+    config = {"data": "drawn", "size": 64, "seed": 3, "pictures": 40}
+    of_run = report.Subject(None, [], [], [], config).training(4096)[0].images
+    assert torch.equal(of_run, data.load_pictures("drawn", 64, count=40, seed=3).images)
+    others = gallery(tmp_path, 1, 1)
+    paths = [metrics.picture_path(tmp_path, job) for job in others]
+    assert report.Subject(None, others, paths, [], {}, source="drawn").heldout(4) == (None, "")
+
+
+def test_true_drawings_of_one_prompt_differ():
+    first, second = report.true_drawings(evaluate.requests(1, ("two_object",), per_prompt=2), 64)
+    assert (first != second).any()
+
+
+def test_every_part_that_draws_has_its_share_in_the_name_of_the_pictures_folder(run):
+    pipe, seen = Pipeline.from_pretrained(run, device="cpu"), set()
+    for part in ("mmdit", "vae", *ENCODERS):
+        seen.add(report.weights_of(run, pipe))
+        path = run / f"{part}.safetensors"
+        path.write_bytes(path.read_bytes() + b" ")
+    assert len(seen | {report.weights_of(run, pipe)}) == 6
+
+
+def test_without_flags_a_run_draws_what_help_says(run, monkeypatch):
+    monkeypatch.setattr(report, "draw_folder", lambda pipe, jobs, *_: jobs)
+    args = report.parse(["--run", str(run), "--device", "cpu", "--seed", "5"])
+    jobs = report.prepare(args).jobs
+    assert len(jobs) == 600 and jobs == evaluate.requests(25, seed=5)
+    assert (args.steps, args.guidance) == (20, 3) and report.parse(["--run", "x"]).seed == 0
+
+
+def test_the_towers_that_are_given_score_and_not_the_runs(run, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    with pytest.raises(SystemExit):
+        command("--run", run, "--clip", tmp_path / "other", "--measures", "clip", "--device", "cpu")
+    assert f"{tmp_path / 'other'} holds no CLIP" in capsys.readouterr().err
+
+
 # --- Folders that others filled ---------------------------------------------------------------------------
 
 def test_one_corrupt_picture_among_many_is_skipped_counted_and_named(tmp_path, capsys):
@@ -299,6 +498,8 @@ def test_large_pictures_of_others_are_scored_as_they_are(tmp_path):
     (("--images", "full", "--measures", "clip"), "clip needs --clip"),
     (("--images", "full", "--measures", "clip", "--clip", "full"), "holds no CLIP"),
     (("--images", "full", "--measures", "memory"), "memory needs --data"),
+    (("--images", "full", "--measures", "fid", "--clip", "full"), "fid needs --data"),
+    (("--images", "full", "--measures", "fid", "--data", "drawn"), "fid needs --clip"),
     (("--run", "nowhere"), "config.json"), (("--run", "empty"), "config.json"),
     (("--run", "empty", "--pictures", "0"), "at least 1"), (("--run", "empty", "-n", "0"), "at least 1"),
     (("--run", "empty", "--steps", "0"), "at least 1"), (("--run", "empty", "--seed", "-1"), "0 or more"),
@@ -339,6 +540,21 @@ def test_the_sheet_frames_right_pictures_green_and_wrong_ones_red():
     page = np.asarray(report.sheet([grey] * 4, records))
     for name, frames in (("green", 3), ("red", 1)):
         assert (page == data.COLOURS[name]).all(axis=2).sum() == frames * (104 ** 2 - 96 ** 2)
+
+
+def test_the_sheet_shows_pictures_of_many_prompts_from_the_first_on():
+    images = [np.full((64, 64, 3), 10 * i, np.uint8) for i in range(20)]
+    page = report.sheet(images, [{"task": "a", "prompt": "a", "correct": True}] * 20)
+    assert [page.getpixel((128 * j + 60, 60))[0] for j in range(10)] == [20 * j for j in range(10)]
+
+
+def test_panels_lie_below_one_another_and_a_picture_left_of_its_nearest():
+    page = report.stack([Image.new("RGB", (2, 3), "red"), Image.new("RGB", (4, 5), "blue")])
+    assert page.size == (4, 8)
+    assert (page.getpixel((0, 2)), page.getpixel((3, 3))) == ((255, 0, 0), (0, 0, 255))
+    drawn, trained = (torch.full((3, 8, 8), level, dtype=torch.uint8) for level in (50, 90))
+    page = report.side_by_side([(drawn, trained, "a", 1.0)])
+    assert [page.getpixel((x, 70))[0] for x in (60, 160)] == [50, 90]
 
 
 def test_matrices_are_darkest_where_the_counts_are():

@@ -1,8 +1,9 @@
 """Claims about the layer that sees white text features while it learns: it is a plain layer all the time."""
+import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from stages import WhiteLinear
+from stages import PrecomputedText, WhiteLinear, to_signed
 
 
 def white_linear(linear, some, learned=False):
@@ -43,6 +44,26 @@ def test_an_untrained_layer_sees_every_strong_direction_alike():
     assert seen.mean(0).abs().max() < 1e-4
     assert (torch.linalg.eigvalsh(seen.T.cov())[strong] > 0.95).all() and strong.any()
     assert torch.linalg.eigvalsh(seen.T.cov()).max() < 1.01
+
+
+def test_rounding_in_directions_in_which_features_never_differ_is_not_blown_up():
+    """As of encoders narrower than the context, whose columns are filled up with zeros."""
+    x = features(400, 16, 0)
+    x[:, 3:] = 2
+    white = white_linear(torch.nn.Linear(16, 16), x)
+    strongest = torch.linalg.eigvalsh(x.T.cov()).max()
+    assert (torch.linalg.eigvalsh(white.matrix) * strongest ** 0.5).max() < 25      # 23.1 at the floor
+
+
+def test_pictures_lie_from_minus_one_to_one():
+    assert to_signed(torch.tensor([0, 51, 255], dtype=torch.uint8), "cpu").tolist() == pytest.approx(
+        [-1, -0.6, 1])
+
+
+def test_texts_of_a_sample_grid_get_their_own_features_in_any_order():
+    text = PrecomputedText(["a", "b", ""], torch.arange(3.0).view(3, 1, 1), torch.arange(3.0).view(3, 1))
+    said = text(["b", "", "a", "b"], 1)
+    assert said.context.flatten().tolist() == said.pooled.flatten().tolist() == [1, 2, 0, 1]
 
 
 def test_under_autocast_its_whitening_stays_in_float32():

@@ -311,6 +311,21 @@ def test_one_flag_sets_how_often_synthetic_captions_are_taken_in_clip_and_flow(
     assert abs(told.count("made") / len(told) - expected) < 0.1
 
 
+def test_both_clip_pairs_learn_their_temperatures_from_0_07_on(finished):
+    run = training.Run(TrainConfig(**MICRO), finished)
+    parts = {name: load_part(finished, name) for name in stages.PARTS_OF["clip"]}
+    stage = stages.clip_stage(run, parts, Pictures(torch.empty(0), [], []), {})
+    learned = dict(stage.model.named_parameters())
+    assert [learned[f"scales.{name}"].exp().item() for name in ("clip_l", "clip_g")] == pytest.approx(
+        [1 / 0.07] * 2)
+
+
+def test_latents_of_a_trained_autoencoder_have_mean_0_and_variance_1(finished):
+    mean, std, *_ = Batches(Cache(finished / "cache"), 48, 0).at(0)
+    latents = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    assert abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.02
+
+
 # --- A second phase at another size ---
 
 @pytest.fixture(scope="module")
@@ -415,7 +430,7 @@ def test_the_noise_of_the_flow_is_not_that_of_the_posterior(finished, monkeypatc
 
 
 def test_the_flow_learns_at_the_times_and_with_the_text_that_its_settings_say(finished, monkeypatch):
-    how = dict(density="uniform", shift=3.0, text_drop=0.8, flow_batch=40)
+    how = dict(density="uniform", shift=3.0, text_drop=0.8, flow_batch=40, synthetic=0.2, seed=7)
     run = training.Run(TrainConfig(**read_json(finished / "config.json") | how), finished)
     run.config.cache = str(finished / "cache")
     parts = {name: load_part(finished, name) for names in stages.PARTS_OF.values() for name in names}
@@ -425,6 +440,8 @@ def test_the_flow_learns_at_the_times_and_with_the_text_that_its_settings_say(fi
     stage = stages.flow_stage(run, parts, load_tokenizers(finished, c.clip_length), None, words)
     monkeypatch.setattr(stages.flow, "loss", lambda model, latents, **given: seen.append(
         given) or torch.zeros(len(latents)))
+    read = stage.ahead.__self__                                             # the Batches
+    assert (read.synthetic, read.seed) == (0.2, 7)
     for step in range(30):
         stage.loss(step, run.generator("flow", step))
     t, context, pooled = (torch.cat([x[k] for x in seen]) for k in ("t", "context", "pooled"))
@@ -433,6 +450,24 @@ def test_the_flow_learns_at_the_times_and_with_the_text_that_its_settings_say(fi
     clip, t5 = context.split([c.clip_length, c.t5_length], dim=1)
     for features in (clip[..., :left], clip[..., left:both], t5, pooled[:, :left], pooled[:, left:]):
         assert abs((~features.flatten(1).any(1)).float().mean() - 0.8) < 0.05
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_layer_that_reads_text_computes_the_same_before_it_learns_on_and_after(finished, again):
+    c = TrainConfig(**read_json(finished / "config.json"))
+    c.cache, c.origin = str(finished / "cache"), str(finished) if again else ""
+    run = training.Run(c, finished)
+    parts = {name: load_part(finished, name) for names in stages.PARTS_OF.values() for name in names}
+    features, plain = Batches(Cache(c.cache), 4, 0).at(0)[2], parts["mmdit"].context_embedder
+    model = parts["mmdit"] = stages.resized(parts["mmdit"], 4)
+    words = Pictures(torch.empty(0), [("a star",)] * 8, [])
+    stage = stages.flow_stage(run, parts, load_tokenizers(finished, c.clip_length), None, words)
+    with torch.no_grad():
+        learned = model.context_embedder(features)
+        assert torch.allclose(learned, plain(features), atol=1e-3) == again         # else it is untrained
+        stage.finish()
+        assert type(model.context_embedder) is torch.nn.Linear and stage.ema
+        assert torch.allclose(model.context_embedder(features), learned, atol=1e-3)
 
 
 def test_adapters_of_a_run_that_was_sharded_are_not(finished, tmp_path):

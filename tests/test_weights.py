@@ -32,7 +32,8 @@ import tensor_files
 import weights
 from conftest import refuses
 from kernels.int8 import quantise_mmdit, quantise_t5
-from layouts import IGNORED, NAMES, clip_openclip, is_foreign, mmdit_folder, take_apart, vae_folder
+from layouts import (IGNORED, NAMES, clip_openclip, is_foreign, mmdit_folder, take_apart, vae_folder,
+                     why_unknown)
 from mmdit import MMDiT, MMDiTConfig
 from tensor_files import CheckpointError, Source, files_of_part, write_safetensors, write_shards
 from text_encoders import ENCODERS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
@@ -794,13 +795,23 @@ def test_an_unknown_tensor_comes_with_a_guess(good, tmp_path, kind, key, reason)
     refuses(loaders(tmp_path / "x.safetensors")[kind], key, reason)
 
 
+@pytest.mark.parametrize("key, reason", [
+    ("module.joint_blocks.0.x", "distributed"), ("x_embedder.proj.weight.absmax", "quantised"),
+    ("x_embedder.proj.weight_scale", "quantised"), ("joint_blocks.0.x_block.attn.ln_k.weight", "QK-norm"),
+    ("transformer_blocks.0.attn.norm_added_q.weight", "QK-norm"), ("a.b", "not an SD3 transformer as")])
+def test_a_guess_is_about_the_key(key, reason):
+    assert reason in why_unknown(key, "mmdit")
+
+
 @pytest.mark.parametrize("kind", NAMES)
 def test_each_ignored_key_has_a_reason_and_is_passed_over(good, tmp_path, kind):
     tensors, _ = good[kind]
     leftovers = {"clip_l": ["text_projection.weight", "logit_scale", "text_model.embeddings.position_ids"],
-                 "clip_g": ["logit_scale", "vision_model.pre_layrnorm.bias"],
-                 "t5": ["encoder.embed_tokens.weight", "decoder.final_layer_norm.weight"],
-                 "mmdit": ["loss.decay", "scaled_fp8"], "vae": ["loss.logvar"]}
+                 "clip_g": ["logit_scale", "vision_model.pre_layrnorm.bias", "visual.proj", "attn_mask",
+                            "visual_projection.weight"],
+                 "t5": ["encoder.embed_tokens.weight", "decoder.final_layer_norm.weight", "lm_head.weight"],
+                 "mmdit": ["loss.decay", "scaled_fp8", "model_ema.decay", "x_embedder.proj.comfy_quant"],
+                 "vae": ["loss.logvar", "decoder.conv_in.input_scale"]}
     extra = {weights.PREFIXES[kind][0] + k: torch.zeros(3) for k in leftovers[kind]}
     save_file(tensors | extra, tmp_path / "x.safetensors")
     assert equal(loaders(tmp_path / "x.safetensors")[kind](**F32), small(kind).float())
@@ -1080,6 +1091,17 @@ def test_a_written_config_is_the_published_one_of_sd3_medium():
                                  "lycoris_joint_blocks_0.hada_w1_a", "lycoris_joint_blocks_0.lokr_w2"])
 def test_adapters_of_every_make_are_called_loras(key):
     assert "a LoRA" in is_foreign([key])
+
+
+@pytest.mark.parametrize("key, what", [
+    ("control_model.time_embed.0.weight", "a ControlNet"), ("input_hint_block.0.weight", "a ControlNet"),
+    ("model.diffusion_model.double_blocks.0.x", "a FLUX"), ("single_blocks.0.linear1.weight", "a FLUX"),
+    ("single_transformer_blocks.0.norm.linear.weight", "a FLUX"), ("label_emb.0.0.weight", "an SDXL"),
+    ("conditioner.embedders.1.model.ln_final.weight", "an SDXL"), ("add_embedding.linear_1.bias", "an SDXL"),
+    ("cond_stage_model.x", "Diffusion 1"), ("model.diffusion_model.input_blocks.0.0.weight", "Diffusion 1"),
+    ("down_blocks.1.attentions.0.transformer_blocks.0.x", "Diffusion 1")])
+def test_one_key_gives_another_model_away(key, what):
+    assert what in is_foreign(["decoder.conv_in.weight", key]) and is_foreign(["down_blocks.1.x"]) is None
 
 
 def test_a_written_file_says_that_its_tensors_are_pytorchs(tmp_path):
