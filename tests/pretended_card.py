@@ -3,8 +3,8 @@
 Without a GPU nobody notices a tensor that was left behind on the CPU: there everything meets everything.
 After `install()` the same code, asked for the device "cuda", fails where it would fail on a card: where
 tensors of both devices meet in an operation, where NumPy is given one of the card's, where a generator of the
-CPU is to draw there; and where float64 is asked of it, as on Apple's. What a card computes, how fast and in how much memory, this does not tell; streams and
-events do nothing.
+CPU is to draw there; and where float64 is asked of it, as on Apple's. What a card computes, how fast and in
+how much memory, this does not tell; streams and events do nothing.
 
     a request     torch.zeros(3, device="cuda"), x.to("cuda")     Requests: made on the CPU, entered
     an operation  x + y                                           Ledger: all in one place? So is the result
@@ -155,8 +155,8 @@ def install(free=80 * 10**9):
     answers = dict(
         is_available=True, device_count=1, current_device=0, set_device=None, is_bf16_supported=True,
         synchronize=None, mem_get_info=(free, free), memory_reserved=0, memory_allocated=0,
-        max_memory_allocated=0, reset_peak_memory_stats=None, set_per_process_memory_fraction=None, get_device_name=about.name,
-        get_device_capability=(9, 0), get_device_properties=about,
+        max_memory_allocated=0, reset_peak_memory_stats=None, set_per_process_memory_fraction=None,
+        get_device_name=about.name, get_device_capability=(9, 0), get_device_properties=about,
         current_stream=Nothing(), stream=nothing, device=nothing, is_current_stream_capturing=False)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **how: answer)
