@@ -370,7 +370,7 @@ def test_training_whose_last_checkpoint_could_not_be_written_says_so_at_its_end(
 
 @pytest.mark.parametrize("device, waits", [("cpu", True), ("cuda:0", False)])
 def test_a_rank_that_fails_alone_does_not_wait_for_the_others_under_nccl(device, waits, monkeypatch):
-    """Its library would, for hours, while they wait for it; they learn of the failure as this process ends."""
+    """Its library would, for hours, while they wait for it; they learn of it as this process ends."""
     called = []
     monkeypatch.setattr(parallel, "launched", lambda: (0, 2, 0))
     monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous",
