@@ -50,12 +50,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mmdit import MMDiT, MMDiTConfig
 from parallel import Ranks, local, rows_of
-from tensor_files import CheckpointError, files_in, sync_folder, write_atomically, write_json
+from tensor_files import CheckpointError, files_in, opened, sync_folder, write_atomically, write_json
 from text_encoders import (ENCODERS, EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
                            T5Config, T5Encoder, TextEncoders, load_clip_tokenizer, load_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
@@ -107,7 +107,7 @@ def save_tensors(path, tensors: dict, about: dict) -> None:
 def load_tensors(path, names=None) -> tuple[dict, dict]:
     """What `save_tensors` wrote: (tensors on the CPU, about). names: read only these; None: all."""
     try:
-        with safe_open(path, framework="pt") as f:
+        with opened(path) as f:
             tensors = {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}
             about = json.loads((f.metadata() or {}).get("about", "{}"))
     except FileNotFoundError:
@@ -127,7 +127,7 @@ def load_tensors(path, names=None) -> tuple[dict, dict]:
 def about_of(path) -> dict | None:
     """What a file of `save_tensors` says about itself; None if it is missing or not a whole file."""
     try:
-        with safe_open(path, framework="pt") as f:
+        with opened(path) as f:
             return json.loads((f.metadata() or {}).get("about", "{}"))
     except (FileNotFoundError, SafetensorError, ValueError):
         return None

@@ -275,8 +275,7 @@ def main(argv=None) -> None:
     parser.add_argument("--out", help="folder of the report (default: runs/check-DIR)")
     parser.add_argument("--apply", action="store_true", help="leave these pictures out of training for good")
     args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):              # for a console that cannot show every file's name
-        sys.stdout.reconfigure(errors="backslashreplace")
+    data.print_any_sign()
     try:
         check(args.dir, size=args.size, min_side=args.min_side, max_ratio=args.max_ratio, scores=args.score,
               run=args.run, out=args.out, apply=args.apply)

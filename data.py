@@ -549,6 +549,13 @@ def _in_folder(root, name):
     return os.path.normpath(name)
 
 
+def print_any_sign() -> None:
+    """From here on standard output shows in escapes what its console or file cannot hold (on Windows
+    often all but cp1252), instead of raising UnicodeEncodeError."""
+    if hasattr(sys.stdout, "reconfigure"):              # a notebook's has none
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _printed(name):
     """A file's name as one line of UTF-8 text: on the screen, and in excluded.txt, it takes a line."""
     return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")

@@ -130,10 +130,10 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 def save_lora(model: nn.Module, path) -> None:
     """The model's adapters, and nothing else, as a file that sample.py and ComfyUI read."""
-    tensors = {}
-    if not adapters(model):
+    tensors, found = {}, adapters(model)
+    if not found:
         raise ValueError("this model has no adapters to save: add_lora gives it some, merge_lora takes them")
-    for name, layer in adapters(model).items():
+    for name, layer in found.items():
         key = f"diffusion_model.{name}"
         tensors |= {f"{key}.lora_A.weight": layer.lora_A, f"{key}.lora_B.weight": layer.lora_B,
                     f"{key}.alpha": torch.tensor(layer.alpha)}

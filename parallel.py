@@ -203,7 +203,7 @@ def processes(device: str):
         yield Ranks()
         return
     device = own_device(device)
-    if device.startswith("cuda"):
+    if cuda := device.startswith("cuda"):
         torch.cuda.set_device(device)
     # gloo beside NCCL, for numbers on the CPU
     from torch.distributed.rendezvous import rendezvous         # not in every PyTorch
@@ -211,7 +211,7 @@ def processes(device: str):
     if os.environ.get("LOCAL_WORLD_SIZE") == f"{world}":        # one machine: torchrun starts all again
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")     # with a store full of old addresses
         store = dist.PrefixStore(attempt, store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=store,
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
                             rank=rank, world_size=world, timeout=PATIENCE)
     together = False
     try:
@@ -231,7 +231,7 @@ def processes(device: str):
         raise OSError(f"rank {rank} has lost another rank, whose own last message says why; what was saved "
                       "is still there: repeat the torchrun command with --resume") from None
     finally:
-        if together or not device.startswith("cuda"):
+        if together or not cuda:
             if torch.__version__ < (2, 8):      # waits for threads that wait for the GIL (PyTorch #154976)
                 time.sleep(1)
             dist.destroy_process_group()

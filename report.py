@@ -607,8 +607,7 @@ def refuse(message: str):
 
 def main(argv=None):
     try:
-        if hasattr(sys.stdout, "reconfigure"):          # for a console that cannot show every prompt
-            sys.stdout.reconfigure(errors="backslashreplace")
+        data.print_any_sign()
         measure(parse(argv))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from what has been drawn")

@@ -388,8 +388,7 @@ def out_of_memory(e, args) -> str:
 
 def main(argv=None) -> None:
     try:
-        if hasattr(sys.stdout, "reconfigure"):          # for consoles that cannot show a file name
-            sys.stdout.reconfigure(errors="backslashreplace")
+        data.print_any_sign()
         args = parse(argv)
         check(args)
         (dry_run if args.dry_run else draw)(args)

@@ -38,8 +38,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 SCALES = (".scale_weight", ".weight_scale")         # two spellings of scaled float8
 REOPEN = 256 * 2**20                                # bytes
-# Windows reserves memory for all of a mapped file (transformers #48285), and none where it is read in pieces
-HOW = {"backend": "pread"} if os.name == "nt" else {}
 
 
 class CheckpointError(ValueError):
@@ -152,9 +150,15 @@ class Source:
         return t.float() * scale.reshape(-1, *[1] * (t.ndim - 1))           # one number, or one for each row
 
 
+def opened(path):
+    """safetensors' reader of a file. On Windows it maps nothing: all of a mapped file counts as memory there
+    (transformers #48285)."""
+    return safe_open(path, framework="pt", **({"backend": "pread"} if os.name == "nt" else {}))
+
+
 def open_safetensors(path):
     try:
-        return safe_open(path, framework="pt", **HOW)
+        return opened(path)
     except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"{path} {what_is_wrong(Path(path), e)}") from None
 

@@ -58,7 +58,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -68,8 +68,8 @@ from torch import nn
 import flow
 import parallel
 from checkpoints import (CheckpointError, Saver, State, checkpoints_of, clean_checkpoints, has_run,
-                         is_published, load_part, load_state, read_json, read_run, save_part, sole_writer,
-                         write_json)
+                         is_published, last_run, load_part, load_state, read_json, read_run, save_part,
+                         sole_writer, write_json)
 from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiT
 from muon import Muon, split
@@ -505,8 +505,9 @@ def train_stages(run: Run, survey, words: Pictures, mark: str, listing, resume: 
 
 def drawing(folder: Path, prompt: str) -> list:
     """The command that draws with a run: without its name if it is the last one, which is the default."""
-    last = max(Path("runs").glob("*/mmdit.safetensors"), key=lambda p: p.stat().st_mtime, default=Path())
-    where = [] if folder.resolve() == last.parent.resolve() else ["--run", folder]
+    where = ["--run", folder]
+    with suppress(CheckpointError):                                 # no run is under runs/
+        where = [] if folder.resolve() == last_run(finished=True).resolve() else where
     return ["sample.py", *where, *["--"] * prompt.startswith("-"), prompt]
 
 

@@ -41,11 +41,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import data
 import mmdit
 from checkpoints import State, checkpoints_of, remove_checkpoint, write_atomically
-from tensor_files import files_in
 from kernels import rms_norm
 from parallel import local
+from tensor_files import files_in
 
 SPIKE = 5.0                                 # times the median of the last healthy losses
 RECENT = 51                                 # how many losses that median is of
@@ -445,8 +446,7 @@ class Lasting:
 @contextmanager
 def lasting_output():
     before = sys.stdout, sys.stderr
-    if hasattr(sys.stdout, "reconfigure"):      # for consoles and files that cannot hold every name
-        sys.stdout.reconfigure(errors="backslashreplace")
+    data.print_any_sign()
     sys.stdout, sys.stderr = map(Lasting, before)
     try:
         yield

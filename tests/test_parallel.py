@@ -368,44 +368,49 @@ def test_training_whose_last_checkpoint_could_not_be_written_says_so_at_its_end(
     assert (folder / "mmdit.safetensors").exists()
 
 
-@pytest.mark.parametrize("device, waits", [("cpu", True), ("cuda:0", False)])
-def test_a_rank_that_fails_alone_does_not_wait_for_the_others_under_nccl(device, waits, monkeypatch):
-    """Its library would, for hours, while they wait for it; they learn of it as this process ends."""
-    called = []
-    monkeypatch.setattr(parallel, "launched", lambda: (0, 2, 0))
-    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous",
-                        lambda *_, **how: iter([[object()]]))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda card: None)
-    for name in ("init_process_group", "destroy_process_group"):
-        monkeypatch.setattr(parallel.dist, name, lambda *_, name=name, **how: called.append(name))
-    monkeypatch.setattr(parallel.atexit, "register", called.append)
+@pytest.fixture
+def asked(monkeypatch):
+    """Rank 1 of 8, the fourth on its machine, which meets nobody -> what it asks of PyTorch and Python, in
+    order, as (name, arguments, keywords)."""
+    calls = []
+
+    def note(name):
+        return lambda *args, **how: calls.append((name, args, how))
+
+    monkeypatch.setattr(parallel, "launched", lambda: (1, 8, 3))
     monkeypatch.setattr(parallel, "Ranks", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous",
+                        lambda url, timeout: iter([[timeout]]))
+    for module, name in ((torch.cuda, "set_device"), (parallel.dist, "init_process_group"),
+                         (parallel.dist, "destroy_process_group"), (parallel.atexit, "register")):
+        monkeypatch.setattr(module, name, note(name))
+    return calls
+
+
+@pytest.mark.parametrize("device, end", [
+    ("cpu", ("destroy_process_group", (), {})), ("cuda:0", ("register", (parallel.end_at_once,), {}))])
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others_under_nccl(device, end, asked):
+    """Its library would, for hours, while they wait for it; they learn of it as this process ends."""
     with parallel.processes(device):
         pass
-    assert called == ["init_process_group", "destroy_process_group"]        # all have come to the end
+    assert [name for name, *_ in asked][-2:] == ["init_process_group", "destroy_process_group"]
+    assert "register" not in [name for name, *_ in asked]                   # all have come to the end
+    asked.clear()
     with pytest.raises(MemoryError), parallel.processes(device):
         raise MemoryError
-    assert called[2:] == ["init_process_group", "destroy_process_group" if waits else parallel.end_at_once]
+    assert asked[-2][0] == "init_process_group" and asked[-1] == end
 
 
 @pytest.mark.parametrize("device, backend, card", [
     ("cpu", "gloo", []), ("auto", "cpu:gloo,cuda:nccl", ["cuda:3"])])
-def test_a_rank_takes_its_own_card_and_numbers_travel_between_main_memories_too(
-        device, backend, card, monkeypatch):
-    cards, how = [], {}
-    monkeypatch.setattr(parallel, "launched", lambda: (1, 8, 3))
-    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous",
-                        lambda url, timeout: iter([[timeout]]))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", cards.append)
-    monkeypatch.setattr(parallel.dist, "init_process_group", lambda name, **rest: how.update(rest, name=name))
-    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(parallel, "Ranks", lambda *_: None)
+def test_a_rank_takes_its_own_card_and_numbers_travel_between_main_memories_too(device, backend, card, asked):
     with parallel.processes(device):
         pass
-    assert cards == card
-    assert how == {"name": backend, "store": parallel.PATIENCE, "rank": 1, "world_size": 8,
-                   "timeout": parallel.PATIENCE}
+    *cards, begun, _ = asked
+    assert cards == [("set_device", (name,), {}) for name in card]
+    assert begun == ("init_process_group", (backend,), {
+        "store": parallel.PATIENCE, "rank": 1, "world_size": 8, "timeout": parallel.PATIENCE})
 
 
 def test_what_was_said_is_not_lost_where_a_process_ends_at_once():
