@@ -345,11 +345,13 @@ def shares(records):
             "error": float(max(math.sqrt(q * (1 - q) / n), error_of(hits, numbers) or 0))}
 
 
+anew = cache(data.prompts)          # slow to write, and the same each time
+
+
 def chance(task, found, pairs=2000):
     """The share right of pictures, each judged by prompts of the task that have nothing to do with it."""
     picks = np.random.default_rng(0).integers(0, len(found), pairs)
-    asked = data.prompts(task, pairs, seed=1)
-    return sum(judge(found[i], m)[0] for i, m in zip(picks, asked)) / pairs
+    return sum(judge(found[i], m)[0] for i, m in zip(picks, anew(task, pairs, 1))) / pairs
 
 
 def confusions(metadata, found):

@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 from mmdit import MMDiTConfig  # noqa: E402
+from vae import VAEConfig  # noqa: E402
 
 settings.register_profile("default", deadline=None, max_examples=15, derandomize=True, database=None)
 settings.register_profile("thorough", deadline=None, max_examples=500)
@@ -32,9 +33,12 @@ MICRO = dict(pictures=48, vae_steps=3, vae_batch=4, clip_steps=2, clip_batch=8, 
              flow_steps=6, flow_batch=8, preview_every=0, save_every=2, dtype="float32", device="cpu")
 
 
-def small(preset=MMDiTConfig.preset):
-    """In place of MMDiTConfig.preset: the miniature, smaller still."""
-    return lambda name, **changes: preset(name, **{"depth": 2, "heads": 2, "head_dim": 16, **changes})
+def shrink(patch, mmdit=MMDiTConfig.preset, vae=VAEConfig.preset):
+    """Makes the miniature smaller still, and other transformers as small."""
+    less = {"depth": 2, "heads": 2, "head_dim": 16}
+    patch.setattr(MMDiTConfig, "preset", lambda name, **changes: mmdit(name, **less | changes))
+    patch.setattr(VAEConfig, "preset", lambda name, **changes: vae(
+        name, **({"ch": 8, "num_groups": 4} if name == "tiny" else {}) | changes))
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +50,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     with (pytest.MonkeyPatch.context() as patch, open(folder.parent / "said.txt", "w") as said,
           redirect_stdout(said)):
-        patch.setattr(MMDiTConfig, "preset", small())
+        shrink(patch)
         patch.setattr("train.plot_run", watch.plot_run)
         return train(TrainConfig(**MICRO, out=str(folder)))
 
@@ -85,7 +89,7 @@ def blank(path):
 def miniature():
     """Whole runs take seconds. (Curves are drawn in `finished` and in test_faults.py.)"""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MMDiTConfig, "preset", small())
+        shrink(patch)
         patch.setattr("train.plot_run", blank)
         yield
 

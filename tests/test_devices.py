@@ -41,11 +41,11 @@ def everything(folder: Path) -> None:
     import report
     import sample
     import train
-    from conftest import MICRO, small
+    from conftest import MICRO, shrink
     from make_fake_checkpoint import BUILD, main as fake
-    from mmdit import MMDiTConfig
 
-    MMDiTConfig.preset, report.HELDOUT, run, judge = small(), 8, folder / "run", train.judge
+    shrink(pytest.MonkeyPatch())
+    report.HELDOUT, run, judge = 8, folder / "run", train.judge
     config = train.TrainConfig(**MICRO | dict(
         device="cuda", dtype="auto", pictures=40, vae_critic=0.1, flow_steps=3, accumulate=2,
         checkpointing=True, preview_every=3, out=str(run), minutes=0))

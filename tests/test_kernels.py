@@ -555,8 +555,10 @@ def test_the_bench_covers_the_three_models_at_both_sizes_and_a_text():
     assert len({bench.label(c | {"pass": "forward"}) for c in found}) == len(found)     # so none is skipped
 
 
-@pytest.mark.parametrize("case", [c for c in bench.cases(batches=(2,)) if "modul" not in c["operation"]],
-                         ids=lambda c: f"{c['operation']}, {c['model']}, {c['pixels']}")
+@pytest.mark.parametrize(
+    "case", [c for c in bench.cases(batches=(2,))
+             if "modul" not in c["operation"] and (c["operation"], c["pixels"]) != ("model", 1024)],
+    ids=lambda c: f"{c['operation']}, {c['model']}, {c['pixels']}")
 def test_the_bench_counts_the_operations_that_pytorch_counts(case):
     B, L, nh, hd = case["B"], case["M"] + case["N"], case["nh"], case["hd"]
     if case["operation"] == "model":

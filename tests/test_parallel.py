@@ -32,7 +32,7 @@ import make_fake_checkpoint
 import parallel
 import train as training
 from checkpoints import State, checkpoints_of, load_tensors
-from conftest import ROOT, blank, small
+from conftest import ROOT, blank, shrink
 from mmdit import MMDiT, MMDiTConfig
 from muon import Muon
 from train import TrainConfig, train
@@ -57,7 +57,8 @@ def child(rank, world, port, said, action, *rest):
     os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{world}", "LOCAL_RANK": f"{rank}",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
     torch.set_num_threads(1)
-    MMDiTConfig.preset, training.plot_run, training.LOOK_EVERY = small(), blank, LOOK_EVERY
+    shrink(pytest.MonkeyPatch())
+    training.plot_run, training.LOOK_EVERY = blank, LOOK_EVERY
     action(*rest)
 
 
@@ -143,14 +144,15 @@ def rows_of(folder, stage):
         return [row for row in csv.DictReader(f) if row["stage"] == stage]
 
 
-def assert_equal(one, many, stages=("flow",)):
-    """The same losses, norms, losses by t, attention logits at every step, to rounding; and weights."""
+def assert_equal(one, many, stages=("flow",), few=False):
+    """The same losses, norms, losses by t, attention logits at every step, to rounding; and weights. few: rank 0
+    had fewer than the four samples whose logits are measured."""
     for stage in stages:
         a, b = rows_of(one, stage), rows_of(many, stage)
         assert len(a) == len(b) > 0
         for x, y in zip(a, b):
             for name in x:
-                if name in ("stage", "step", "samples_per_s", "skipped"):
+                if name in ("stage", "step", "samples_per_s", "skipped") or few and name == "max_logit":
                     continue
                 numbers = [[float(v.partition("=")[2] or v) for v in row[name].split()] for row in (x, y)]
                 assert numbers[0] == pytest.approx(numbers[1], rel=2e-3), (stage, x["step"], name, x, y)
@@ -206,7 +208,7 @@ def test_cut_up_among_two_it_learns_the_same_is_saved_on_two_and_goes_on_on_one_
                                                                      preview_every=0))
         assert codes == [0] * world and "going on at step 6" in said, said
         assert f"ranks 2, now {world}" in said
-        assert_equal(finished, copy)
+        assert_equal(finished, copy, few=world == 4)
 
 
 @fsdp
