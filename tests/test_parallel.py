@@ -145,8 +145,8 @@ def rows_of(folder, stage):
 
 
 def assert_equal(one, many, stages=("flow",), few=False):
-    """The same losses, norms, losses by t, attention logits at every step, to rounding; and weights. few: rank 0
-    had fewer than the four samples whose logits are measured."""
+    """The same losses, norms, losses by t, attention logits at every step, to rounding; and weights.
+    few: rank 0 had fewer than the four samples whose logits are measured."""
     for stage in stages:
         a, b = rows_of(one, stage), rows_of(many, stage)
         assert len(a) == len(b) > 0
