@@ -9,11 +9,13 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, strategies as st
 from PIL import Image
 
+import data
 import flow
 import sample
 import stages
@@ -23,6 +25,7 @@ from checkpoints import load_tensors, load_tokenizers
 from conftest import MICRO
 from data import load_pictures
 from mmdit import MMDiT, MMDiTConfig
+from pipeline import Pipeline
 from settings import flag_of
 from train import TrainConfig, parse, rate_at, train
 from vae import AutoencoderKL, VAEConfig, discriminator_loss, vae_loss
@@ -227,11 +230,16 @@ def test_the_critic_learns_from_its_own_loss_alone_and_the_autoencoder_from_its_
             torch.testing.assert_close(p.grad, grad)
 
 
-def test_sample_grids_appear_as_it_learns(tmp_path):
+def test_sample_grids_appear_as_it_learns_and_the_last_is_what_the_finished_run_draws(tmp_path):
     folder = train(TrainConfig(**MICRO | dict(preview_every=3), out=str(tmp_path / "run")))
     grids = sorted((folder / "samples").glob("*.png"))
     assert [g.name for g in grids] == ["000003.png", "000006.png"]
     assert Image.open(grids[0]).size[0] > 4 * 64
+    pipe, prompts = Pipeline.from_pretrained(folder, device="cpu"), stages.preview_prompts(TrainConfig(), [])
+    drawn = pipe(prompts, guidance=3.0, steps=20)                           # by the averaged weights
+    drawn = [(np.asarray(picture), [prompt]) for picture, prompt in zip(drawn, prompts)]
+    again, last = data.contact_sheet({"step 6": drawn[:4], "": drawn[4:]}), Image.open(grids[1])
+    assert np.abs(np.asarray(again, dtype=float) - np.asarray(last)).max() <= 1
     (folder / "samples" / "._000006.png").write_bytes(b"of macOS, on another system's drive")
     (folder / "film.gif").unlink()
     watch.film(folder)
