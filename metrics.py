@@ -213,7 +213,7 @@ class Statistics:
         apart, total = mean - self.mean, self.n + len(x)
         self.scatter += (x - mean).T @ (x - mean) + torch.outer(apart, apart) * (self.n * len(x) / total)
         self.mean += apart * (len(x) / total)
-        self.kept = torch.cat([self.kept, x[:max(0, KEPT - len(self.kept))].float()])
+        self.kept = torch.cat([self.kept, x[:KEPT - len(self.kept)].float()])
         self.n = total
 
     @property

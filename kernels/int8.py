@@ -59,9 +59,9 @@ def quantise_linears(module: nn.Module, keep=()) -> None:
 
     keep: names of layers to leave as they are.
     """
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, nn.Linear) and name not in keep:
-            module.set_submodule(name, Int8Linear(layer))
+    # names alone: a list of the layers, or the walk itself, would keep all of them until the end
+    for name in [n for n, layer in module.named_modules() if isinstance(layer, nn.Linear) and n not in keep]:
+        module.set_submodule(name, Int8Linear(module.get_submodule(name)))
 
 
 def quantise_mmdit(mmdit: nn.Module) -> nn.Module:

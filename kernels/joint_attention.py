@@ -702,9 +702,7 @@ def under_autocast(*tensors):
 def joint_attention_triton(q_txt, k_txt, v_txt, q_img, k_img, v_img, norm_weights, text_lengths, eps):
     """What `joint_attention_reference` computes. Autocast makes q, k and v half, as for PyTorch's own."""
     tensors = under_autocast(q_txt, k_txt, v_txt, q_img, k_img, v_img)
-    if k_txt is None:
-        text_lengths = None
-    elif text_lengths is not None:
+    if text_lengths is not None:
         text_lengths = text_lengths.contiguous()
     out_txt, out_img, _ = joint_attention_op(*tensors, *(norm_weights or (None,) * 4), text_lengths, eps)
     return None if q_txt is None else out_txt, out_img

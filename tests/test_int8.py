@@ -3,6 +3,7 @@ of the memory. Parity: the fixtures' transformers and T5, whose exact outputs pu
 import copy
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,15 @@ def test_every_linear_of_the_blocks_but_the_kept_one_is_replaced():
     assert left == ["2.context_block.attn.qkv"]
     assert not [n for n, m in t5.named_modules() if isinstance(m, nn.Linear)]
     assert isinstance(model.context_embedder, nn.Linear) and isinstance(model.t_embedder.mlp[0], nn.Linear)
+
+
+def test_a_layers_own_weights_are_gone_before_the_next_one_is_quantised(monkeypatch):
+    layers, usual, there = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), int8.quantise, []
+    own = [weakref.ref(layer.weight) for layer in layers]
+    monkeypatch.setattr(
+        int8, "quantise", lambda w: there.append(sum(r() is not None for r in own)) or usual(w))
+    int8.quantise_linears(layers)
+    assert there == [3, 2, 1]
 
 
 def test_the_demo_passes(capsys):

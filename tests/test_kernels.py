@@ -133,6 +133,9 @@ def test_norm_weights_normalise_each_head_of_queries_and_keys_before_the_product
         by_hand[i] = x[i] / (x[i].square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
     for got, expected in zip(joint_attention(*x, norm_weights=w), joint_attention(*by_hand)):
         assert_close(got, expected)
+    for how in (dict(norm_weights=w, eps=3.0), dict(norm_weights=w, eps=0.0)):
+        for got, expected in zip(joint_attention(*x, **how), exact(*x, **how)):
+            assert_close(got, expected)
     for loud, soft in zip(joint_attention(*(1000 * y for y in x[:2]), x[2], *x[3:], norm_weights=w),
                           joint_attention(*x, norm_weights=w)):
         assert_close(loud, soft, 1e-5)                  # the size of a query no longer matters
@@ -181,6 +184,8 @@ def test_rms_norm_survives_values_whose_square_overflows_float16():
     y = rms_norm(x, torch.ones(4))
     assert y.dtype == torch.float16 and x.square().isinf().any()
     assert_close(y, x.double() / x.double().square().mean().sqrt(), 1e-3)
+    x, w = torch.randn(2, 4, 64, generator=seeded()).half()
+    assert torch.equal(rms_norm(x, w), rms_norm(x.float(), w).half())           # rounded only on the way out
 
 
 def exact_modulate(x, shift, scale, eps=1e-6):
@@ -219,7 +224,9 @@ def test_each_sample_has_its_own_modulation_and_eps_keeps_constant_tokens_finite
                        torch.full((2, 4), 5.0))
     assert torch.equal(modulate(x, shift, scale), shift.unsqueeze(1).expand(2, 3, 4))
     x = torch.tensor([[[1.0, -1.0]]])
-    assert_close(modulate(x, torch.zeros(1, 2), torch.zeros(1, 2), eps=3.0), x / 2)
+    zero = torch.zeros(1, 2)
+    assert_close(modulate(x, zero, zero, eps=3.0), x / 2)
+    assert_close(gate_residual_modulate(x, x, zero, zero, zero, eps=3.0)[1], x / 2)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
@@ -271,7 +278,10 @@ def attend(x, **changes):
     (dict(k_img=torch.zeros(2, 6, 3, HD)), r"k_img must be \(2, 6, 2, 8\) .* got \(2, 6, 3, 8\)"),
     (dict(q_txt=torch.zeros(2, 4, 2, HD)), r"q_txt must be \(2, 5, 2, 8\)"),
     (dict(q_img=torch.zeros(2, 6, 2 * HD)), r"q_img must be \(B, N, nh, hd\)"),
+    (dict(q_img=torch.zeros(2, 6, 0, HD)), r"q_img must be \(B, N, nh, hd\), got \(2, 6, 0, 8\)"),
     (dict(v_txt=None), "k_txt and v_txt go together"),
+    (dict(k_txt=None, v_txt=None), "q_txt needs them"),
+    (dict(v_img=None), "v_img must be a tensor, got NoneType"),
     (dict(v_img=torch.zeros(2, 6, 2, HD).bfloat16()), "v_img is torch.bfloat16, q_img torch.float32"),
     (dict(k_img=torch.zeros(2, 6, 2, HD, device="meta")), "k_img is on meta, q_img on cpu"),
     (dict(norm_weights=[torch.ones(HD)] * 3), "norm_weights must be of .* got 3"),
@@ -281,6 +291,7 @@ def attend(x, **changes):
     (dict(text_lengths=torch.ones(3, dtype=torch.int64)), r"text_lengths must be \(2,\)"),
     (dict(text_lengths=torch.ones(2)), "text_lengths must be int32 or int64"),
     (dict(eps=float("nan")), "eps must be a finite number"),
+    (dict(eps=-1e-6), "eps must be a finite number, at least 0"),
 ])
 def test_attention_names_the_argument_that_does_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -293,6 +304,7 @@ def test_attention_names_the_argument_that_does_not_fit(changes, message):
     (dict(scale=torch.zeros(2, 1, 16)), r"scale must be \(2, 16\)"),
     (dict(gate=torch.zeros(2, 16, device="meta")), "gate is on meta, x on cpu"),
     (dict(eps=float("inf")), "eps must be a finite number"),
+    (dict(eps=-1e-6), "eps must be a finite number, at least 0"),
 ])
 def test_modulations_name_the_argument_that_does_not_fit(changes, message):
     given = dict(zip(("x", "y", "gate", "shift", "scale"), activations(2, 5, 16))) | changes
@@ -309,21 +321,53 @@ def test_without_a_gpu_the_formulas_run_and_triton_stays_unimported():
                "modulate(x, s, s)\n"
                "assert 'triton' not in sys.modules\n"
                "try: modulate(x, s, s, backend='triton')\n"
-               "except ValueError as e: print(e)\n")
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SD3_KERNELS")}
+               "except ValueError as e: print(e)\n"
+               "import importlib, os, kernels\n"
+               "os.environ['SD3_KERNELS'] = 'triton'\n"
+               "print(importlib.reload(kernels).default())\n")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"SD3_KERNELS": ""}
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(kernels.__file__).parent.parent,
                           capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     why = "it needs a CUDA|Triton is not installed|PyTorch 2.6 "
     assert re.match(f"modulate cannot run in Triton: ({why})", done.stdout)
+    assert done.stdout.endswith("\ntriton\n")
+
+
+def test_an_environment_that_asks_for_what_the_device_cannot_run_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for asked in ("auto", "torch", "triton"):
+        monkeypatch.setattr(kernels, "DEFAULT", asked)
+        if asked != "triton":
+            kernels.check_environment(torch.device("cpu"))
+    with pytest.raises(ValueError, match="^SD3_KERNELS is triton: "):
+        kernels.check_environment(torch.device("cpu"))
+
+
+def test_each_operation_asks_by_the_name_head_dim_and_activation_that_the_bench_measured(monkeypatch):
+    asked, x, (a, b, gate, shift, scale) = set(), streams(nh=3), activations(2, 6, 16)
+
+    def choose(backend, operation, head_dim=0, **tensors):
+        asked.add((operation, head_dim, next(iter(tensors))))
+        return "torch"
+
+    monkeypatch.setattr(kernels, "choose", choose)
+    for weights in (None, norm_scales()):
+        joint_attention(*x, norm_weights=weights)
+    joint_attention(None, None, None, *x[3:], norm_weights=norm_scales())
+    modulate(a, shift, scale)
+    gate_residual_modulate(a, b, gate, shift, scale)
+    assert asked == {(name, HD, "q_img") if "attention" in name else (name, 0, "x")
+                     for name in {c["operation"] for c in bench.cases()} - {"model"}}
 
 
 HEADER = "gpu,operation,dtype,head_dim,pass,size,provider,ms,error"
-MEASURED = """H100,modulate,bfloat16,0,forward,1000,torch,1.0,0.004
+MEASURED = """H100,modulate,bfloat16,0,forward,4000,torch,1.0,0.004
+H100,modulate,bfloat16,0,forward,4000,triton,1.5,0.004
+H100,modulate,bfloat16,0,forward,1000,torch,1.0,0.004
 H100,modulate,bfloat16,0,forward,1000,torch compiled,0.4,0.004
 H100,modulate,bfloat16,0,forward,1000,triton,0.5,0.004
-H100,modulate,bfloat16,0,forward,4000,torch,1.0,0.004
-H100,modulate,bfloat16,0,forward,4000,triton,1.5,0.004
+H100,modulate,bfloat16,0,forward,8000,torch,1.0,0.004
 H100,modulate,bfloat16,0,forward,9000,triton,1.5,0.004
 H100,joint_attention,bfloat16,64,forward,1000,torch,3.0,0.004
 H100,joint_attention,bfloat16,64,forward,1000,triton,2.0,0.004
@@ -386,6 +430,8 @@ def test_on_a_gpu_auto_takes_the_winner_and_says_once_why_it_does_not(h100, caps
         assert kernels.choose("torch", "modulate", x=OnGpu()) == "torch"
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "not measured on H100 in bfloat16" in told
+    h100.major = 8
+    assert kernels.choose("auto", "modulate", x=OnGpu()) == "triton"
     h100.major = 7
     assert kernels.choose("auto", "modulate", x=OnGpu()) == "torch"
     assert "older than compute capability 8.0" in capsys.readouterr().err
@@ -459,10 +505,12 @@ def test_the_bench_goes_on_in_a_line_of_its_own_behind_a_row_that_was_cut_off(tm
 
 
 def test_a_later_measurement_replaces_an_earlier_one(tmp_path):
-    for day, ms in ((1, 0.5), (2, 2.0)):
+    folders = [tmp_path / "their own", tmp_path / "ours"]
+    for day, ms, folder in zip((1, 2), (0.5, 2.0), folders):
+        folder.mkdir()
         rows = f"A,modulate,float16,0,forward,8,torch,1,0\nA,modulate,float16,0,forward,8,triton,{ms},0\n"
-        (tmp_path / f"A_{day}.csv").write_text(f"{HEADER}\n{rows}", encoding="utf-8")
-    assert kernels.read_results(tmp_path) == {
+        (folder / f"A_{day}.csv").write_text(f"{HEADER}\n{rows}", encoding="utf-8")
+    assert kernels.read_results(*folders) == {
         ("A", "modulate", "float16", 0, "forward", False): [(float("inf"), ("torch", "triton"))]}
 
 
@@ -486,10 +534,11 @@ def test_what_was_wrong_or_failed_where_it_was_measured_is_not_taken(tmp_path):
 @pytest.mark.parametrize("bad, reason", [
     (torch.zeros(2, 3, 4, dtype=torch.float64), "float64, the kernels take"),
     (torch.zeros(2, 3, 5, 4).transpose(2, 3), r"x \(2, 3, 4, 5\) has stride 4 in its last dim"),
+    (torch.zeros(8)[::2], "has stride 2 in its last dim"),
     (torch.zeros(1, 1, 1, 257), "head dim 257"),
     (torch.empty(1, 2 ** 20, 2 ** 11, device="meta"), "too many for 32-bit"),
     (torch.empty(1, 1, 1, 2 ** 11, device="meta").expand(1, 2 ** 14, 2 ** 6, 2 ** 11), "too many for 32-bit"),
-    (torch.empty(1, 2 ** 5, 2 ** 20, 2 ** 6, device="meta").transpose(1, 2), "too many for 32-bit"),
+    (torch.empty(1, 2 ** 5, 2 ** 20, 2 ** 6, device="meta").transpose(1, 2)[:, :9], "too many for 32-bit"),
     (torch.empty(2 ** 16, 1, 8, device="meta"), "x has 65536 pictures times heads, a GPU takes up to 65535"),
     (torch.empty(2 ** 14, 1, 4, 8, device="meta"), "65536 pictures times heads"),
 ])
@@ -595,9 +644,10 @@ def test_the_bench_counts_each_activation_that_goes_in_or_out_once(name, dtype):
 
 
 def test_without_gradients_the_measurement_of_the_forward_alone_counts(monkeypatch):
-    key = ("H100", "modulate", "bfloat16", 0, "forward", False)
-    monkeypatch.setattr(kernels, "MEASURED", {key: [(float("inf"), ("triton", "torch"))]})
+    key, ever = ("H100", "modulate", "bfloat16", 0), float("inf")
+    orders = dict(zip(bench.PASSES, (("triton", "torch"), ("torch", "triton")), strict=True))
+    monkeypatch.setattr(kernels, "MEASURED", {(*key, p, False): [(ever, o)] for p, o in orders.items()})
     x = torch.zeros(1, 10, 1, dtype=torch.bfloat16, requires_grad=True)
-    assert kernels.ranking("modulate", 0, {"x": x}, "H100")[0] == ()
+    assert kernels.ranking("modulate", 0, {"x": x}, "H100")[0] == ("torch", "triton")
     with torch.no_grad():
         assert kernels.ranking("modulate", 0, {"x": x}, "H100")[0] == ("triton", "torch")

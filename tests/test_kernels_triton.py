@@ -196,13 +196,11 @@ def test_slices_of_larger_activations_are_read_in_place():
 def test_tokens_whose_channels_lie_apart_are_copied_and_give_the_same():
     x, y, gate, shift, scale = modulation_inputs(2, 6, 32, torch.float32)
     pulls = torch.randn(2, 2, 6, 32, generator=seeded(1)).to(DEVICE)
-    apart = x.transpose(1, 2).contiguous().transpose(1, 2)          # as a convolution leaves its patches
-
-    def run(*a):
-        return gate_residual_modulate(*a, backend="triton")
-
-    for a, b in zip(*(gradients(run, (t, y, gate, shift, scale), pulls) for t in (x, apart))):
-        torch.testing.assert_close(a, b)
+    for run, inputs in ((gate_residual_modulate, (x, y, gate, shift, scale)), (modulate, (x, shift, scale))):
+        apart = [t.mT.contiguous().mT for t in inputs]              # as a convolution leaves its patches
+        found = [gradients(lambda *a: run(*a, backend="triton"), t, pulls) for t in (inputs, apart)]
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b)
 
 
 def test_under_autocast_the_residual_stream_stays_float32():
@@ -336,12 +334,28 @@ def test_a_softmax_that_chooses_one_key_is_as_exact_as_pytorch():
     compare(streams(1, 5, 40, size=10.0), None, floor=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")      # numpy's, of the rows beyond the end
+def test_where_all_scores_are_far_below_zero_the_keys_beyond_the_end_leave_no_trace():
+    x = [y + 5 * sign for y, sign in zip(streams(1, 3, 33), (1, -1, 0) * 2)]        # theirs would be 0
+    compare(x, None, floor=1e-4)
+
+
 def test_pictures_whose_text_is_wholly_masked_attend_to_the_image_alone():
     x, lengths = streams(2, 34, 33, 1), torch.tensor([0, 33], device=DEVICE)
     compare(x, norm_weights(32), lengths)
     out = joint_attention(*x, text_lengths=lengths, backend="triton")[1][:1]
     alone = joint_attention(None, None, None, *(y[:1] for y in x[3:]), backend="triton")[1]
     torch.testing.assert_close(out, alone)
+
+
+def test_lengths_may_lie_apart_and_one_beyond_the_text_is_all_of_it():
+    x, lengths = streams(2, 5, 6), torch.tensor([[7, 0], [3, 0]], device=DEVICE)[:, 0]
+    a, b = (joint_attention(*x, text_lengths=lengths, backend=way) for way in ("triton", "torch"))
+    torch.testing.assert_close(a, b)
+
+
+def test_without_text_queries_each_pictures_gradients_are_its_own():
+    compare(streams(2, 5, 33, text="dead"), norm_weights(32))
 
 
 def test_exchanging_the_streams_exchanges_the_outputs():
@@ -363,6 +377,8 @@ def test_autocast_gives_attention_in_half_precision_and_float32_gradients(kernel
     with torch.autocast(DEVICE, torch.bfloat16):
         out = kernel(*x, w, None, 1e-6)
         expected = joint_attention(*x, norm_weights=w, backend="torch")
+        _, alone = kernel(None, *x[1:], w, None, 1e-6)              # as in the last block
+    assert torch.equal(alone, out[1])
     for a, b in zip(out, expected):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.float(), b.float(), atol=5e-2, rtol=5e-2)
@@ -479,6 +495,16 @@ def test_joint_attention_runs_the_one_that_was_measured_to_be_fastest(fastest, m
     torch.testing.assert_close(got, joint_attention_reference(*x, w))
     first = [name for name in order if name != "torch"][0]
     assert ran == [{"triton": "joint_attention_triton", "triton+sdpa": "joint_attention_sdpa"}[first]]
+
+
+def test_the_kernels_take_the_eps_that_is_asked_for_and_refuse_weights_that_they_cannot_read():
+    x, w, (a, b, *vectors) = streams(1, 3, 5), norm_weights(32), modulation_inputs(1, 3, 32, torch.float32)
+    for call in (lambda way: joint_attention(*x, norm_weights=w, eps=1.0, backend=way),
+                 lambda way: modulate(a, *vectors[1:], eps=1.0, backend=way),
+                 lambda way: gate_residual_modulate(a, b, *vectors, eps=1.0, backend=way)):
+        torch.testing.assert_close(call("triton"), call("torch"))
+    with pytest.raises(ValueError, match="w_q_txt is torch.float64"):
+        joint_attention(*x, norm_weights=[t.double() for t in w], backend="triton")
 
 
 # ------------------------------------------------------------------ every backward, by differences in float64
@@ -665,6 +691,17 @@ def test_every_number_of_an_output_is_written(name):
         torch.use_deterministic_algorithms(False)
     for a, b in zip(found, expected):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradients_of_outputs_are_read_however_they_lie(name):
+    op, inputs = every_operation(1)[name]
+    out = op(*inputs)
+    out = [out] if torch.is_tensor(out) else list(out)
+    pulls = [torch.randn(o.shape, generator=seeded(0)).to(o) for o in out]
+    apart = [p.mT.contiguous().mT for p in pulls]
+    for a, b in zip(*(torch.autograd.grad(out, inputs, p, retain_graph=True) for p in (apart, pulls))):
+        assert torch.equal(a, b)
 
 
 def far_apart(B, *shape):

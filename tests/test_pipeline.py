@@ -421,7 +421,7 @@ PASSES = st.lists(st.lists(st.integers(0, 4), unique=True, max_size=5).map(sorte
 @given(PASSES)
 def test_streamed_blocks_may_be_left_out_in_any_pattern_and_only_two_are_on_the_device(passes):
     torch.manual_seed(0)
-    blocks = nn.ModuleList(nn.Linear(3 + (i == 2), 3 + (i == 1)) for i in range(5)).requires_grad_(False)
+    blocks = nn.ModuleList(nn.Linear(3 + 99 * (i == 2), 3 + (i == 1)) for i in range(5)).requires_grad_(False)
     plain, stream = copy.deepcopy(blocks), offload.BlockStream(blocks, "cpu")
     home = [b.weight.data_ptr() for b in blocks]
     assert all(torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias) for a, b in zip(blocks, plain))
@@ -432,6 +432,7 @@ def test_streamed_blocks_may_be_left_out_in_any_pattern_and_only_two_are_on_the_
                 assert torch.equal(blocks[i](x), plain[i](x))
         assert len(stream.places) == 2 and all(len(p) == max(map(len, stream.home)) for p in stream.places)
     assert stream.places is None and home == [b.weight.data_ptr() for b in blocks]
+    assert torch.equal(blocks[0](x := torch.randn(2, 3)), plain[0](x))
 
 
 class Timeline:
@@ -538,6 +539,7 @@ def test_published_models_are_predicted_to_fit_24_16_and_12_gigabytes(name, most
     for flag, limits in most.items():
         needs = offload.need(offload.preset_configs(name), height=1024, width=1024, int8=flag == "int8")
         peaks = [needs["peak"][mode] / 1e9 for mode in offload.MODES]
+        assert needs["weights"]["t5"] < (5.1e9 if flag == "int8" else 9.6e9)
         assert all(p < limit for p, limit in zip(peaks, limits)) and peaks == sorted(peaks, reverse=True)
     mmdit = {"sd3-medium": 2_028_328_000, "sd3.5-medium": 2_243_171_520, "sd3.5-large": 8_056_627_520}
     assert needs["parameters"] == {
@@ -601,11 +603,15 @@ def test_what_main_memory_has_no_room_for_is_told_with_what_each_flag_makes_of_i
 
 def test_t5_visits_block_by_block_so_that_no_mode_but_none_has_all_of_it_on_the_card():
     t5 = T5Config(1000, 64, 8, 2, 32, 256)
-    whole, one = (offload.need(SMALL | {"t5": T5Config(1000, 64, n, 2, 32, 256)}, height=64, width=64)
-                  for n in (8, 2))                              # the first block comes with the embeddings
+    wide = dict(width=256, heads=8, ffn=2048)                   # more than the transformer with its work
+    whole, one, none = (
+        offload.need(SMALL | {"t5": dataclasses.replace(t5, layers=n, **wide)}, height=64, width=64)
+        for n in (8, 2, 1))                                     # the first block comes with the embeddings
     assert one["weights"]["t5"] < 0.4 * whole["weights"]["t5"] and offload.waiting(whole, "text") == sum(
         whole["weights"][name] for name in offload.ENCODERS)
-    assert all(whole["peak"][mode] == one["peak"][mode] for mode in ("text", "model", "block"))
+    block = one["weights"]["t5"] - none["weights"]["t5"]
+    assert all(whole["peak"][mode] == one["peak"][mode] == none["peak"][mode] + block
+               for mode in ("text", "model", "block"))
     encoder, there = T5Encoder(t5).requires_grad_(False), []
     expected = encoder(torch.arange(6)[None])
     blocks = encoder.encoder.block
@@ -925,6 +931,19 @@ def test_the_two_places_are_filled_after_earlier_work_and_freed_after_the_last_c
     assert waited[1:] == [(main, side)]         # and give away what the last copy still fills
 
 
+def test_without_encoders_the_transformer_takes_the_same():
+    parts = {name: SMALL[name] for name in ("mmdit", "vae")}
+    alone, whole = (offload.need(configs, height=64, width=64) for configs in (parts, SMALL))
+    assert alone["work"]["mmdit"] == whole["work"]["mmdit"] and "clip_l" not in alone["weights"]
+    weights, work, peak = alone["weights"], alone["work"], alone["peak"]
+    assert peak["none"] == peak["text"] == sum(weights.values()) + max(work.values()) + offload.OVERHEAD
+    assert peak["model"] == max(weights[part] + work[part] for part in parts) + offload.OVERHEAD
+    blocks = [sum(t.nbytes for t in offload.tensors_of(block.bfloat16()))
+              for block in MMDiT(SMALL["mmdit"]).joint_blocks]
+    two = weights["mmdit"] - sum(blocks) + 2 * max(blocks)
+    assert peak["block"] == two + work["mmdit"] + offload.OVERHEAD
+
+
 def test_in_main_memory_is_what_waits_there_and_locked_blocks_as_powers_of_two():
     needs = offload.need(SMALL, height=64, width=64)
     blocks = [sum(t.nbytes for t in offload.tensors_of(block.bfloat16()))
@@ -964,6 +983,19 @@ def test_a_block_that_fails_goes_home():
     with pytest.raises(RuntimeError), stream:
         blocks[1](torch.zeros(1, 4))
     assert home == [t.data_ptr() for t in blocks.parameters()]
+    offload.visit_when_called(blocks, "cpu")
+    blocks.forward = lambda x: blocks[0](x)
+    assert blocks(torch.zeros(1, 3)).shape == (1, 3)
+    with pytest.raises(RuntimeError):
+        blocks(torch.zeros(1, 4))
+    assert home == [t.data_ptr() for t in blocks.parameters()]
+
+
+def test_blocks_of_an_odd_number_of_bytes_are_streamed_too():
+    block, x = int8.Int8Linear(nn.Linear(3, 3).requires_grad_(False)), torch.randn(2, 3)
+    expected = block(x)
+    with offload.BlockStream([block], "cpu"):
+        assert torch.equal(block(x), expected)
 
 
 def test_full_main_memory_is_known_by_the_words_of_each_system():
