@@ -195,7 +195,7 @@ class Log:
 
     def add(self, state, bad, loss, norm, rate, parts) -> None:
         scalars = {k: v for k, v in parts.items() if k != "by_t"}
-        numbers = [loss.detach(), norm, bad, state.in_a_row.clone(), *scalars.values()]
+        numbers = [loss.detach(), norm, bad, state.in_a_row, *scalars.values()]
         numbers = torch.cat([torch.stack([x.float() for x in numbers]), parts.get("by_t", loss.new_empty(0))])
         self.pending.append((state.step, rate, list(scalars), numbers))
         self.bar.total = state.total

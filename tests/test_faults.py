@@ -9,6 +9,7 @@ import builtins
 import csv
 import errno
 import io
+import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -63,14 +65,14 @@ def miniature(run, spoil=lambda step, loss: loss):
     return stages.Stage("flow", model, loss, ema=True)
 
 
-def run_miniature(folder, spoil=lambda step, loss: loss, preview=None, **changes):
+def run_miniature(folder, spoil=lambda step, loss: loss, preview=None, share=1.0, **changes):
     """What train.main does around `fit`, in the current process; the weights go to weights.pt's place."""
     torch.set_num_threads(1)
     run = training.Run(TrainConfig(**QUICK | changes, out=str(folder)), Path(folder))
     stage = miniature(run, spoil)
     stage.preview = preview and (lambda step: preview(run, step) or (lambda: None))
     with sole_writer(folder), run.stop, run.stop.later():
-        fit(run, stage)
+        fit(run, stage, share)
         save_tensors(Path(folder, "done.safetensors"), stage.model.state_dict(), {})
 
 
@@ -226,6 +228,35 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint_and_the_way_on(straight,
     assert_equal(straight, folder)
 
 
+def test_once_training_ends_signals_do_what_they_did_before_and_in_a_thread_they_always_do():
+    def handlers():
+        return [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+
+    def inside():
+        with watch.Stop():
+            return handlers()
+
+    before = handlers()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(inside).result() == before != inside()
+    with pytest.raises(watch.Stopped), watch.Stop():
+        signal.raise_signal(signal.SIGTERM)
+    assert handlers() == before
+
+
+def test_a_wish_to_stop_waits_as_long_as_something_is_at_stake_and_no_longer():
+    reached = []
+    with pytest.raises(watch.Stopped), watch.Stop() as stop, stop.later():
+        signal.raise_signal(signal.SIGTERM)
+        reached.append("its end")
+    with pytest.raises(watch.Stopped), watch.Stop() as stop:
+        with stop.later():
+            reached.append("its end")
+        signal.raise_signal(signal.SIGTERM)
+        reached.append("too far")
+    assert reached == ["its end"] * 2
+
+
 def pauses(run, step):
     """Stands in for a preview: in the middle of a step, and as long as it takes until `go` appears."""
     if not Path(run.folder, "busy").exists():
@@ -313,6 +344,7 @@ def test_a_sample_grid_that_fails_costs_no_training_and_comes_after_the_save(
     monkeypatch.setattr(training, "plot_run", blank)
     run_miniature(tmp_path / "run", preview=fails, preview_every=20, save_every=20)
     assert there == [[20], [20]] and told in capsys.readouterr().out        # the 40th step is the last
+    assert (tmp_path / "run" / "loss.png").exists()
     assert_equal(straight, tmp_path / "run")
 
 
@@ -400,11 +432,16 @@ def test_metrics_wait_for_a_disk_that_refuses_everything_and_each_such_time_is_r
     def refused(*_, **__):
         raise OSError(30, "Read-only file system")
 
+    def torn(*args, real=open, **how):
+        with real(*args, **how) as f:
+            f.write("flow,")                                    # there was room for that
+        raise OSError(28, "No space left on device")
+
     for step in range(1, 7):
         with pytest.MonkeyPatch.context() as patch:
             if step % 3:
-                patch.setattr(builtins, "open", refused)
-                patch.setattr(watch.os, "truncate", refused)
+                patch.setattr(builtins, "open", torn if step == 5 else refused)
+                patch.setattr(watch.os, "truncate", os.truncate if step == 5 else refused)
             if step == 2:
                 patch.setattr(Path, "stat", refused)
             log.write([{"stage": "flow", "step": step}])
@@ -438,6 +475,19 @@ def test_a_wish_to_stop_that_cannot_be_saved_is_no_success(tmp_path):
     assert wait(process) == 2 and "could not be saved" in said.read_text()
 
 
+@POSIX
+def test_nor_is_one_of_which_only_an_earlier_state_was_saved(tmp_path, monkeypatch):
+    def fills(self, state, facts, real=training.Saver.save):
+        if state.step > 16:
+            raise OSError(28, "No space left on device")
+        real(self, state, facts)
+
+    monkeypatch.setattr(training.Saver, "save", fills)
+    with pytest.raises((OSError, watch.Stopped), match="stopped at step 21 of flow, which could not"):
+        run_miniature(tmp_path, partial(signals_itself, signal.SIGTERM), save_every=8)
+    assert steps_of(tmp_path) == [8, 16]
+
+
 # --------------------------------------------------------------------------------------------------- numbers
 
 def bad_at(steps, value):
@@ -467,9 +517,10 @@ def test_a_bad_step_is_skipped_counted_and_leaves_no_trace(tmp_path, capsys, val
     assert all(p.isfinite().all() for p in load_tensors(tmp_path / "done.safetensors")[0].values())
 
 
-def test_moments_and_their_step_count_stay_when_a_step_is_skipped():
+@pytest.mark.parametrize("fused", [True, False])        # on MPS it is not
+def test_moments_and_their_step_count_stay_when_a_step_is_skipped(fused):
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
     for bad in (0, 1, 0):
         before = [weight.detach().clone()] + [v.clone() for v in optimizer.state[weight].values()]
         weight.grad = torch.full((3,), torch.nan if bad else 0.5)
@@ -505,28 +556,58 @@ def test_ten_bad_steps_in_a_row_go_back_to_the_last_healthy_checkpoint_with_half
     assert rates[17] == pytest.approx(rates[16] / 2, rel=0.15)  # warm-up is over, decay is not yet
 
 
+@POSIX
+@pytest.mark.parametrize("first, save_every, kept", [(18, 8, [16]), (12, 1000, [])])
+def test_what_was_saved_amid_bad_steps_is_nothing_to_go_back_to(tmp_path, first, save_every, kept):
+    spoil, tried = bad_at(range(first, 99), float("nan")), []
+    with pytest.raises(watch.Stopped):
+        run_miniature(tmp_path, lambda *now: signals_itself(signal.SIGTERM, now[0], spoil(*now)),
+                      save_every=save_every)
+    assert steps_of(tmp_path) == [*kept, 21]
+
+    def cut_once_it_went_back(step, loss):
+        tried.append(step)
+        return power_cut(17 if kept else None)(step, spoil(step, loss))
+
+    with pytest.raises(KeyboardInterrupt if kept else FloatingPointError) as ended:
+        run_miniature(tmp_path, cut_once_it_went_back, save_every=save_every)
+    assert tried == [*range(21, 40), *(k for k in (16, 17) if kept)]
+    assert steps_of(tmp_path) == kept if kept else "no checkpoint is older" in str(ended.value)
+
+
 def test_twelve_bad_steps_that_are_over_when_they_are_read_are_only_skipped(tmp_path, capsys):
     run_miniature(tmp_path, bad_at(range(22, 34), float("nan")), save_every=8)
     assert "going back" not in capsys.readouterr().out
     assert [int(r["step"]) for r in rows_of(tmp_path) if r["skipped"]] == list(range(23, 35))
 
 
-def test_weights_that_are_not_finite_at_the_end_are_no_result(tmp_path):
+@pytest.mark.parametrize("ema", [True, False])
+def test_weights_that_are_not_finite_at_the_end_are_no_result(tmp_path, monkeypatch, ema):
+    monkeypatch.setattr(stages, "Stage", lambda *parts, real=stages.Stage, **_: real(*parts, ema=ema))
     with pytest.raises(FloatingPointError, match="not finite at its end.*--flow-rate"):
         run_miniature(tmp_path, flow_rate=1e39, flow_steps=1)
     assert not (tmp_path / "done.safetensors").exists()
 
 
-def test_bad_steps_before_the_first_checkpoint_go_back_to_the_very_start(tmp_path):
+def test_bad_steps_before_the_first_checkpoint_go_back_to_the_very_start(tmp_path, monkeypatch):
+    """There is none yet, or the disk has been full so far."""
     tried = []
+
+    def full(self, state, facts):
+        raise OSError(28, "No space left on device")
+
+    def early(step, loss):                                      # no spike there, not the second time either
+        return loss * 20 if step < 2 else loss
 
     def spoil(step, loss):
         tried.append(step)
-        return loss * float("nan") if step >= 3 and tried.count(3) < 2 else loss
+        return loss * float("nan") if step >= 29 and tried.count(29) < 2 else early(step, loss)
 
-    run_miniature(tmp_path / "a", spoil, save_every=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Saver, "save", full)
+        run_miniature(tmp_path / "a", spoil, save_every=8)
     half = dict(flow_rate=TrainConfig.flow_rate / 2, muon_rate=TrainConfig.muon_rate / 2)
-    run_miniature(tmp_path / "b", **half, save_every=1000)
+    run_miniature(tmp_path / "b", early, **half, save_every=1000)
     assert_equal(tmp_path / "a", tmp_path / "b")
 
 
@@ -565,8 +646,28 @@ def test_every_step_tells_its_losses_by_t_and_every_hundredth_its_largest_logit(
     assert [r["step"] for r in rows if r["max_logit"]] == ["1"]
     for row in rows:
         told = [float(row[f"t{i}"]) for i in range(8) if row[f"t{i}"]]
-        assert told and min(told) <= float(row["loss"]) * 1.001 and max(told) >= float(row["loss"]) * 0.999
+        assert min(told) <= float(row["loss"]) * 1.001 and max(told) >= float(row["loss"]) * 0.999
+        assert len(told) <= 4                                   # of four samples
     assert all(float(r["samples_per_s"]) > 0 for r in watch.read_metrics(straight / "metrics.csv"))
+
+
+def test_the_log_tells_how_fast_it_goes_and_how_long_it_will(tmp_path, monkeypatch, capsys):
+    """Resumed at step 100, 20 steps of half a second, then 20 of a second, at which the loss has fallen. The
+    tenth of each is bad, which is told and does not count."""
+    clock, state = [0.0], SimpleNamespace(stage="flow", step=100, total=200, in_a_row=torch.zeros(()))
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    log, one = watch.Log(tmp_path, state, batch=8), torch.ones(())
+    for state.step in range(101, 141):
+        early, bad = state.step <= 120, state.step % 20 == 10
+        clock[0] += 0.5 if early else 1.0
+        log.add(state, bad * one, one * (math.nan if bad else 1 + early), one, 0.1, {})
+    log.bar.close()
+    rows = watch.read_metrics(tmp_path / "metrics.csv")
+    assert [float(row["samples_per_s"]) for row in rows] == [16] * 20 + [8] * 20
+    first, second, last = capsys.readouterr().out.strip().splitlines()
+    assert first.endswith("1 so far") and second.endswith("2 so far")
+    assert last == "flow    140/200  loss 1.8000  grad 1  750 ms a step  0:45 left in this stage"
 
 
 def test_losses_by_t_are_means_over_eight_equal_parts():
@@ -659,19 +760,22 @@ def test_what_a_console_or_file_cannot_hold_is_said_in_other_signs(monkeypatch):
 def test_output_that_nobody_reads_any_more_ends_nothing_on_any_system(system, error, ends, tmp_path,
                                                                       monkeypatch):
     class Closed(io.StringIO):
-        def write(self, text):
+        def write(self, *text):
             raise error
+
+        flush = write
 
     with open(tmp_path / "pipe", "w") as pipe:
         stream = Closed()
         stream.fileno = pipe.fileno
         with monkeypatch.context() as patch:
             patch.setattr(os, "name", system)
-            try:
-                watch.Lasting(stream).write("said")
-                assert not ends
-            except OSError as e:
-                assert ends and e is error
+            for say in (lambda to: to.write("said"), lambda to: to.flush()):
+                try:
+                    say(watch.Lasting(stream))
+                    assert not ends
+                except OSError as e:
+                    assert ends and e is error
 
 
 @pytest.mark.parametrize("out", ["file/run", "file"])
@@ -713,12 +817,36 @@ def test_time_is_planned_after_an_interruption_too_and_again_until_the_rate_fall
         clock[0] += 0.1 if step < 100 else 0.05
         return power_cut(cut)(step, loss)
 
-    how = dict(minutes=minutes, flow_steps=5000, save_every=20)
+    how = dict(minutes=2 * minutes, share=0.5, flow_steps=5000, save_every=20)
     with pytest.raises(KeyboardInterrupt):                      # before its first plan
         run_miniature(tmp_path, partial(taking_time, cut=21), **how)
     began = clock[0]
     run_miniature(tmp_path, taking_time, **how)
     assert least <= int(rows_of(tmp_path)[-1]["step"]) <= most and clock[0] - began < 60 * minutes
+
+
+@pytest.mark.parametrize("begun, total, decay, seconds, steps, expected", [
+    (0, 5000, 0.4, 125, 30, 1000),                              # 3.75 seconds are gone, 970 more steps fit
+    (0, 5000, 0.4, 125, 300, 1521), (0, 1200, 0.4, 125, 300, 1200),         # it has become faster
+    (0, 5000, 0.4, 4, 30, 60), (0, 5000, 1, 125, 30, 1000),     # two more would fit; the rate falls at once
+    (500, 1000, 0.4, 12.5, 30, 600), (700, 1000, 0.4, 12.5, 30, 1000)])     # it has begun to fall before
+def test_a_plan_fills_the_time_after_a_resume_too_and_its_end_is_fixed_once_the_rate_falls(
+        begun, total, decay, seconds, steps, expected, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    plan = training.Plan(total, begun, decay, seconds)
+    for step in range(begun + 1, begun + steps + 1):
+        clock[0] += 1 / 8 if step - begun <= 100 else 1 / 16
+        total = plan.total(step, total)
+    assert total == expected
+
+
+def test_ranks_do_as_many_steps_as_the_slowest_of_them_has_time_for(tmp_path, monkeypatch):
+    """Another rank, for which this stands in, has time for 5: else one would wait for the other."""
+    monkeypatch.setattr(training.parallel.Ranks, "most", lambda self, *own: [
+        max(pair) for pair in zip(own, (0, 0, -5))])
+    run_miniature(tmp_path, save_every=1000)
+    assert len(rows_of(tmp_path)) == 5
 
 
 def test_a_checkpoint_without_a_usable_neighbour_is_an_error_and_no_new_start(tmp_path):

@@ -150,6 +150,14 @@ def test_a_cache_that_was_made_ahead_is_what_the_run_would_have_made(finished, t
         assert all(torch.allclose(a[k].float(), b[k].float(), rtol=0.01, atol=1e-3) for k in a)
 
 
+def test_a_cache_of_drawings_holds_as_many_as_a_run_learns_from_by_default(finished, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "encode_all", lambda run, *_: told.append(run.config))
+    training.main(["cache", *flags_of(run=finished, data="drawn", seed=7, device="cpu")])
+    assert [(c.pictures, c.seed, c.size) for c in told] == [(TrainConfig.pictures, 7, 64)]
+
+
 def test_a_cache_that_nobody_named_never_takes_the_place_of_another(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for there in ("a", "b"):
@@ -237,6 +245,26 @@ def test_a_run_knows_from_its_cache_what_it_learns(finished, tmp_path, monkeypat
     assert "--buckets True contradicts made" in refused([*phase, "--buckets"], capsys)
     Path("mine").rename("moved")
     assert parse([*phase, "--data", "moved"])[0].data == str(Path("moved").resolve())
+
+
+def test_pictures_are_opened_up_to_the_number_asked_for_and_those_that_cannot_be_are_told(tmp_path):
+    pictures = fill(tmp_path / "mine", 8)
+    (pictures / "1.txt").write_text("")                         # skipped when listed; the other, when opened
+    (pictures / "2.png").write_bytes(b"no picture")
+    survey, words, *_ = training.list_data(TrainConfig(data=str(pictures), size=32))
+    assert len(survey.entries) == 6 and {name for name, _ in words.skipped} == {"1.png", "2.png"}
+    survey, *_ = training.list_data(TrainConfig(data=str(pictures), size=32, pictures=4))
+    assert len(survey.entries) + len(survey.skipped) == 4
+    for path in pictures.glob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="unusable"):
+        training.list_data(TrainConfig(data=str(pictures), size=32, pictures=1))
+
+
+def test_prompts_of_sample_grids_come_from_all_over_a_cache(finished):
+    c = TrainConfig(cache=str(finished / "cache"), origin=str(finished))
+    cache, words = Cache(c.cache), training.list_data(c)[1]
+    assert len(cache) == 48 and words.captions == [tuple(cache.texts(i)) for i in range(0, 48, 6)]
 
 
 def test_two_processes_cannot_write_one_cache(finished, tmp_path, capsys):
@@ -510,6 +538,7 @@ def test_bad_input_of_a_cache_or_a_second_phase_is_one_line_that_names_the_remed
     assert "no finished run" in refused(["--from", tmp_path], capsys)
     assert "does not exist" in refused(["--from", "sd3.5_large.safetensors", "--cache", "c"], capsys)
     assert "contradicts" in refused(["--from", finished, "--model", "d15"], capsys)
+    assert "contradicts" in refused(["--from", finished, "--vae-channels", "8"], capsys)
     assert "no such folder" in refused(["--from", finished, "--data", "gone"], capsys)
     assert "index.json" in refused(["--cache", "somewhere"], capsys)
     assert "index.json" in refused(["--from", finished, "--cache", "somewhere"], capsys)
@@ -533,7 +562,9 @@ def test_a_cache_of_other_encoders_is_refused_by_both_names(finished, tmp_path, 
 
 @pytest.mark.parametrize("settings, words", [
     (dict(clip_length=-3), "clip_length is -3"), (dict(clip_length=1), "clip_length is 1"),
-    (dict(t5_length=100_000), "t5_length is 100000"), (dict(size=100_000), "size is 100000"),
+    (dict(t5_length=513), "t5_length is 513"), (dict(size=4112), "size is 4112"),
+    (dict(text_drop=1.0), "must lie in"), (dict(ema=1.0), "must lie in"), (dict(decay=1.1), "must lie in"),
+    (dict(synthetic=1.1), "must lie in"), (dict(shift=0.0), "shift"), (dict(seed=2**31), "seed is"),
     (dict(minutes=math.nan), "must be finite"), (dict(minutes=-5), "minutes is -5"),
     (dict(muon_rate=-1), "muon_rate is -1"), (dict(vae_critic=-0.1), "vae_critic is -0.1"),
     (dict(shift=math.inf), "must be finite"), (dict(flow_rate=math.inf), "must be finite"),
@@ -542,6 +573,12 @@ def test_a_cache_of_other_encoders_is_refused_by_both_names(finished, tmp_path, 
 def test_settings_of_the_wrong_kind_or_size_are_refused_by_name(settings, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(**settings)
+
+
+def test_settings_may_be_as_large_and_small_as_the_messages_say():
+    for bound in (dict(clip_length=2, t5_length=512, size=4096, seed=2**31 - 1),
+                  dict(text_drop=0, ema=0, decay=1, synthetic=1), dict(decay=0, synthetic=0)):
+        assert dataclasses.asdict(TrainConfig(**bound)).items() >= bound.items()
 
 
 def test_settings_from_python_may_be_paths_and_whole_numbers(tmp_path):
@@ -560,6 +597,7 @@ def test_going_on_from_python_is_as_strict_as_the_command(finished, tmp_path):
     same = TrainConfig(**read_json(run / "config.json") | {"out": run})
     for change, words in ((dict(shift=1.0), "--shift 1.0 contradicts"), (dict(seed=9), "--seed 9 cont"),
                           (dict(data="emoji"), "--data emoji contradicts"), (dict(out=""), "needs `out`"),
+                          (dict(t5_length=2), "--t5-length 2 contradicts"),
                           (dict(out=str(tmp_path / "none")), "config.json is missing")):
         with pytest.raises(ValueError, match=words):
             train(dataclasses.replace(same, **change), resume=True)
@@ -750,14 +788,14 @@ def test_encoders_that_cannot_be_used_are_refused_before_they_are_written_down(
         ["--resume", "--out", shutil.copytree(finished, tmp_path / "own"), "--encoders", published], capsys)
 
 
-def test_published_weights_learn_on_from_where_they_are(encoded, odd, finished, tmp_path):
+def test_published_weights_learn_on_from_where_they_are(encoded, odd, finished, tmp_path, monkeypatch):
     """With no rate they stay as they are, bit by bit, also in a second phase, and first losses are theirs;
     interrupted and resumed is as good as straight through."""
     published = odd / "small.safetensors"
     flags = ["--from", str(odd), "--cache", str(encoded[0]), "--encoders", str(odd), *flags_of(
         flow_steps=4, flow_batch=4, save_every=2, preview_every=0, device="cpu", dtype="float32")]
     config, _ = parse([*flags, "--out", str(tmp_path / "still"), "--flow-rate", "1e-30"])
-    assert config.shift == 1 and config.muon_rate == 0 and config.encoders == str(odd)
+    assert (config.shift, config.muon_rate, config.minutes, config.encoders) == (1, 0, 0, str(odd))
     start, still = load_mmdit(published, dtype=torch.float32), load_part(train(config), "mmdit")
     assert still.config == start.config
     assert all(torch.equal(p, still.state_dict()[k]) for k, p in start.state_dict().items())
@@ -771,7 +809,8 @@ def test_published_weights_learn_on_from_where_they_are(encoded, odd, finished, 
         with pytest.raises(KeyboardInterrupt):
             train(*parse([*flags, "--out", str(tmp_path / "cut"), "--flow-rate", "1e-3"]))
     moved = str(shutil.copytree(odd, tmp_path / "moved"))
-    there = ["--from", moved, "--encoders", moved]
+    monkeypatch.chdir(tmp_path)
+    there = ["--from", "moved", "--encoders", "moved"]
     resumed = train(*parse(["--resume", "--out", str(tmp_path / "cut"), *there]))
     assert (resumed / "mmdit.safetensors").read_bytes() == (straight / "mmdit.safetensors").read_bytes()
     told = read_json(resumed / "config.json")
