@@ -320,7 +320,7 @@ def tally(jobs, found):
             result[key][task] = value
         result["chance"][task] = chance(task, [found[i] for i in chosen])
     for key, by_task in result.items():
-        values = [v for v in by_task.values() if v is not None]
+        values = list(by_task.values())
         total = math.hypot(*values) if key == "error" else sum(values)
         by_task["overall"] = total / len(values) if values else None
 

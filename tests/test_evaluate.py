@@ -307,6 +307,8 @@ def test_a_position_is_that_of_the_first_thing_named():
     turned = asked("position", ("ring", None, 1), ("star", None, 1), relation="left of")
     assert judge([star, ring], turned) == (False, False, "ring is not left of star")
     assert judge([star], wanted)[2] == "expected 1 ring, found 0; nothing for star to be left of"
+    of_both, far = asked("position", ("star", None, 1), ("ring", None, 2), relation="left of"), (0.5, 0.05)
+    assert [judge([star, ring, at("ring", "red", x, 0.5)], of_both)[0] for x in far] == [True, False]
 
 
 # --- Scores -----------------------------------------------------------------------------------------------
@@ -358,6 +360,21 @@ def test_shares_count_what_they_name():
     assert (trained["seen"], trained["unseen"], trained["score"]["colors"]) == (1, 0, 0.9)
 
 
+def test_single_objects_and_pairs_are_counted_in_all_their_tasks_and_a_colour_is_that_of_the_surest_object():
+    def tally(*tasks, found):
+        jobs = evaluate.requests(10, tasks, per_prompt=1)
+        return evaluate.tally(jobs, [found(job.metadata) for job in jobs])
+
+    def right(m):
+        return [at(c["class"], c.get("color", "red"), 0.2, 0.2) for c in m["include"]]
+
+    half = tally("single_object", "colors", found=lambda m: right(m) if m["tag"] == "colors" else [])
+    assert half["shape"] == 0.5 and half["colour"] == 1
+    half = tally("colors", "color_attr", found=lambda m: right(m) if m["tag"] == "colors" else [])
+    assert half["seen"] == half["unseen"] == 0.5
+    assert tally("colors", found=lambda m: [at("star", "teal", 0.7, 0.7), *right(m)])["colour"] == 0
+
+
 def test_prompts_and_seeds_depend_neither_on_n_nor_on_the_other_tasks():
     def asked(**options):
         return [(r["task"], r["prompt"], r["seed"]) for r in score(painter, **options)["records"]]
@@ -379,9 +396,10 @@ def test_bad_requests_are_refused(options, message):
         score(painter, **options)
 
 
-def test_a_missing_picture_is_noticed():
-    with pytest.raises(ValueError, match="one each"):
-        score(lambda prompts, seeds: painter(prompts[1:], seeds), n=1)
+def test_a_missing_picture_and_one_too_many_are_noticed():
+    for given in (lambda prompts: prompts[1:], lambda prompts: prompts * 2):
+        with pytest.raises(ValueError, match="one each"):
+            score(lambda prompts, seeds: painter(given(prompts), seeds), n=1)
 
 
 # --- Chance, truth and other worlds -----------------------------------------------------------------------
@@ -437,6 +455,14 @@ def test_confusions_lie_on_the_diagonal_for_true_drawings_and_beside_it_for_othe
     assert all(set(row) <= {"red", "none"} for row in seen["colour"].values())
     assert all(set(row) <= {"0", "1"} for row in seen["count"].values())
     assert all(set(row) == {"none"} for row in seen["relation"].values())
+    three = asked("counting", ("star", None, 3))
+    for n, told in ((5, "5"), (6, "more")):
+        assert evaluate.confusions(three, [at("star", "red", 0.2, 0.2)] * n) == [("count", "3", told)]
+    ring = at("ring", "red", 0.5, 0.5)
+    for place, told in (((0.1, 0.1), "left of"), ((0.5, 0.1), "above")):        # diagonally it is both
+        wanted = asked("position", ("star", None, 1), ("ring", None, 1), relation="left of")
+        found = [at("star", "red", *place), ring]
+        assert evaluate.confusions(wanted, found) == [("relation", "left of", told)]
 
 
 @pytest.mark.parametrize("task, count", [("single_object", 7), ("two_object", 12), ("counting", 7 + 2),
@@ -476,7 +502,8 @@ PLACED = {"class": "ring", "count": 1, "position": ["left of", 0]}
     {"prompt": "a", "tag": "single_object", "include": [CLAUSE | {"class": ["star"]}]},
     {"prompt": "a", "tag": "single_object", "include": [CLAUSE | {"count": "1"}]},
     {"prompt": "a", "tag": "single_object", "include": [CLAUSE | {"count": True}]},
-    {"prompt": "a", "tag": "counting", "include": [CLAUSE | {"count": 9}]},
+    {"prompt": "a", "tag": "counting", "include": [CLAUSE | {"count": 5}]},
+    {"prompt": "a", "tag": "counting", "include": [CLAUSE | {"count": 0}]},
     {"prompt": "a", "tag": "colors", "include": [CLAUSE]},
     {"prompt": "a", "tag": "colors", "include": [CLAUSE | {"color": "teal"}]},
     {"prompt": "a", "tag": "colors", "include": [CLAUSE | {"color": ["red"]}]},
