@@ -235,6 +235,7 @@ def test_half_precision_is_rounded_only_on_the_way_out(dtype, tolerance):
     out = modulate(x, shift, scale)
     assert out.dtype == dtype
     assert_close(out, exact_modulate(x, shift, scale), tolerance)
+    assert torch.equal(out, modulate(x.float(), shift.float(), scale.float()).to(dtype))
     h, modulated = gate_residual_modulate(x, y, gate, shift, scale)
     assert h.dtype == modulated.dtype == dtype
 
@@ -544,6 +545,11 @@ def test_what_was_wrong_or_failed_where_it_was_measured_is_not_taken(tmp_path):
 ])
 def test_tensors_that_no_kernel_takes_are_refused_with_the_reason(bad, reason):
     assert re.search(reason, adaln.triton_refuses({"nothing": None, "x": bad}))
+
+
+def test_the_largest_that_a_kernel_takes_is_not_refused():
+    for largest in (torch.empty(1, 1, 1, 256), torch.empty(2 ** 16 - 1, 1, 8, device="meta")):
+        assert adaln.triton_refuses({"x": largest}) is None
 
 
 def test_a_smoke_run_of_the_bench_is_kept_out_of_the_results(capsys):

@@ -217,6 +217,14 @@ def test_under_autocast_the_residual_stream_stays_float32():
     assert [g.dtype for g in grads] == [t.dtype for t in leaves]
 
 
+def test_a_sum_of_two_dtypes_has_the_one_that_pytorch_gives_it():
+    x, y, *vectors = modulation_inputs(1, 3, 32, torch.float32)
+    got, expected = (gate_residual_modulate(x.bfloat16(), y, *vectors, backend=way)
+                     for way in ("triton", "torch"))
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b)                        # of the dtype, too
+
+
 def test_two_runs_give_the_same_bits():
     inputs = modulation_inputs(2, 40, 64, torch.float32)
     pulls = torch.randn(2, 2, 40, 64, generator=seeded(1)).to(DEVICE)
