@@ -9,6 +9,7 @@ import contextlib
 import csv
 import math
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -505,14 +506,25 @@ def test_joint_attention_runs_the_one_that_was_measured_to_be_fastest(fastest, m
     assert ran == [{"triton": "joint_attention_triton", "triton+sdpa": "joint_attention_sdpa"}[first]]
 
 
-def test_the_kernels_take_the_eps_that_is_asked_for_and_refuse_weights_that_they_cannot_read():
-    x, w, (a, b, *vectors) = streams(1, 3, 5), norm_weights(32), modulation_inputs(1, 3, 32, torch.float32)
-    for call in (lambda way: joint_attention(*x, norm_weights=w, eps=1.0, backend=way),
-                 lambda way: modulate(a, *vectors[1:], eps=1.0, backend=way),
-                 lambda way: gate_residual_modulate(a, b, *vectors, eps=1.0, backend=way)):
-        torch.testing.assert_close(call("triton"), call("torch"))
+def test_the_kernels_take_the_eps_that_is_asked_for_in_both_passes():
+    x, w, pulls = streams(1, 3, 5), norm_weights(32), torch.randn(2, 1, 1, 1, 32, generator=seeded(1))
+    a, b, *vectors = modulation_inputs(1, 3, 32, torch.float32)
+    calls = [(x, lambda way, *y: joint_attention(*y, norm_weights=w, eps=1.0, backend=way)),
+             ([a, *vectors[1:]], lambda way, *y: modulate(*y, eps=1.0, backend=way)),
+             ([a, b, *vectors], lambda way, *y: gate_residual_modulate(*y, eps=1.0, backend=way))]
+    for inputs, call in calls:
+        pull = pulls if inputs is x else pulls[:, 0]
+        triton, exact = (gradients(partial(call, way), inputs, pull) for way in ("triton", "torch"))
+        torch.testing.assert_close(triton, exact, atol=1e-4, rtol=1e-4)
+    found = gradients(lambda *y: joint_attention_sdpa(*y, w, None, 1.0), x, pulls)
+    exact = gradients(partial(calls[0][1], "torch"), x, pulls)
+    torch.testing.assert_close(found, exact, atol=1e-4, rtol=1e-4)
+
+
+def test_norm_weights_that_no_kernel_reads_are_refused():
     with pytest.raises(ValueError, match="w_q_txt is torch.float64"):
-        joint_attention(*x, norm_weights=[t.double() for t in w], backend="triton")
+        joint_attention(*streams(1, 3, 5), norm_weights=[t.double() for t in norm_weights(32)],
+                        backend="triton")
 
 
 # ------------------------------------------------------------------ every backward, by differences in float64
