@@ -349,17 +349,22 @@ def test_where_all_scores_are_far_below_zero_the_keys_beyond_the_end_leave_no_tr
     compare(x, None, floor=1e-4)
 
 
-def test_pictures_whose_text_is_wholly_masked_attend_to_the_image_alone():
+KERNELS = pytest.mark.parametrize("kernel", [joint_attention_triton, joint_attention_sdpa])
+
+
+@KERNELS
+def test_pictures_whose_text_is_wholly_masked_attend_to_the_image_alone(kernel):
     x, lengths = streams(2, 34, 33, 1), torch.tensor([0, 33], device=DEVICE)
-    compare(x, norm_weights(32), lengths)
-    out = joint_attention(*x, text_lengths=lengths, backend="triton")[1][:1]
-    alone = joint_attention(None, None, None, *(y[:1] for y in x[3:]), backend="triton")[1]
+    compare(x, norm_weights(32), lengths, kernel=kernel)
+    out = kernel(*x, None, lengths, 1e-6)[1][:1]
+    alone = kernel(None, None, None, *(y[:1] for y in x[3:]), None, None, 1e-6)[1]
     torch.testing.assert_close(out, alone)
 
 
-def test_lengths_may_lie_apart_and_one_beyond_the_text_is_all_of_it():
+@KERNELS
+def test_lengths_may_lie_apart_and_one_beyond_the_text_is_all_of_it(kernel):
     x, lengths = streams(2, 5, 6), torch.tensor([[7, 0], [3, 0]], device=DEVICE)[:, 0]
-    a, b = (joint_attention(*x, text_lengths=lengths, backend=way) for way in ("triton", "torch"))
+    a, b = (way(*x, None, lengths, 1e-6) for way in (kernel, joint_attention_reference))
     torch.testing.assert_close(a, b)
 
 
@@ -380,7 +385,7 @@ def test_the_simple_attention_kernel_agrees_with_the_one_that_is_used():
     torch.testing.assert_close(attend_simply(*x, w), used)
 
 
-@pytest.mark.parametrize("kernel", [joint_attention_triton, joint_attention_sdpa])
+@KERNELS
 def test_autocast_gives_attention_in_half_precision_and_float32_gradients(kernel):
     x, w = [t.requires_grad_() for t in streams(1, 5, 33)], [t.requires_grad_() for t in norm_weights(32)]
     with torch.autocast(DEVICE, torch.bfloat16):
