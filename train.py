@@ -507,7 +507,8 @@ def drawing(folder: Path, prompt: str) -> list:
     """The command that draws with a run: without its name if it is the last one, which is the default."""
     where = ["--run", folder]
     with suppress(CheckpointError):                                 # no run is under runs/
-        where = [] if folder.resolve() == last_run(finished=True).resolve() else where
+        if folder.resolve() == last_run(finished=True).resolve():
+            where = []
     return ["sample.py", *where, *["--"] * prompt.startswith("-"), prompt]
 
 

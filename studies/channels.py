@@ -26,13 +26,14 @@ from studies.training_length import (  # noqa: E402
 from vae import psnr  # noqa: E402
 
 CHANNELS = (4, 8, 16)
+PICTURES = 512                  # fresh drawings, of which PSNR is told
 
 
 @torch.no_grad()
-def exactness(folder: Path, count: int = 512) -> float:
+def exactness(folder: Path) -> float:
     """PSNR in dB of fresh drawings through a run's autoencoder, by the means of its posteriors."""
     config, vae = read_run(folder), load_part(folder, "vae")
-    pictures = load_pictures("drawn", config["size"], count=count, seed=config["seed"] + 1).images
+    pictures = load_pictures("drawn", config["size"], count=PICTURES, seed=config["seed"] + 1).images
     x = to_signed(pictures, "cpu")                                                      # (n, 3, S, S)
     return psnr(torch.cat([vae.decode(vae.encode(few).mean) for few in x.split(64)]), x)
 

@@ -92,7 +92,7 @@ def test_each_share_of_synthetic_captions_trains_its_own_transformer(run, monkey
 def test_each_number_of_channels_trains_its_own_autoencoder_and_transformer_on_the_same_text(
         run, monkeypatch, capsys):
     monkeypatch.setattr(channels, "CHANNELS", (4, 16))
-    monkeypatch.setattr(channels.exactness.__wrapped__, "__defaults__", (8,))       # pictures, not 512
+    monkeypatch.setattr(channels, "PICTURES", 8)
     channels.main([str(run), "-n", "1", "--steps", "2"])
     rows = table(run / "channels.csv")
     assert [r["channels"] for r in rows] == ["4", "16"] and rows[0]["psnr"] != rows[1]["psnr"]
