@@ -1,7 +1,7 @@
 """The three hot operations of an MMDiT block, each behind one function: what is fused, and why is it faster?
 
     joint_attention          text and image attended as one sequence, queries and keys normalised per head
-                             on the way                                            kernels/joint_attention.py
+                             on the way         kernels/joint_attention.py, kernels/joint_attention_backward.py
                                                     or in front of PyTorch's own    kernels/norm_layout.py
     modulate                 LayerNorm(x) * (1 + scale) + shift: how the timestep and the prompt reach a block
     gate_residual_modulate   h = x + gate * y, and the next modulation of h               kernels/adaln.py
@@ -40,7 +40,7 @@ import torch
 if __name__ == "__main__":                              # run as a file: the package is the folder around it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernels import adaln
+from kernels import adaln, joint_attention_backward     # noqa: F401  gives joint_attention its gradient
 from kernels.joint_attention import (attention, check_joint_attention, joint_attention_reference,
                                      joint_attention_triton, rms_norm)
 from kernels.norm_layout import joint_attention_sdpa

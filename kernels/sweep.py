@@ -39,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as a f
 
 from kernels import adaln  # noqa: E402
 from kernels.bench import in_short, milliseconds, usable  # noqa: E402
-from kernels.joint_attention import launch_backward, launch_forward, tiles  # noqa: E402
+from kernels.joint_attention import launch_forward, tiles  # noqa: E402
+from kernels.joint_attention_backward import launch_backward  # noqa: E402
 
 STEPS = ("forward", "keys", "queries")
 NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
@@ -59,13 +60,16 @@ def candidates(step: str, own: tuple) -> list[tuple]:
 @contextmanager
 def cut(step: str, way: tuple):
     """Inside, this step is cut this way; the others as usual."""
-    module = importlib.import_module("kernels.joint_attention")     # kernels.joint_attention is the function
-    usual = module.tiles
-    module.tiles = lambda s, x: usual(s, x) | (dict(zip(NAMES, way)) if s == step else {})
+    # "from kernels import joint_attention" would give the function of that name
+    modules = [importlib.import_module(f"kernels.joint_attention{part}") for part in ("", "_backward")]
+    usual = tiles
+    for module in modules:
+        module.tiles = lambda s, x: usual(s, x) | (dict(zip(NAMES, way)) if s == step else {})
     try:
         yield
     finally:
-        module.tiles = usual
+        for module in modules:
+            module.tiles = usual
 
 
 def problem(M, N, nh, hd, dtype, device):

@@ -70,7 +70,7 @@ def compile_for(architecture: int, cases: list) -> list[dict]:
     from triton.runtime.driver import driver
 
     sys.path.insert(0, str(ROOT))
-    from kernels import adaln, norm_layout
+    from kernels import adaln, joint_attention_backward, norm_layout
     attention = sys.modules["kernels.joint_attention"]
 
     class Driver:                                       # a GPU that is only named
@@ -104,7 +104,8 @@ def compile_for(architecture: int, cases: list) -> list[dict]:
                 absent = 1 if width == "dead text" else 3
                 x[:absent], w[:absent - 1], out[0] = [None] * absent, [None] * (absent - 1), out[0][:, :0]
             attention.launch_forward(*x, w, lengths, 1e-6)
-            attention.launch_backward(*out, *out, torch.empty(1, nh, M + N), *x, w, lengths, 1e-6)
+            joint_attention_backward.launch_backward(*out, *out, torch.empty(1, nh, M + N), *x, w, lengths,
+                                                     1e-6)
             joined = norm_layout.launch_forward(*x, w, 1e-6)
             if w[2] is not None:
                 norm_layout.launch_backward(*joined[:2], x[0], x[1], x[3], x[4], w, 1e-6)

@@ -25,9 +25,10 @@ pytest.importorskip("triton", minversion="3.3" if CUDA else "3.7",
 
 import kernels  # noqa: E402
 from kernels import adaln, bench, gate_residual_modulate, joint_attention, modulate  # noqa: E402
-from kernels import norm_layout, sweep  # noqa: E402
-from kernels.joint_attention import (attend_simply, join, joint_attention_backward_op,  # noqa: E402
-                                     joint_attention_op, joint_attention_reference, joint_attention_triton)
+from kernels import joint_attention_backward, norm_layout, sweep  # noqa: E402
+from kernels.joint_attention import (attend_simply, join, joint_attention_op,  # noqa: E402
+                                     joint_attention_reference, joint_attention_triton)
+from kernels.joint_attention_backward import joint_attention_backward_op  # noqa: E402
 from kernels.norm_layout import (attend_joined, joint_attention_sdpa, norm_layout_backward_op,  # noqa: E402
                                  norm_layout_op, norm_layout_simply)
 from mmdit import MMDiT, MMDiTConfig  # noqa: E402
@@ -484,9 +485,8 @@ def test_both_streams_gradients_enter_attention_by_one_concatenation(way, text, 
 def test_without_norms_the_backward_of_attention_sums_nothing_for_their_weights():
     x, w = streams(1, 3, 5, 1, 16), [None] * 4
     *outs, lse = joint_attention_op(*x, *w, None, 1e-6)
-    launch = sys.modules["kernels.joint_attention"].launch_backward
     with Dispatched() as seen:
-        grads, of_weights = launch(*outs, *outs, lse, *x, w, None, 1e-6)
+        grads, of_weights = joint_attention_backward.launch_backward(*outs, *outs, lse, *x, w, None, 1e-6)
     assert of_weights == [] and [g.shape for g in grads] == [t.shape for t in x]
     assert "sum" not in seen.names and "empty" in seen.names
 
@@ -764,9 +764,9 @@ def test_kernels_run_with_the_gpu_of_their_tensors_as_the_current_one(name, monk
         yield
         now.pop()
 
-    for module in (adaln, norm_layout, sys.modules["kernels.joint_attention"]):
+    for module in (adaln, norm_layout, sys.modules["kernels.joint_attention"], joint_attention_backward):
         monkeypatch.setattr(module, "device_of", device_of)
-        for launch in ("launch_forward", "launch_backward"):
+        for launch in {"launch_forward", "launch_backward"} & set(vars(module)):
             monkeypatch.setattr(module, launch, lambda *a, run=getattr(module, launch), **kw: (
                 launches.append(list(now)), run(*a, **kw))[1])
     gradients_of_sums(*every_operation()[name])
@@ -828,24 +828,26 @@ def test_torch_compile_traces_autocast_and_the_choice_among_measured_kernels_in_
 
 @pytest.mark.skipif(CUDA, reason="--smoke runs in the interpreter")
 def test_the_sweep_cuts_each_step_of_both_passes_in_other_ways(capsys, monkeypatch):
-    module, cuts, strides = sys.modules["kernels.joint_attention"], set(), set()
+    forward, backward = sys.modules["kernels.joint_attention"], joint_attention_backward
+    cuts, strides = set(), set()
 
-    def launched(launch, steps):
+    def launched(launch, module, steps):
         def run(*args):
             strides.update(x.stride()[:2] for x in args[-9:-3])
             cuts.add(tuple((step, module.tiles(step, args[-5])["BLOCK_M"]) for step in steps))
             return launch(*args)
         return run
 
-    usual = module.tiles
-    monkeypatch.setattr(sweep, "launch_forward", launched(sweep.launch_forward, ["forward"]))
-    monkeypatch.setattr(sweep, "launch_backward", launched(sweep.launch_backward, ["keys", "queries"]))
+    usual = forward.tiles
+    monkeypatch.setattr(sweep, "launch_forward", launched(sweep.launch_forward, forward, ["forward"]))
+    monkeypatch.setattr(sweep, "launch_backward",
+                        launched(sweep.launch_backward, backward, ["keys", "queries"]))
     sweep.main(["--smoke", "--head-dim", "16"])
     said = capsys.readouterr().out
     assert said.count("2 ways of 2, 0 left out") == 3 and said.count("the table's own") == 3
     assert cuts == {(("forward", 32),), (("forward", 16),), (("keys", 32), ("queries", 32)),
                     (("keys", 16), ("queries", 32)), (("keys", 32), ("queries", 16))}
-    assert module.tiles is usual
+    assert forward.tiles is backward.tiles is usual
     assert strides == {(L * 48, 48) for L in (3, 9)}                # of packed qkv, as in models
     for name in ("modulate", "gate_residual_modulate"):
         assert f"\n{name}: a copy of the same bytes takes" in said
@@ -855,7 +857,7 @@ def test_the_sweep_cuts_each_step_of_both_passes_in_other_ways(capsys, monkeypat
 def test_the_sweep_names_the_fastest_way_that_computes_the_same_and_what_it_left_out(monkeypatch):
     own, fast, slow = (64, 64, 4, 2), (128, 64, 4, 2), (32, 64, 4, 2)
     wrong, large = (64, 32, 4, 2), (128, 128, 8, 4)
-    module, x = sys.modules["kernels.joint_attention"], torch.empty(1, 1, 1, 64)
+    module, x = joint_attention_backward, torch.empty(1, 1, 1, 64)
 
     def call():
         way = tuple(module.tiles("keys", x).get(name) for name in sweep.NAMES)
@@ -864,7 +866,8 @@ def test_the_sweep_names_the_fastest_way_that_computes_the_same_and_what_it_left
         return [torch.ones(2), torch.full((2,), math.nan if way == wrong else 1.0)]
 
     monkeypatch.setattr(sweep, "tiles", lambda step, x: dict(zip(sweep.NAMES, own)))
-    monkeypatch.setattr(module, "tiles", sweep.tiles)
+    for file in (sys.modules["kernels.joint_attention"], joint_attention_backward):
+        monkeypatch.setattr(file, "tiles", sweep.tiles)
     monkeypatch.setattr(sweep, "milliseconds", lambda call, device: [0, {fast: 1, own: 2, slow: 3}[
         tuple(module.tiles("keys", x)[name] for name in sweep.NAMES)], 9])
     found, left_out = sweep.sweep("keys", call, own, [own, wrong, fast, large, slow], "cpu", 60)
