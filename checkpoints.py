@@ -56,8 +56,9 @@ from safetensors.torch import save_file
 from mmdit import MMDiT, MMDiTConfig
 from parallel import Ranks, local, rows_of
 from tensor_files import CheckpointError, files_in, opened, sync_folder, write_atomically, write_json
-from text_encoders import (ENCODERS, EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
-                           T5Config, T5Encoder, TextEncoders, load_clip_tokenizer, load_t5_tokenizer)
+from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
+                           T5Config, T5Encoder, TextEncoders)
+from tokens import EOS, load_clip_tokenizer, load_t5_tokenizer
 from vae import AutoencoderKL, VAEConfig
 from weights import config_of, load_clip, load_mmdit, load_t5, load_text_encoders, load_vae     # noqa: F401
 from weights import save_mmdit                  # noqa: F401  (can be called from here, as the others can)

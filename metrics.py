@@ -50,8 +50,8 @@ import data
 import flow
 from checkpoints import (CheckpointError, load_part, load_strict, load_tensors, load_tokenizers, read_json,
                          save_tensors, write_json)
-from text_encoders import (CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
-                           load_clip_tokenizer)
+from text_encoders import CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder
+from tokens import load_clip_tokenizer
 
 LEVELS = tuple(k / 8 for k in range(1, 8))      # the times of the validation loss
 KEPT = 2048                                     # features kept of a set, for KID

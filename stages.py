@@ -47,8 +47,8 @@ from prepare import (Batches, Cache, Survey, digest, files_fingerprint, send, so
                      write_cache)
 from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
                            Conditioning, T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders,
-                           load_clip_tokenizer, load_t5_tokenizer, masked_span_loss, sample_drops,
-                           train_clip_tokenizer, train_t5_tokenizer)
+                           masked_span_loss, sample_drops)
+from tokens import load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer, train_t5_tokenizer
 from vae import (AutoencoderKL, PatchDiscriminator, VAEConfig, discriminator_loss, measure_latents, psnr,
                  vae_loss)
 from watch import loss_by_t

@@ -41,8 +41,8 @@ from layouts import (IGNORED, IN_A_FILE, LAYOUTS, NAMES, PREFIXES, Recipe, assem
 from mmdit import MMDiT, MMDiTConfig
 from tensor_files import (DTYPES, CheckpointError, Source, files_in, files_of_part, read_config, shards,
                           write_json, write_safetensors, write_shards)
-from text_encoders import (BOS, EOS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder, TextEncoders,
-                           load_clip_tokenizer, load_t5_tokenizer)
+from text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder, TextEncoders
+from tokens import BOS, EOS, load_clip_tokenizer, load_t5_tokenizer
 from vae import AutoencoderKL, VAEConfig
 
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2",

@@ -33,8 +33,8 @@ from mmdit import MMDiT, MMDiTConfig, position_table
 from offload import MODES, OVERHEAD
 from pipeline import Pipeline, pick_device
 from tensor_files import write_json, write_safetensors, write_shards
-from text_encoders import (BOS, EOS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder, pre_tokenizers,
-                           train_t5_tokenizer)
+from text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
+from tokens import BOS, EOS, pre_tokenizers, train_t5_tokenizer
 from vae import AutoencoderKL, VAEConfig
 
 ENCODERS = {"clip_l": CLIPTextConfig.preset("clip_l", projection_dim=768),

@@ -24,7 +24,8 @@ import metrics
 from checkpoints import CheckpointError, write_json
 from metrics import Job, Statistics, fid, kid, nearest, retrieval
 from pipeline import settings_of
-from text_encoders import CLIPTextConfig, CLIPTextEncoder, train_clip_tokenizer
+from text_encoders import CLIPTextConfig, CLIPTextEncoder
+from tokens import train_clip_tokenizer
 from vae import Posterior
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"

@@ -25,7 +25,7 @@ from PIL import Image
 import data
 import prepare
 import text_encoders as te
-from checkpoints import save_part, save_tensors
+from checkpoints import save_tensors
 from conftest import names_of
 from prepare import Batches, Cache, Order, Survey, write_cache
 from vae import AutoencoderKL, VAEConfig

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 import data
 from settings import TrainConfig
-from text_encoders import (BOS, ENCODERS, EOS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig,
-                           CLIPTextEncoder, LayerNorm, RMSNorm, T5Config, T5Encoder, TextEncoders, clip_loss,
-                           drop_encoders, load_clip_tokenizer, load_t5_tokenizer, masked_span_loss,
-                           relative_buckets, sample_drops, train_clip_tokenizer, train_t5_tokenizer)
+from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
+                           LayerNorm, RMSNorm, T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders,
+                           masked_span_loss, relative_buckets, sample_drops)
+from tokens import (BOS, EOS, load_clip_tokenizer, load_t5_tokenizer, train_clip_tokenizer,
+                    train_t5_tokenizer)
 from vae import AutoencoderKL, VAEConfig
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"
