@@ -588,16 +588,17 @@ def demo() -> None:
     from tempfile import TemporaryDirectory
 
     import text_encoders as te
+    import tokens
     from vae import AutoencoderKL, VAEConfig
 
     boxes, entries = [(80, 80), (112, 80), (80, 112)], data.list_pictures("emoji", count=150).entries[:150]
     entries = [e._replace(picture=e.picture.resize(boxes[i % 3])) for i, e in enumerate(entries)]
     survey = Survey(entries, 64)
     with TemporaryDirectory(ignore_cleanup_errors=True) as work:    # Windows keeps files that are mapped
-        te.train_clip_tokenizer(survey.captions, f"{work}/clip", 600)
-        te.train_t5_tokenizer(survey.captions, f"{work}/t5", 600)
-        words = [te.load_clip_tokenizer(f"{work}/clip", pad, 20) for pad in (te.EOS, "!")]
-        words += [te.load_t5_tokenizer(f"{work}/t5", 20)]
+        tokens.train_clip_tokenizer(survey.captions, f"{work}/clip", 600)
+        tokens.train_t5_tokenizer(survey.captions, f"{work}/t5", 600)
+        words = [tokens.load_clip_tokenizer(f"{work}/clip", pad, 20) for pad in (tokens.EOS, "!")]
+        words += [tokens.load_t5_tokenizer(f"{work}/t5", 20)]
         l, g = (te.CLIPTextEncoder(te.CLIPTextConfig.preset(f"tiny_{x}", vocab_size=words[0].vocab_size))
                 for x in "lg")
         t5 = te.T5Encoder(te.T5Config.preset("tiny", vocab_size=words[2].vocab_size))

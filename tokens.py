@@ -11,8 +11,8 @@ Both are run by the `tokenizers` library. Any text will do: CLIP's letters are b
 not learned becomes <unk>. A long text loses its end, but never its EOS.
 
 Worth knowing before reading on
-- CLIP marks where words end, T5 where they begin: to CLIP "star" alone and in "starling" differ from the
-  start, to T5 "star" and "star left" begin alike.
+- CLIP marks where words end, T5 where they begin: "star" and "starling" differ from the first token on to
+  CLIP, while to T5 they begin alike, unless "starling" is a piece of its own.
 - CLIP's vector for a whole text is read at its first EOS. CLIP-L pads with EOS, too, bigG with id 0, which
   is "!".
 - T5's vocabulary ends with 100 sentinels, <extra_id_0> last. Training hides words behind them.
@@ -170,15 +170,15 @@ def demo():
             print(f"{text!r:16s} {name:5s}", *(tok.tok.id_to_token(i) for i in tok(text)[0].tolist()
                                                if i not in (tok.bos, tok.eos, tok.pad)))
     assert torch.equal(clip("A red  star"), clip("a red star")) and not torch.equal(t5("A"), t5("a"))
-    assert clip("star")[0, 1] != clip("starling")[0, 1] and t5("star")[0, 0] == t5("star left")[0, 0]
+    assert clip("star")[0, 1] != clip("starling")[0, 1] and t5("star")[0, 0] == t5("starling")[0, 0]
     assert (t5("étoile") == 2).any() and clip.truncated(["a red star", "star " * 20]) == [False, True]
     assert clip("star " * 20)[0, -1] == clip.eos and t5("star " * 20)[0, -1] == t5.eos
     print("passed: CLIP is blind to case, T5 to letters it has never seen; long texts keep their EOS")
 
 
-# Exercises. (1) Train CLIP's with vocab_size=514: no merges. How long is a caption, and what would a CLIP of
-# 77 places lose? (2) Split "starlings" into T5's pieces by hand, in other ways: `t5.tok.to_str()` holds their
-# log-probabilities. No sum is larger than that of the way it took.
+# Exercises. (1) Train CLIP's with vocab_size=514: no merges. How long is a caption, and what is left of it in
+# the 20 places of the tiny CLIPs? (2) Split "starlings" into T5's pieces by hand, in other ways:
+# `t5.tok.to_str()` holds their log-probabilities. No sum is larger than that of the way it took.
 
 if __name__ == "__main__":
     demo()

@@ -1,7 +1,7 @@
 """The three hot operations of an MMDiT block, each behind one function: what is fused, and why is it faster?
 
     joint_attention          text and image attended as one sequence, queries and keys normalised per head
-                             on the way         kernels/joint_attention.py, kernels/joint_attention_backward.py
+                             on the way        kernels/joint_attention.py, kernels/joint_attention_backward.py
                                                     or in front of PyTorch's own    kernels/norm_layout.py
     modulate                 LayerNorm(x) * (1 + scale) + shift: how the timestep and the prompt reach a block
     gate_residual_modulate   h = x + gate * y, and the next modulation of h               kernels/adaln.py

@@ -13,7 +13,7 @@ Here everything in front of it is one kernel, and behind it the output is only c
 
 Passes over an activation (B, L, nh, hd), 13 MB in bfloat16 at 154 + 4096 tokens of 24 heads of 64:
 
-                         chain of calls    here    inside kernels/joint_attention.py
+                         chain of calls    here    inside kernels/joint_attention*.py
     norms and layout     10, or more       6       2, its keys' norm
     their backward       6, or more        6       6, norms computed again, then their gradient
     the cut's backward   2                 2       0
@@ -338,10 +338,10 @@ def demo() -> None:
         if found:
             ways["simple kernel"] = lambda: norm_layout_simply(*x, w)
             ways["kernel"] = lambda: norm_layout_op(*x, *w, 1e-6)
-        errors = {name: max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(way(), exact))
-                  for name, way in ways.items()}
+        errors = {name: torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(way(), exact)])
+                  .max().item() for name, way in ways.items()}                              # max() hides NaN
         print(f"  {str(dtype)[6:]:9s}", "  ".join(f"{name} {e:.1e}" for name, e in errors.items()))
-        assert max(errors.values()) < tolerance
+        assert all(error < tolerance for error in errors.values())
     if not found:
         print("Triton 3.3 or newer is not installed: only the formula was checked")
     elif cuda:

@@ -25,6 +25,7 @@ from PIL import Image
 import data
 import prepare
 import text_encoders as te
+import tokens
 from checkpoints import save_tensors
 from conftest import names_of
 from prepare import Batches, Cache, Order, Survey, write_cache
@@ -160,10 +161,10 @@ class Encoders:
 
     def __init__(self, folder, captions):
         torch.manual_seed(0)
-        te.train_clip_tokenizer(captions, folder / "clip", 600)
-        te.train_t5_tokenizer(captions, folder / "t5", 600)
-        words = [te.load_clip_tokenizer(folder / "clip", pad, 12) for pad in (te.EOS, "!")]
-        words += [te.load_t5_tokenizer(folder / "t5", 16)]
+        tokens.train_clip_tokenizer(captions, folder / "clip", 600)
+        tokens.train_t5_tokenizer(captions, folder / "t5", 600)
+        words = [tokens.load_clip_tokenizer(folder / "clip", pad, 12) for pad in (tokens.EOS, "!")]
+        words += [tokens.load_t5_tokenizer(folder / "t5", 16)]
         l, g = (te.CLIPTextEncoder(te.CLIPTextConfig.preset(
             f"tiny_{x}", vocab_size=words[0].vocab_size, context_length=12)) for x in "lg")
         t5 = te.T5Encoder(te.T5Config.preset("tiny", vocab_size=words[2].vocab_size))

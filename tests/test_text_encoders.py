@@ -1,5 +1,5 @@
-"""Claims about text_encoders.py. tests/fixtures/parity has small random encoders in the layout of real files,
-with the outputs of transformers 5.23 and diffusers 0.42 for them (float32, CPU)."""
+"""Claims about text_encoders.py, tokens.py. tests/fixtures/parity has small random encoders in the layout of
+real files, with the outputs of transformers 5.23 and diffusers 0.42 for them (float32, CPU)."""
 import json
 import math
 import re
