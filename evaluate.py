@@ -1,6 +1,6 @@
 """Is the picture what the prompt said?
 
-In the drawn world of data.py the pixels answer this exactly, without a learned detector:
+In the drawn world (drawn_world.py) the pixels answer this exactly, without a learned detector:
 
     picture --find_objects--> [Found("star", "red", ...), ...] --judge(metadata)--> correct, strict, reason
 
@@ -49,7 +49,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-import data
+import drawn_world as world
 from metrics import Job, by_prompt, error_of, seed_of
 
 SIDE = 64                           # pictures are measured at the size at which the world is drawn
@@ -57,18 +57,18 @@ SMALLEST = 24                       # pixels: a third of the smallest legal obje
 SURE = 0.80                         # right ones reach 0.91 if clean, 0.84 after a poor VAE; random blobs 0.75
 NOISY = 2.0                         # of 255: smoothed first if half the border is this far from the ground
 FRAME = np.linspace(-1, 1, 24)      # where a view is sampled, in units of sqrt(area)
-PAINTS = np.array(list(data.COLOURS.values()), np.float32)                      # (10, 3)
+PAINTS = np.array(list(world.COLOURS.values()), np.float32)                      # (10, 3)
 VIEWS = ((0.12, 0, 1), (0.15, 0, 1), (0.2, 0, 1), (0.3, 0, 1),      # r, blur in pixels, steepness: as drawn,
          (0.12, 1, 1), (0.2, 1, 1),                                 # blurred,
          (0.12, 1.3, 2), (0.12, 1.7, 2))                            # with lost corners, as VAEs leave them
-HOLES = (0.44, 0.60)                # of rings, in shares of r, beside the 0.52 of data.py: where a hole is a
+HOLES = (0.44, 0.60)                # of rings, in shares of r, beside the true 0.52: where a hole is a
                                     # little wider the whole rim moves, which no other shape suffers
 
 
 class Found(NamedTuple):
     """One object found: centroid (x, y) and box (left, top, right, bottom) in fractions of the side."""
-    shape: str                      # of data.SHAPES, or "unknown"
-    colour: str                     # of data.COLOURS
+    shape: str                      # of world.SHAPES, or "unknown"
+    colour: str                     # of world.COLOURS
     x: float
     y: float
     box: tuple[float, float, float, float]
@@ -177,7 +177,7 @@ def recognise(pixels, share, region, rays):
         level += 0.1
         core = cover > level if level < 0.9 else around(core).all(axis=0)
     rows, columns = np.nonzero(cover > cover.max() / 2)
-    colour = list(data.COLOURS)[unmix(ray[None, None], rays)[1].item()]
+    colour = list(world.COLOURS)[unmix(ray[None, None], rays)[1].item()]
     box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / SIDE
     return [Found(names[best] if iou[best] >= SURE else "unknown", colour,
                   (x + 0.5) / SIDE, (y + 0.5) / SIDE, tuple(box.tolist()), float(iou[best]))]
@@ -198,13 +198,13 @@ def look(cover):
 def known_views():
     """The eight shapes under the conditions of VIEWS, and rings of HOLES. -> names, views (80, 24, 24)"""
     def cover(shape, r, blur):
-        image = Image.fromarray(data.draw([data.Thing(shape, "white", 0.5, 0.5, r)], SIDE))
+        image = Image.fromarray(world.draw([world.Thing(shape, "white", 0.5, 0.5, r)], SIDE))
         image = np.asarray(image.filter(ImageFilter.GaussianBlur(blur)), np.float32)[..., 0]
-        return (image - data.GROUND[0]) / (data.COLOURS["white"][0] - data.GROUND[0])           # (H, W)
+        return (image - world.GROUND[0]) / (world.COLOURS["white"][0] - world.GROUND[0])           # (H, W)
 
     names, views = [], []
     for r, blur, steep in VIEWS:
-        covers = [(shape, cover(shape, r, blur)) for shape in data.SHAPES]
+        covers = [(shape, cover(shape, r, blur)) for shape in world.SHAPES]
         covers += [("ring", cover("circle", r, blur) - cover("circle", hole * r, blur)) for hole in HOLES]
         names += [shape for shape, _ in covers]
         views += [look(np.clip((c - 0.5) * steep + 0.5, 0, 1))[0] for _, c in covers]
@@ -214,18 +214,18 @@ def known_views():
 # --- Judging ----------------------------------------------------------------------------------------------
 
 def relations(a, b):
-    """GenEval's rule: in which of data.RELATIONS Found a stands to Found b; two, if it stands diagonally.
+    """GenEval's rule: in which of world.RELATIONS Found a stands to Found b; two, if it stands diagonally.
 
     The offset of the box centres, less a tenth of the boxes' sizes, over its length, must exceed 0.5."""
     a, b = np.reshape(a.box, (2, 2)), np.reshape(b.box, (2, 2))                 # two corners (x, y)
     offset = a.mean(axis=0) - b.mean(axis=0)
     less = np.maximum(abs(offset) - 0.1 * (a[1] - a[0] + b[1] - b[0]), 0) * np.sign(offset)
     unit = less / max(np.linalg.norm(offset), 1e-9)
-    return {name for name, way in data.RELATIONS.items() if unit @ way > 0.5}
+    return {name for name, way in world.RELATIONS.items() if unit @ way > 0.5}
 
 
 def judge(found, metadata):
-    """Do the objects fit a prompt's GenEval metadata (data.request)? -> (correct, strict, reason)
+    """Do the objects fit a prompt's GenEval metadata (world.request)? -> (correct, strict, reason)
 
     found: as find_objects sorts them, since a clause is tried on the `count` most confident of its shape.
     reason: what is wrong, "" if nothing is."""
@@ -255,7 +255,7 @@ def judge(found, metadata):
 
 # --- Scores -----------------------------------------------------------------------------------------------
 
-def requests(n, tasks=data.TASKS, per_prompt=4, seed=0):
+def requests(n, tasks=world.TASKS, per_prompt=4, seed=0):
     """The drawn world's prompts, n a task, per_prompt pictures of each. -> list of Job
 
     A task's i-th prompt, its number and its seeds do not depend on n or on the other tasks."""
@@ -264,13 +264,13 @@ def requests(n, tasks=data.TASKS, per_prompt=4, seed=0):
                          "be at least 1, and at most 10,000 prompts")
     jobs = []
     for task in tasks:
-        for i, m in enumerate(data.prompts(task, n, seed)):
-            order = data.TASKS.index(task)
+        for i, m in enumerate(world.prompts(task, n, seed)):
+            order = world.TASKS.index(task)
             jobs += [Job(10_000 * order + i, k, seed_of(seed, order, i, k), m) for k in range(per_prompt)]
     return jobs
 
 
-def score(draw_pictures, *, n=64, tasks=data.TASKS, per_prompt=1, seed=0):
+def score(draw_pictures, *, n=64, tasks=world.TASKS, per_prompt=1, seed=0):
     """Score a model on n prompts a task, per_prompt pictures each. -> what `tally` returns
 
     draw_pictures(prompts, seeds): lists of up to 64 -> as many square pictures, PIL's or uint8 (S, S, 3).
@@ -305,7 +305,7 @@ def tally(jobs, found):
         asked = m["include"][0]
         records.append({"task": m["tag"], "prompt": m["prompt"], "number": job.number, "k": job.k,
                         "seed": job.seed,
-                        "unseen": any((c["class"], c.get("color")) in data.HELD_OUT for c in m["include"]),
+                        "unseen": any((c["class"], c.get("color")) in world.HELD_OUT for c in m["include"]),
                         "found": [f"{f.colour} {f.shape}" for f in objects],
                         "correct": correct, "strict": strict, "reason": reason,
                         "shape": any(f.shape == asked["class"] for f in first),
@@ -313,7 +313,7 @@ def tally(jobs, found):
         for kind, told, saw in confusions(m, objects):
             row = confusion[kind].setdefault(told, {})
             row[saw] = row.get(saw, 0) + 1
-    tasks = [t for t in data.TASKS if any(r["task"] == t for r in records)]
+    tasks = [t for t in world.TASKS if any(r["task"] == t for r in records)]
     for task in tasks:
         chosen = [i for i, r in enumerate(records) if r["task"] == task]
         for key, value in shares([records[i] for i in chosen]).items():
@@ -345,7 +345,7 @@ def shares(records):
             "error": float(max(math.sqrt(q * (1 - q) / n), error_of(hits, numbers) or 0))}
 
 
-anew = cache(data.prompts)          # slow to write, and the same each time
+anew = cache(world.prompts)          # slow to write, and the same each time
 
 
 def chance(task, found, pairs=2000):
@@ -377,7 +377,7 @@ def confusions(metadata, found):
 
 # --- Truth, to measure the scorer with --------------------------------------------------------------------
 
-def variants(metadata, classes=data.SHAPES):
+def variants(metadata, classes=world.SHAPES):
     """Metadata of all captions that differ in one thing: {"shape": [...], "colour", "count", "relation",
     "swap": ...}, where there are any.
 
@@ -388,7 +388,7 @@ def variants(metadata, classes=data.SHAPES):
     photo = "a photo of " * metadata["prompt"].startswith("a photo of ")        # GenEval's own
 
     def told(clauses, relation):
-        m = data.request(task, clauses, relation)
+        m = world.request(task, clauses, relation)
         return m | {"prompt": photo + m["prompt"]}
 
     def changed(k, options):        # put each option that no clause has for each clause's k-th word
@@ -396,9 +396,9 @@ def variants(metadata, classes=data.SHAPES):
         return [told([c[:k] + [o] + c[k + 1:] if j == i else c for j, c in enumerate(clauses)], relation)
                 for i in range(len(clauses)) for o in others]
 
-    found = {"shape": changed(0, classes), "colour": changed(1, data.COLOURS) if clauses[0][1] else [],
-             "count": changed(2, data.NUMBERS) if task == "counting" else [],
-             "relation": [told(clauses, r) for r in data.RELATIONS if r != relation] if relation else [],
+    found = {"shape": changed(0, classes), "colour": changed(1, world.COLOURS) if clauses[0][1] else [],
+             "count": changed(2, world.NUMBERS) if task == "counting" else [],
+             "relation": [told(clauses, r) for r in world.RELATIONS if r != relation] if relation else [],
              "swap": []}
     if task == "color_attr":
         (a, p, n), (b, q, k) = clauses
@@ -419,23 +419,23 @@ def illustrate(metadata, rng, size=SIDE):
     clauses = metadata["include"][::-1] if relation else metadata["include"]
     looks = []
     for c in clauses:
-        colours = data.PALETTE[c["class"]]
+        colours = world.PALETTE[c["class"]]
         looks += [(c["class"], c.get("color") or colours[int(rng.integers(len(colours)))],
-                   float(rng.uniform(*data.RADIUS[task])))] * c["count"]
-    spots = data.layout(len(looks), relation)
-    return data.draw([data.Thing(s, c, x, y, r) for (s, c, r), (x, y) in zip(looks, spots)], size)
+                   float(rng.uniform(*world.RADIUS[task])))] * c["count"]
+    spots = world.layout(len(looks), relation)
+    return world.draw([world.Thing(s, c, x, y, r) for (s, c, r), (x, y) in zip(looks, spots)], size)
 
 
 def known(word, words):
     return isinstance(word, str) and word in words
 
 
-def foreign(metadata, classes=data.SHAPES):
+def foreign(metadata, classes=world.SHAPES):
     """Why a picture with this metadata cannot be judged in the drawn world; None if it can."""
     if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
         return "the metadata has no prompt"
     include, exclude, seen = metadata.get("include"), metadata.get("exclude", []), 0
-    if not known(metadata.get("tag"), data.TASKS):
+    if not known(metadata.get("tag"), world.TASKS):
         return f"unknown task {metadata.get('tag')!r}"
     if not isinstance(include, list) or not include or not isinstance(exclude, list):
         return "the metadata has no include clauses"
@@ -444,12 +444,12 @@ def foreign(metadata, classes=data.SHAPES):
             return f"unknown class {c.get('class') if isinstance(c, dict) else c!r}"
         if type(c.get("count")) is not int or c["count"] < 1:
             return f"count {c.get('count')!r} is not a number of objects"
-        if "color" in c and not known(c["color"], data.COLOURS):
+        if "color" in c and not known(c["color"], world.COLOURS):
             return f"unknown colour {c['color']!r}"
         place = c.get("position")
         of_first = isinstance(place, list) and len(place) == 2 and type(place[1]) is int and place[1] == 0
         if "position" in c and not (
-                of_first and known(place[0], data.RELATIONS) and i == 1 and len(include) == 2):
+                of_first and known(place[0], world.RELATIONS) and i == 1 and len(include) == 2):
             return f"unknown position {place!r}"
         seen += c["count"] if i < len(include) else 0
     kinds = {"two_object": 2, "position": 2, "color_attr": 2}.get(metadata["tag"], 1)
@@ -479,18 +479,18 @@ def acceptance(spoil, n):
     -> {task: share of true captions accepted, ..., "overall"}, share strictly accepted, share of false ones
     accepted, CPU milliseconds a picture"""
     known_views()
-    hits, seconds = np.zeros((len(data.TASKS), 3)), 0.0
-    for k, task in enumerate(data.TASKS):
+    hits, seconds = np.zeros((len(world.TASKS), 3)), 0.0
+    for k, task in enumerate(world.TASKS):
         for i in range(n):
             rng = np.random.default_rng((0, k, i))
-            drawn = data.scene(rng, task)
-            image, start = spoil(data.draw(drawn.things, SIDE), rng), time.process_time()
+            drawn = world.scene(rng, task)
+            image, start = spoil(world.draw(drawn.things, SIDE), rng), time.process_time()
             found = find_objects(image)
             seconds += time.process_time() - start
             hits[k] += *judge(found, drawn.metadata)[:2], judge(found, falsify(drawn.metadata, rng))[0]
     true, strict, false = (hits.mean(axis=0) / n).tolist()
-    by_task = dict(zip(data.TASKS, (hits[:, 0] / n).tolist()), overall=true)
-    return by_task, strict, false, 1000 * seconds / (n * len(data.TASKS))
+    by_task = dict(zip(world.TASKS, (hits[:, 0] / n).tolist()), overall=true)
+    return by_task, strict, false, 1000 * seconds / (n * len(world.TASKS))
 
 
 # --- Demo -------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import drawn_world as world
 import flow
 from checkpoints import (CheckpointError, load_part, load_strict, load_tensors, load_tokenizers, read_json,
                          save_tensors, write_json)
@@ -376,7 +377,7 @@ COCO = tuple(name.replace("_", " ") for name in COCO.split())       # what GenEv
 def geneval_prompts():
     """GenEval's metadata by its published rules: 100 prompts a task, repetitions left out. These are the 553
     that everybody uses, byte for byte, as random draws are made from GenEval's seed and in its order."""
-    n, rng, colours, relations = 100, np.random.default_rng(43), tuple(data.COLOURS), tuple(data.RELATIONS)
+    n, rng, colours, relations = 100, np.random.default_rng(43), tuple(world.COLOURS), tuple(world.RELATIONS)
     drawn = [("single_object", [(COCO[i], None, 1)]) for i in rng.choice(80, size=80, replace=False)]
 
     def two(first=0, choices=80):   # colours are not asked of a person, the first of the names
@@ -393,7 +394,7 @@ def geneval_prompts():
                                      for name, i in zip(pair, rng.choice(10, size=2, replace=False))]))
     unique = {}
     for words in drawn:
-        m = data.request(*words)
+        m = world.request(*words)
         m = {k: v for k, v in m.items() if v} | {"prompt": "a photo of " + m["prompt"]}     # no empty exclude
         unique[json.dumps(m)] = m
     return list(unique.values())

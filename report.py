@@ -39,6 +39,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+import drawn_world as world
 from checkpoints import home_of_encoders, is_run, read_json, read_run, write_atomically, write_json
 from evaluate import SIDE, find_objects, foreign, illustrate, requests, tally, variants
 from metrics import (COCO, LEVELS, Job, Statistics, any_order, bar, clip_score, draw_folder, error_of, fid,
@@ -178,7 +179,7 @@ def measure_drawn(s):
     for key in ("seen", "unseen", "shape", "colour"):
         beside = (number(c[key]) for c in ceilings.values())
         lines.append(row(key, number(result[key]), "", "", "", "", *beside))
-    if missing := [task for task in data.TASKS if task not in result["score"]]:
+    if missing := [task for task in world.TASKS if task not in result["score"]]:
         lines.append(f"overall is the mean of {6 - len(missing)} of the six tasks: no {', '.join(missing)}")
     extra = ("seen", "unseen", "shape", "colour")
     brief = {name: c["score"] | {key: c[key] for key in extra} for name, c in ceilings.items()}
@@ -351,7 +352,7 @@ def sheet(images, records, columns=10, side=96):
         row = row[::max(1, len(row) // columns)]    # different prompts, not the first ones' repetitions
         for j, (image, record) in enumerate(row[:columns]):
             x, y, right = j * width + 16, i * height + 12, "green" if record["correct"] else "red"
-            pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), data.COLOURS[right])
+            pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), world.COLOURS[right])
             page.paste(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC), (x, y))
             pen.text((x - 4, y + side + 6), textwrap.fill(record["prompt"], 19), "black", font)
     return page
@@ -359,9 +360,9 @@ def sheet(images, records, columns=10, side=96):
 
 def matrices(confusion, cell=24):
     """Confusion matrices in a row: what was asked for, downwards, and what was seen, across. -> PIL image"""
-    orders = {"shape": (data.SHAPES, ("unknown", "none")), "colour": (tuple(data.COLOURS), ("none",)),
+    orders = {"shape": (world.SHAPES, ("unknown", "none")), "colour": (tuple(world.COLOURS), ("none",)),
               "count": (("2", "3", "4"), ("0", "1", "5", "more")),
-              "relation": (tuple(data.RELATIONS), ("none",))}
+              "relation": (tuple(world.RELATIONS), ("none",))}
     font, parts = ImageFont.load_default(11), []
     for kind, (asked, others) in orders.items():
         if not confusion[kind]:

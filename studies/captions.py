@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import TASKS  # noqa: E402
+from drawn_world import TASKS  # noqa: E402
 from studies.training_length import (  # noqa: E402
     by_task, figure, flags, save_figure, scores, told_in_one_line, trained, write_table)
 

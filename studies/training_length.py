@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import report  # noqa: E402
 from checkpoints import read_json, write_atomically, write_json  # noqa: E402
-from data import TASKS  # noqa: E402
+from drawn_world import TASKS  # noqa: E402
 from settings import TrainConfig  # noqa: E402
 from stages import PARTS_OF  # noqa: E402
 from train import train  # noqa: E402

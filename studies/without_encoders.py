@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate  # noqa: E402
 from checkpoints import read_json, read_run, write_json  # noqa: E402
-from data import TASKS  # noqa: E402
+from drawn_world import TASKS  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
 from studies.training_length import by_task, flags, is_newer, told_in_one_line, write_table  # noqa: E402
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
+import drawn_world as world
 import evaluate
 import metrics
-from data import Thing
+from drawn_world import Thing
 from evaluate import Found, find_objects, judge, score
 
-shapes, colours = st.sampled_from(data.SHAPES), st.sampled_from(list(data.COLOURS))
+shapes, colours = st.sampled_from(world.SHAPES), st.sampled_from(list(world.COLOURS))
 few = settings(deadline=None, max_examples=40)
 GREY = np.full((64, 64, 3), 128, np.uint8)
 
@@ -29,26 +29,26 @@ def at(shape, colour, x, y, confidence=0.9, half=0.1):
 
 
 def asked(task, *clauses, relation=None):
-    return data.request(task, clauses, relation)
+    return world.request(task, clauses, relation)
 
 
 def paint(prompt, size=64):
-    """A right picture for any prompt of data.prompts, by reading its words."""
+    """A right picture for any prompt of world.prompts, by reading its words."""
     words = prompt.split()
-    relation = next((r for r in data.RELATIONS if f" {r} " in prompt), None)
-    count = next((n for n, word in data.NUMBERS.items() if word == words[0]), 1)
+    relation = next((r for r in world.RELATIONS if f" {r} " in prompt), None)
+    count = next((n for n, word in world.NUMBERS.items() if word == words[0]), 1)
     kinds, colour = [], None
     for word in words:
-        colour = word if word in data.COLOURS else colour
-        shape = next((s for s in data.SHAPES if word in (s, s + "s", s + "es")), None)
+        colour = word if word in world.COLOURS else colour
+        shape = next((s for s in world.SHAPES if word in (s, s + "s", s + "es")), None)
         if shape:
             kinds.append((shape, colour or "red"))
             colour = None
-    x, y = data.RELATIONS[relation or "left of"]
+    x, y = world.RELATIONS[relation or "left of"]
     spots = [(0.5 + 0.25 * x, 0.5 + 0.25 * y), (0.5 - 0.25 * x, 0.5 - 0.25 * y)]
     if count > 1:
         kinds, spots = kinds * count, [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)]
-    return data.draw([Thing(s, c, *spot, 0.15) for (s, c), spot in zip(kinds, spots)], size)
+    return world.draw([Thing(s, c, *spot, 0.15) for (s, c), spot in zip(kinds, spots)], size)
 
 
 def painter(prompts, seeds):
@@ -62,12 +62,12 @@ def painter(prompts, seeds):
 def test_true_captions_are_accepted_and_false_ones_are_not(spoil, least):
     by_task, strict, false, _ = evaluate.acceptance(evaluate.SPOILS[spoil], 40 if spoil == "clean" else 20)
     assert by_task["overall"] >= least and strict >= least
-    assert min(by_task[task] for task in data.TASKS) >= least - 0.05
+    assert min(by_task[task] for task in world.TASKS) >= least - 0.05
     assert false <= (0.005 if spoil == "clean" else 0.01)
 
 
 def test_a_picture_takes_less_than_10_ms_of_cpu():
-    pictures = [data.draw(data.scene(np.random.default_rng(i), "counting").things) for i in range(20)]
+    pictures = [world.draw(world.scene(np.random.default_rng(i), "counting").things) for i in range(20)]
     find_objects(pictures[0])       # builds the known views
     start = time.process_time()
     for picture in pictures:
@@ -78,10 +78,10 @@ def test_a_picture_takes_less_than_10_ms_of_cpu():
 @few
 @given(shapes, colours, st.floats(0.12, 0.3), st.floats(0, 1), st.floats(0, 1))
 def test_every_shape_is_found_with_its_colour_place_and_box(shape, colour, r, u, v):
-    reach = float(r * np.linalg.norm(data.OUTLINES[shape], axis=1).max()) + 0.01
+    reach = float(r * np.linalg.norm(world.OUTLINES[shape], axis=1).max()) + 0.01
     x, y = reach + u * (1 - 2 * reach), reach + v * (1 - 2 * reach)
-    [f] = find_objects(data.draw([Thing(shape, colour, x, y, r)]))
-    outline = data.OUTLINES[shape] * r + (x, y)
+    [f] = find_objects(world.draw([Thing(shape, colour, x, y, r)]))
+    outline = world.OUTLINES[shape] * r + (x, y)
     assert (f.shape, f.colour) == (shape, colour) and 0.85 < f.confidence <= 1
     thin = shape not in ("circle", "square", "ring", "cross")                   # tips fade
     assert np.allclose(f.box, (*outline.min(axis=0), *outline.max(axis=0)), atol=(3 if thin else 1) / 64)
@@ -90,7 +90,7 @@ def test_every_shape_is_found_with_its_colour_place_and_box(shape, colour, r, u,
 
 
 def test_blur_moves_neither_the_box_nor_the_centroid():
-    square = data.draw([Thing("square", "red", 0.4, 0.55, 0.2)])
+    square = world.draw([Thing("square", "red", 0.4, 0.55, 0.2)])
     [sharp], [blurred] = find_objects(square), find_objects(evaluate.blur(1.5)(square, None))
     assert sharp.box == blurred.box and np.allclose(sharp[2:4], blurred[2:4], atol=0.1 / 64)
 
@@ -99,7 +99,7 @@ def test_blur_moves_neither_the_box_nor_the_centroid():
 @given(st.integers(0, 10**6))
 def test_a_falsified_caption_differs_in_one_thing(seed):
     rng = np.random.default_rng(seed)
-    told = data.scene(rng).metadata
+    told = world.scene(rng).metadata
     false = evaluate.falsify(told, rng)
 
     def things(m):
@@ -118,9 +118,9 @@ def test_a_falsified_caption_differs_in_one_thing(seed):
 
 def test_captions_of_other_pictures_score_near_chance():
     rng, right = np.random.default_rng(0), {}
-    for task in data.TASKS:
-        scenes = [data.scene(rng, task) for _ in range(60)]
-        found = [find_objects(data.draw(s.things)) for s in scenes]
+    for task in world.TASKS:
+        scenes = [world.scene(rng, task) for _ in range(60)]
+        found = [find_objects(world.draw(s.things)) for s in scenes]
         hits = [judge(f, scenes[(i + k) % 60].metadata)[0] for i, f in enumerate(found) for k in range(1, 60)]
         right[task] = np.mean(hits)
     # one of 8 shapes; 2 of 8, in any order; 24 (shape, count); 72 pairs of training; 224 relations; 72 * 56
@@ -135,7 +135,7 @@ def test_captions_of_other_pictures_score_near_chance():
 @pytest.mark.parametrize("size", [48, 96, 128, 512])
 def test_pictures_of_other_sizes_are_resized(size):
     things = [Thing("star", "brown", 0.3, 0.3, 0.14), Thing("ring", "purple", 0.7, 0.6, 0.14)]
-    expected, found = find_objects(data.draw(things)), find_objects(data.draw(things, size))
+    expected, found = find_objects(world.draw(things)), find_objects(world.draw(things, size))
     assert names(found) == names(expected)
     for f in found:
         [same] = [e for e in expected if e.shape == f.shape]
@@ -143,7 +143,7 @@ def test_pictures_of_other_sizes_are_resized(size):
 
 
 def everything():
-    return [m for task in data.TASKS for m in data.prompts(task, 40)]
+    return [m for task in world.TASKS for m in world.prompts(task, 40)]
 
 
 @pytest.mark.parametrize("picture", [GREY, GREY * 0, GREY * 0 + 255, np.random.default_rng(0).integers(
@@ -166,19 +166,19 @@ def test_any_picture_is_measured_quickly_and_without_warnings(seed, block):
 
 
 def test_small_shapes_may_lose_their_corners():
-    for shape in data.SHAPES:
+    for shape in world.SHAPES:
         for r in (0.13, 0.16):
-            drawn = evaluate.blur(1.5)(data.draw([Thing(shape, "white", 0.5, 0.5, r)]), None)
+            drawn = evaluate.blur(1.5)(world.draw([Thing(shape, "white", 0.5, 0.5, r)]), None)
             sharp = 190 + 2 * (drawn.astype(float) - 190)       # twice as steep about half height
             assert names(find_objects(sharp.clip(128, 252).astype(np.uint8))) == [("white", shape)]
 
 
 def test_blobs_are_unknown_but_count_as_clutter():
     bar = GREY.copy()
-    bar[30:35, 8:56] = data.COLOURS["red"]
+    bar[30:35, 8:56] = world.COLOURS["red"]
     [f] = find_objects(bar)
     assert f.shape == "unknown" and f.colour == "red" and f.confidence < evaluate.SURE
-    star = data.draw([Thing("star", "blue", 0.5, 0.25, 0.15)])
+    star = world.draw([Thing("star", "blue", 0.5, 0.25, 0.15)])
     both = np.where(bar == 128, star, bar)
     assert judge(find_objects(star), asked("single_object", ("star", None, 1))) == (True, True, "")
     assert judge(find_objects(both), asked("single_object", ("star", None, 1))) == (True, False, "")
@@ -186,18 +186,18 @@ def test_blobs_are_unknown_but_count_as_clutter():
 
 def test_specks_are_dropped_and_the_smallest_legal_objects_kept():
     speck, star = Thing("circle", "red", 0.2, 0.2, 0.04), Thing("star", "red", 0.6, 0.6, 0.12)
-    assert names(find_objects(data.draw([speck, star]))) == [("red", "star")]
+    assert names(find_objects(world.draw([speck, star]))) == [("red", "star")]
 
 
 def test_a_ghost_is_not_seen_and_a_faded_object_keeps_its_colour():
-    for colour in data.COLOURS:
-        picture = data.draw([Thing("square", colour, 0.5, 0.5, 0.2)]).astype(float)
+    for colour in world.COLOURS:
+        picture = world.draw([Thing("square", colour, 0.5, 0.5, 0.2)]).astype(float)
         faded, ghost = ((128 + share * (picture - 128)).astype(np.uint8) for share in (0.6, 0.4))
         assert names(find_objects(faded)) == [(colour, "square")] and find_objects(ghost) == []
 
 
 def test_the_ground_may_be_another_one_or_slope():
-    picture = data.draw([Thing("star", "brown", 0.3, 0.3, 0.14), Thing("ring", "purple", 0.7, 0.6, 0.14)])
+    picture = world.draw([Thing("star", "brown", 0.3, 0.3, 0.14), Thing("ring", "purple", 0.7, 0.6, 0.14)])
     slope = np.linspace(-20, 20, 64)[None, :, None]
     drawn = abs(picture.astype(int) - 128).max(axis=2, keepdims=True) > 20
     for other in (picture + slope, picture + 20.0, picture - 20.0, np.where(drawn, picture, 255)):
@@ -208,18 +208,18 @@ def test_the_ground_may_be_another_one_or_slope():
 def test_objects_that_touch_are_told_apart_by_colour_or_waist():
     for a, b in (("red", "yellow"), ("black", "white"), ("orange", "red"), ("blue", "purple")):
         touching = [Thing("square", a, 0.3, 0.5, 0.18), Thing("square", b, 0.59, 0.5, 0.18)]
-        assert names(find_objects(data.draw(touching))) == sorted([(a, "square"), (b, "square")])
+        assert names(find_objects(world.draw(touching))) == sorted([(a, "square"), (b, "square")])
     for shape, step in (("circle", 0.3), ("circle", 0.28), ("ring", 0.3), ("heart", 0.29)):
         row = [Thing(shape, "red", 0.5 + k * step, 0.5, 0.15) for k in (-1, 0, 1)]
-        assert names(find_objects(data.draw(row))) == [("red", shape)] * 3, (shape, step)
+        assert names(find_objects(world.draw(row))) == [("red", shape)] * 3, (shape, step)
 
 
-@pytest.mark.parametrize("shape", data.SHAPES)
+@pytest.mark.parametrize("shape", world.SHAPES)
 @pytest.mark.parametrize("between", [("red", "orange"), ("yellow", "orange"), ("red", "brown"),
                                      ("blue", "purple")])
 def test_an_object_of_a_hue_between_two_colours_is_one_object(shape, between):
     """Its pixels, which vary a little, lie nearest to either."""
-    first, second = (data.draw([Thing(shape, c, 0.5, 0.5, 0.25)]).astype(float) for c in between)
+    first, second = (world.draw([Thing(shape, c, 0.5, 0.5, 0.25)]).astype(float) for c in between)
     share = 0.5 + 0.1 * np.sin(np.arange(64) / 5)[None, :, None]
     found = find_objects(((1 - share) * first + share * second).round().astype(np.uint8))
     assert len(found) == 1 and found[0].shape == shape and found[0].colour in between
@@ -228,13 +228,13 @@ def test_an_object_of_a_hue_between_two_colours_is_one_object(shape, between):
 @pytest.mark.parametrize("hole", np.arange(0.42, 0.63, 0.04))
 @pytest.mark.parametrize("r", [0.15, 0.2, 0.3])
 def test_rings_may_be_thick_or_thin(r, hole):
-    disc, inner = (data.draw([Thing("circle", "blue", 0.5, 0.5, s)]).astype(int) for s in (r, hole * r))
+    disc, inner = (world.draw([Thing("circle", "blue", 0.5, 0.5, s)]).astype(int) for s in (r, hole * r))
     found = find_objects((disc - inner + 128).clip(0, 255).astype(np.uint8))
     assert [(f.shape, f.colour) for f in found] == [("ring", "blue")]
 
 
 def test_a_shape_of_two_colours_is_neither():
-    red, blue = (data.draw([Thing("circle", c, 0.5, 0.5, 0.25)]) for c in ("red", "blue"))
+    red, blue = (world.draw([Thing("circle", c, 0.5, 0.5, 0.25)]) for c in ("red", "blue"))
     halves = find_objects(np.where(np.arange(64)[None, :, None] < 32, red, blue))
     assert {f.colour for f in halves} == {"red", "blue"} and {f.shape for f in halves} == {"unknown"}
 
@@ -247,7 +247,7 @@ def test_what_is_no_square_uint8_picture_is_refused(picture):
 
 
 def test_a_picture_does_not_depend_on_those_before_it():
-    pictures = [paint(m["prompt"]) for task in data.TASKS for m in data.prompts(task, 4)]
+    pictures = [paint(m["prompt"]) for task in world.TASKS for m in world.prompts(task, 4)]
     forward = [find_objects(p) for p in pictures]
     assert forward == [find_objects(p) for p in pictures[::-1]][::-1]
 
@@ -323,7 +323,7 @@ def test_right_pictures_of_every_prompt_score_one():
     result = score(draw_pictures, n=20)
     wrong = [r for r in result["records"] if not r["strict"]]
     assert not wrong, wrong[:3]
-    assert set(result["score"]) == {*data.TASKS, "overall"} and set(result["score"].values()) == {1.0}
+    assert set(result["score"]) == {*world.TASKS, "overall"} and set(result["score"].values()) == {1.0}
     assert result["seen"] == result["unseen"] == result["shape"] == result["colour"] == 1
     assert sizes == [(64, 64), (56, 56)]
     assert sum(r["unseen"] for r in result["records"]) == 4 and len(result["records"]) == 120
@@ -338,9 +338,9 @@ def test_empty_pictures_score_zero_with_an_error_that_is_not():
 
 
 def test_shares_count_what_they_name():
-    star = data.draw([Thing("star", "red", 0.5, 0.5, 0.2)])
+    star = world.draw([Thing("star", "red", 0.5, 0.5, 0.2)])
     result = score(lambda prompts, seeds: [star] * len(prompts), n=40, tasks=("single_object", "colors"))
-    single, colours = (data.prompts(task, 40) for task in ("single_object", "colors"))
+    single, colours = (world.prompts(task, 40) for task in ("single_object", "colors"))
     stars = [m["include"][0]["class"] == "star" for m in single + colours]
     reds = [m["include"][0]["color"] == "red" for m in colours]
     assert result["score"]["single_object"] == np.mean(stars[:40]) == 1 / 8
@@ -353,7 +353,7 @@ def test_shares_count_what_they_name():
     assert score(painter, n=2, tasks=("counting",))["unseen"] is None
 
     def only_trained(prompts, seeds):
-        unseen = {m["prompt"] for m in data.prompts("colors", 20) if m["unseen"]}
+        unseen = {m["prompt"] for m in world.prompts("colors", 20) if m["unseen"]}
         return [GREY if p in unseen else paint(p) for p in prompts]
 
     trained = score(only_trained, n=20, tasks=("colors",))
@@ -381,7 +381,7 @@ def test_prompts_and_seeds_depend_neither_on_n_nor_on_the_other_tasks():
 
     few, many = asked(n=3), asked(n=5)
     assert [r for r in few if r[0] == "colors"] == asked(n=3, tasks=("colors",))
-    assert [r for task in data.TASKS for r in [m for m in many if m[0] == task][:3]] == few
+    assert [r for task in world.TASKS for r in [m for m in many if m[0] == task][:3]] == few
     assert len({seed for _, _, seed in many}) == len(many)
     twice = asked(n=3, per_prompt=2)
     assert twice[::2] == few and len({seed for _, _, seed in twice}) == 36
@@ -416,7 +416,7 @@ def test_a_run_with_shuffled_captions_scores_at_chance():
         order += [30 * k + int(i) for i in rng.permutation(30)]
     right, wrong = evaluate.tally(jobs, found), evaluate.tally(jobs, [found[i] for i in order])
     assert right["score"]["overall"] == 1
-    for task in data.TASKS:         # of 30, one stays in its place on average
+    for task in world.TASKS:         # of 30, one stays in its place on average
         chance = right["chance"][task] + 1 / 30
         assert abs(wrong["score"][task] - chance) < 4 * (chance * (1 - chance) / 30) ** 0.5, task
     assert abs(wrong["score"]["overall"] - right["chance"]["overall"] - 1 / 30) < 0.06
@@ -449,7 +449,7 @@ def test_confusions_lie_on_the_diagonal_for_true_drawings_and_beside_it_for_othe
     for kind, n in (("shape", 48), ("colour", 24 + 48), ("count", 24), ("relation", 24)):
         assert all(list(row) == [asked] for asked, row in confusion[kind].items()), kind
         assert sum(sum(row.values()) for row in confusion[kind].values()) == n
-    star = data.draw([Thing("star", "red", 0.5, 0.5, 0.2)])
+    star = world.draw([Thing("star", "red", 0.5, 0.5, 0.2)])
     seen = results(jobs, [star] * len(jobs))["confusion"]
     assert all(set(row) == {"star"} for row in seen["shape"].values())
     assert all(set(row) <= {"red", "none"} for row in seen["colour"].values())
@@ -468,10 +468,10 @@ def test_confusions_lie_on_the_diagonal_for_true_drawings_and_beside_it_for_othe
 @pytest.mark.parametrize("task, count", [("single_object", 7), ("two_object", 12), ("counting", 7 + 2),
                                          ("colors", 7 + 9), ("position", 12 + 3), ("color_attr", 28 + 1)])
 def test_variants_are_all_captions_that_differ_in_one_thing(task, count):
-    for m in data.prompts(task, 5):
+    for m in world.prompts(task, 5):
         told = [v["prompt"] for vs in evaluate.variants(m).values() for v in vs]
         assert len(set(told)) == len(told) == count and m["prompt"] not in told
-        known = {v["prompt"] for v in data._requests(task)}
+        known = {v["prompt"] for v in world._requests(task)}
         assert set(told) <= known
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
+import drawn_world as world
 import evaluate
 import flow
 import metrics
@@ -176,7 +176,7 @@ def test_a_clip_of_transformers_loads_with_both_towers(clip):
 def test_features_and_scores_do_not_depend_on_the_batch(clip):
     write_config(clip[0], num_attention_heads=4)
     towers = metrics.load_towers(clip[0])
-    pictures = [data.draw(data.scene(np.random.default_rng(i)).things, 48 + 8 * i) for i in range(7)]
+    pictures = [world.draw(world.scene(np.random.default_rng(i)).things, 48 + 8 * i) for i in range(7)]
     one, three, all_ = (torch.cat(list(towers.look(pictures, batch))) for batch in (1, 3, 64))
     assert torch.allclose(one, all_, atol=1e-5) and torch.allclose(three, all_, atol=1e-5)
     assert fid(Statistics(one), Statistics(all_)) == pytest.approx(0, abs=1e-6)
@@ -470,7 +470,7 @@ def test_metadata_with_a_byte_order_mark_is_read(tmp_path):
 
 def test_no_wrong_bit_in_a_png_makes_another_picture(tmp_path):
     path = tmp_path / "star.png"
-    pixels = evaluate.illustrate(data.prompts("colors", 1)[0], np.random.default_rng(0))
+    pixels = evaluate.illustrate(world.prompts("colors", 1)[0], np.random.default_rng(0))
     Image.fromarray(pixels).save(path)
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     decoded = 0

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import data
+import drawn_world as world
 import evaluate
 import make_fake_checkpoint
 import metrics
@@ -76,7 +77,7 @@ def test_a_run_is_drawn_once_and_measured_in_every_way(run, small, monkeypatch, 
     command("--run", run, "-n", 2, "--pictures", 2, "--steps", 2, "--measures", "all", "--device", "cpu")
     table, told = capsys.readouterr().out, scores(run)
     assert set(report.MEASURES) - {"drawn"} <= set(told)
-    assert set(told["score"]) == set(told["any"]) == set(told["chance"]) == {*data.TASKS, "overall"}
+    assert set(told["score"]) == set(told["any"]) == set(told["chance"]) == {*world.TASKS, "overall"}
     assert len(told["records"]) == 24 and told["ceilings"]["drawn"]["overall"] == 1
     assert set(told["ceilings"]) == {"drawn", "after VAE"} and "unseen" in told["ceilings"]["after VAE"]
     assert told["loss"]["pictures"] == 6 and told["loss"]["of"] == "fresh drawings"
@@ -226,7 +227,7 @@ def test_published_prompts_are_drawn_for_genevals_own_scorer(run, tmp_path, caps
         command(*flags, "--guidance", 1)
     assert "other weights or settings" in capsys.readouterr().err
     mine = tmp_path / "mine.jsonl"
-    mine.write_text(json.dumps(data.prompts("colors", 1)[0]), encoding="utf-8")
+    mine.write_text(json.dumps(world.prompts("colors", 1)[0]), encoding="utf-8")
     command("--model", run, "--prompts", mine, "--steps", 1, "--out", tmp_path / "m", "--device", "cpu")
     assert len(scores(tmp_path / "m")["records"]) == 4
 
@@ -250,7 +251,7 @@ def test_published_weights_are_measured_in_every_way_but_by_the_drawn_world(run,
 
 class Reader:
     """Towers that see and read the ten colours and eight shapes, and nothing else."""
-    name, words = "reader", (*data.COLOURS, *data.SHAPES)
+    name, words = "reader", (*world.COLOURS, *world.SHAPES)
     image = SimpleNamespace(config=SimpleNamespace(image_size=64))
 
     def read(self, texts):
@@ -277,14 +278,14 @@ def test_the_table_of_the_drawn_world_tells_the_scores_and_what_true_drawings_ge
     jobs = gallery(tmp_path, 2, 2)
     paths = [metrics.picture_path(tmp_path, job) for job in jobs]
     blank(paths[0])                                                     # wrong; its prompt's second is right
-    extra = next(shape for shape in data.SHAPES if shape not in jobs[1].metadata["prompt"])
+    extra = next(shape for shape in world.SHAPES if shape not in jobs[1].metadata["prompt"])
     asked = jobs[1].metadata["include"][0]["class"]
-    things = [data.Thing(asked, "red", 0.3, 0.3, 0.16), data.Thing(extra, "blue", 0.7, 0.7, 0.16)]
-    Image.fromarray(data.draw(things, 64)).save(paths[1])                   # right, but not strictly
+    things = [world.Thing(asked, "red", 0.3, 0.3, 0.16), world.Thing(extra, "blue", 0.7, 0.7, 0.16)]
+    Image.fromarray(world.draw(things, 64)).save(paths[1])                   # right, but not strictly
     result, lines, _ = report.measure_drawn(report.Subject(tmp_path, jobs, paths, [], {}))
     assert [result[key]["single_object"] for key in ("score", "strict", "any")] == [0.75, 0.5, 1]
     assert cells(lines[0]) == ("per cent", "score", "+-", "strict", "any of", "chance", "drawn")
-    for line, task in zip(lines[1:], (*data.TASKS, "overall"), strict=False):
+    for line, task in zip(lines[1:], (*world.TASKS, "overall"), strict=False):
         told = [result[key][task] for key in ("score", "error", "strict", "any", "chance")]
         assert cells(line) == (task, *(f"{100 * x:.1f}" for x in told), "100.0")
     for line, key in zip(lines[8:], ("seen", "unseen", "shape", "colour"), strict=True):
@@ -518,7 +519,7 @@ def test_bad_input_ends_in_one_line_that_names_the_remedy(flags, message, tmp_pa
     write_json(tmp_path / "list" / "config.json", [])
     (tmp_path / "else").mkdir()
     write_json(tmp_path / "else" / "config.json", {})
-    own, foreign = data.prompts("colors", 1)[0], metrics.geneval_prompts()[0]
+    own, foreign = world.prompts("colors", 1)[0], metrics.geneval_prompts()[0]
     for folder, metadata in (("full", own), ("foreign", foreign)):
         path = tmp_path / folder / "00000" / "samples" / "00000.png"
         path.parent.mkdir(parents=True)
@@ -539,7 +540,7 @@ def test_the_sheet_frames_right_pictures_green_and_wrong_ones_red():
     records = [{"task": task, "prompt": "a", "correct": ok} for task in "ab" for ok in (True, task == "a")]
     page = np.asarray(report.sheet([grey] * 4, records))
     for name, frames in (("green", 3), ("red", 1)):
-        assert (page == data.COLOURS[name]).all(axis=2).sum() == frames * (104 ** 2 - 96 ** 2)
+        assert (page == world.COLOURS[name]).all(axis=2).sum() == frames * (104 ** 2 - 96 ** 2)
 
 
 def test_the_sheet_shows_pictures_of_many_prompts_from_the_first_on():

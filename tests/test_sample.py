@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
+import drawn_world as world
 import finetune
 import flow
 import sample
@@ -167,7 +168,7 @@ def test_signs_that_t5_does_not_know_are_told_and_no_others(pipe):
 
 
 def test_every_prompt_of_the_drawn_world_is_seen_whole_by_t5(pipe):
-    metas = [m["prompt"] for task in data.TASKS for m in data.prompts(task, 30)]
+    metas = [m["prompt"] for task in world.TASKS for m in world.prompts(task, 30)]
     assert not any(pipe.encoders.tokenizers[2].truncated(metas, pipe.t5_length))
 
 

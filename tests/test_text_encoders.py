@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import data
+import drawn_world as world
 from settings import TrainConfig
 from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
                            LayerNorm, RMSNorm, T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders,
@@ -58,7 +58,7 @@ def pipeline():
 @pytest.fixture(scope="module")
 def captions():
     rng = np.random.default_rng(0)
-    return [caption for _ in range(600) for caption in data.scene(rng).captions]
+    return [caption for _ in range(600) for caption in world.scene(rng).captions]
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +231,8 @@ def test_clip_loss_is_symmetric_and_holds_its_temperature():
 
 def test_clip_learns_one_batch_by_heart(tiny):
     torch.manual_seed(0)
-    scenes = [data.scene(np.random.default_rng(i), "color_attr") for i in range(8)]
-    pictures = torch.stack([torch.from_numpy(data.draw(s.things, 32).copy()) for s in scenes])
+    scenes = [world.scene(np.random.default_rng(i), "color_attr") for i in range(8)]
+    pictures = torch.stack([torch.from_numpy(world.draw(s.things, 32).copy()) for s in scenes])
     pictures = pictures.permute(0, 3, 1, 2) / 255
     ids = tiny.tokenizers[0]([s.captions[0] for s in scenes])
     text = CLIPTextEncoder(tiny.clip_l.config)
@@ -392,7 +392,7 @@ def test_t5_learns_one_batch_by_heart(tiny, captions):
 
 def test_every_caption_of_the_drawn_world_fits_and_has_no_unknown_token(tiny):
     rng = np.random.default_rng(1)      # other scenes than those that the tokenizers were trained on
-    texts = [c for _ in range(300) for c in data.scene(rng).captions]
+    texts = [c for _ in range(300) for c in world.scene(rng).captions]
     for tok in tiny.tokenizers:
         assert not any(tok.truncated(texts))
     assert not (tiny.tokenizers[2](texts) == 2).any()
