@@ -36,8 +36,9 @@ import torch
 from PIL import Image, ImageOps
 
 import data
-from checkpoints import load_part, read_json, write_atomically, write_json
 from prepare import bucket_shapes, nearest_bucket, place_of, upright_size
+from run_folder import load_part, read_json
+from tensor_files import write_atomically, write_json
 
 SAME_LOOK = 0.1             # thumbnails nearer than this are copies. 99 of 100 emoji are within 0.05 of
                             # themselves resized, 0.06 of their JPEG of quality 40; of all 1,026 only two

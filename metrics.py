@@ -49,8 +49,8 @@ from tqdm import tqdm
 import data
 import drawn_world as world
 import flow
-from checkpoints import (CheckpointError, load_part, load_strict, load_tensors, load_tokenizers, read_json,
-                         save_tensors, write_json)
+from run_folder import load_part, load_strict, load_tensors, load_tokenizers, read_json, save_tensors
+from tensor_files import CheckpointError, write_json
 from text_encoders import CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder
 from tokens import load_clip_tokenizer
 

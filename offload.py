@@ -37,9 +37,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from checkpoints import PARTS
 from kernels.int8 import quantise_mmdit, quantise_t5
 from mmdit import MMDiT, MMDiTConfig
+from run_folder import PARTS
 from text_encoders import ENCODERS, CLIPTextConfig, T5Config, T5Encoder
 from vae import VAEConfig
 

@@ -48,12 +48,12 @@ import data
 import flow
 import kernels
 import offload
-from checkpoints import (CheckpointError, check_fit, home_of_encoders, is_run, load_encoders, load_part,
-                         read_run, refuse_part, run_configs, text_widths, write_atomically)
 from finetune import change_all
 from kernels.int8 import quantise_mmdit, quantise_t5
 from offload import Places
-from tensor_files import read_config
+from run_folder import (check_fit, home_of_encoders, is_run, load_encoders, load_part, read_run, refuse_part,
+                        run_configs, text_widths)
+from tensor_files import CheckpointError, read_config, write_atomically
 from text_encoders import ENCODERS, Conditioning, TextEncoders
 from vae import TILE
 from weights import config_of, free_memory, load_mmdit, load_text_encoders, load_vae

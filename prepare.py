@@ -47,8 +47,9 @@ from PIL import Image
 from safetensors import safe_open
 
 import data
-from checkpoints import CheckpointError, about_of, load_tensors, read_json, save_tensors, write_json
 from offload import room
+from run_folder import about_of, load_tensors, read_json, save_tensors
+from tensor_files import CheckpointError, write_json
 
 # ------------------------------------------------------------------------------------------- shapes and order
 

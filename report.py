@@ -40,14 +40,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import drawn_world as world
-from checkpoints import home_of_encoders, is_run, read_json, read_run, write_atomically, write_json
 from evaluate import SIDE, find_objects, foreign, illustrate, requests, tally, variants
 from metrics import (COCO, LEVELS, Job, Statistics, any_order, bar, clip_score, draw_folder, error_of, fid,
                      fingerprint, fit, geneval_prompts, kid, load_towers, name_of, nearest, open_picture,
                      picture_path, read_folder, read_prompts, reference, retrieval, seed_of, validation_loss)
 from offload import is_out_of_memory
 from pipeline import Pipeline, pick_device, settings_of
-from tensor_files import check_writable
+from run_folder import home_of_encoders, is_run, read_json, read_run
+from tensor_files import check_writable, write_atomically, write_json
 from text_encoders import ENCODERS
 from weights import locate
 

@@ -36,11 +36,11 @@ from tqdm import tqdm
 import data
 import flow
 import offload
-from checkpoints import is_run, last_run, read_run, run_configs
 from finetune import Lora
 from pipeline import (DEFAULTS, Pipeline, at_once, check_request, longest_side, pick_device,
                       published_configs, recognise, save_picture, seeds_of, settings_of, side_of,
                       text_dtype_of)
+from run_folder import is_run, last_run, read_run, run_configs
 from tensor_files import check_writable
 from text_encoders import ENCODERS
 from weights import free_memory

@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 
 import flow
-from checkpoints import config_of_part, has_run, is_published, last_run, read_json, read_run
 from mmdit import MMDiTConfig
 from parallel import launched
 from pipeline import check_side
 from prepare import Cache, place_of
+from run_folder import config_of_part, has_run, is_published, last_run, read_json, read_run
 from stages import STAGES, encoder_prints
 from weights import config_of
 

@@ -36,8 +36,6 @@ import torch
 from torch import nn
 
 import flow
-from checkpoints import (bare_encoders, home_of_encoders, is_run, load_encoders, load_part, load_tokenizers,
-                         sole_writer, write_atomically, write_json)
 from data import contact_sheet, list_pictures, pick_captions, refuse_if_mostly_bad
 from finetune import add_lora, merge_lora, save_lora
 from mmdit import MMDiT, MMDiTConfig
@@ -45,6 +43,9 @@ from parallel import Later, local, whole
 from pipeline import Pipeline, to_pil
 from prepare import (Batches, Cache, Survey, digest, files_fingerprint, send, source_of, tensors_fingerprint,
                      write_cache)
+from run_folder import (bare_encoders, home_of_encoders, is_run, load_encoders, load_part, load_tokenizers,
+                        sole_writer)
+from tensor_files import write_atomically, write_json
 from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
                            Conditioning, T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders,
                            masked_span_loss, sample_drops)

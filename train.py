@@ -67,9 +67,7 @@ from torch import nn
 
 import flow
 import parallel
-from checkpoints import (CheckpointError, Saver, State, checkpoints_of, clean_checkpoints, has_run,
-                         is_published, last_run, load_part, load_state, read_json, read_run, save_part,
-                         sole_writer, write_json)
+from checkpoints import Saver, State, checkpoints_of, clean_checkpoints, load_state
 from data import Pictures, list_pictures, load_pictures, refuse_if_mostly_bad
 from mmdit import MMDiT
 from muon import Muon, split
@@ -77,9 +75,11 @@ from offload import GB, is_out_of_memory, short
 from parallel import local, whole
 from pipeline import pick_device
 from prepare import EVERY, Cache, Survey, place_of, source_of
+from run_folder import has_run, is_published, last_run, load_part, read_json, read_run, save_part, sole_writer
 from settings import SHAPING, TrainConfig, go_on_as, parse, parse_cache
 from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, encoder_prints, flow_stage,
                     make_tokenizers, preview_prompts, pretrained_mmdit, t5_stage, take_over, vae_stage)
+from tensor_files import CheckpointError, write_json
 from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, add_up, clock, film, judge, largest_logit,
                    lasting_output, plot_run, read_metrics, roll_back, update)
 

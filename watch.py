@@ -43,10 +43,10 @@ from tqdm import tqdm
 
 import data
 import mmdit
-from checkpoints import State, checkpoints_of, remove_checkpoint, write_atomically
+from checkpoints import State, checkpoints_of, remove_checkpoint
 from kernels import rms_norm
 from parallel import local
-from tensor_files import files_in
+from tensor_files import files_in, write_atomically
 
 SPIKE = 5.0                                 # times the median of the last healthy losses
 RECENT = 51                                 # how many losses that median is of

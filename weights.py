@@ -1,4 +1,4 @@
-"""How is a published model read into these modules? (Our own runs are the business of checkpoints.py.)
+"""How is a published model read into these modules? (Our own runs are the business of run_folder.py.)
 
     Stability's single file                     a diffusers folder             stand-alone files
     sd3.5_large.safetensors                     transformer/*.safetensors      clip_l.safetensors

@@ -18,8 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoints import load_part, read_run  # noqa: E402
 from data import load_pictures  # noqa: E402
+from run_folder import load_part, read_run  # noqa: E402
 from stages import to_signed  # noqa: E402
 from studies.training_length import (  # noqa: E402
     by_task, flags, scores, told_in_one_line, trained, write_table)

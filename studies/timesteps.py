@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flow  # noqa: E402
 import report  # noqa: E402
-from checkpoints import read_json  # noqa: E402
 from flow import DENSITIES  # noqa: E402
+from run_folder import read_json  # noqa: E402
 from studies.training_length import (  # noqa: E402
     figure, flags, save_figure, scores, told_in_one_line, trained, write_table)
 

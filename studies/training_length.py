@@ -25,10 +25,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import report  # noqa: E402
-from checkpoints import read_json, write_atomically, write_json  # noqa: E402
 from drawn_world import TASKS  # noqa: E402
+from run_folder import read_json  # noqa: E402
 from settings import TrainConfig  # noqa: E402
 from stages import PARTS_OF  # noqa: E402
+from tensor_files import write_atomically, write_json  # noqa: E402
 from train import train  # noqa: E402
 from watch import read_metrics  # noqa: E402
 

@@ -15,10 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate  # noqa: E402
-from checkpoints import read_json, read_run, write_json  # noqa: E402
 from drawn_world import TASKS  # noqa: E402
 from pipeline import Pipeline  # noqa: E402
+from run_folder import read_json, read_run  # noqa: E402
 from studies.training_length import by_task, flags, is_newer, told_in_one_line, write_table  # noqa: E402
+from tensor_files import write_json  # noqa: E402
 
 DROPS = ((), ("t5",), ("clip_l",), ("clip_g",), ("clip_l", "clip_g"), ("clip_l", "clip_g", "t5"))
 

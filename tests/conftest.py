@@ -3,6 +3,7 @@
 `pytest --hypothesis-profile=thorough` tries many new ones.
 """
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -96,13 +97,21 @@ def miniature():
 
 def names_of(cache):
     """The pictures of a prepare.Cache, by number, as its files name them."""
-    from checkpoints import about_of
+    from run_folder import about_of
     return [name for file in cache.files["latents"] for name in about_of(cache.folder / file)["names"]]
+
+
+def pickled():
+    """What makes a folder of the name "unpickled", if anything unpickles it."""
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, ("unpickled",)
+    return pickle.dumps(Payload())
 
 
 def refuses(call, *words):
     """The call raises CheckpointError, in one line that holds all the words."""
-    from checkpoints import CheckpointError     # here: found through the path that is set above
+    from tensor_files import CheckpointError    # here: found through the path that is set above
     with pytest.raises(CheckpointError) as caught:
         call()
     message = str(caught.value)

@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance
 import curate
 import data
 import text_encoders as te
-from checkpoints import save_part
+from run_folder import save_part
 
 
 def emoji(n):

@@ -34,10 +34,12 @@ import mmdit
 import stages
 import train as training
 import watch
-from checkpoints import CheckpointError, checkpoints_of, load_tensors, save_tensors, sole_writer
+from checkpoints import checkpoints_of
 from conftest import ROOT, blank
 from mmdit import MMDiT, MMDiTConfig
 from muon import Muon, split
+from run_folder import load_tensors, save_tensors, sole_writer
+from tensor_files import CheckpointError
 from train import TrainConfig, fit
 
 KILLS = 20 if settings.default.max_examples > 100 else 6

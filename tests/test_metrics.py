@@ -21,9 +21,9 @@ import drawn_world as world
 import evaluate
 import flow
 import metrics
-from checkpoints import CheckpointError, write_json
 from metrics import Job, Statistics, fid, kid, nearest, retrieval
 from pipeline import settings_of
+from tensor_files import CheckpointError, write_json
 from text_encoders import CLIPTextConfig, CLIPTextEncoder
 from tokens import train_clip_tokenizer
 from vae import Posterior

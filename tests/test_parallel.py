@@ -31,10 +31,11 @@ import checkpoints
 import make_fake_checkpoint
 import parallel
 import train as training
-from checkpoints import State, checkpoints_of, load_tensors
+from checkpoints import State, checkpoints_of
 from conftest import ROOT, blank, shrink
 from mmdit import MMDiT, MMDiTConfig
 from muon import Muon
+from run_folder import load_tensors
 from train import TrainConfig, train
 
 pytestmark = pytest.mark.skipif(os.name != "posix" or not torch.distributed.is_available(),

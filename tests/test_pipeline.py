@@ -29,10 +29,11 @@ import flow
 import offload
 import pipeline
 import sample
-from checkpoints import CheckpointError, load_mmdit, load_text_encoders, load_vae, save_mmdit
+from checkpoints import load_mmdit, load_text_encoders, load_vae, save_mmdit
 from kernels import int8
 from mmdit import MMDiT, MMDiTConfig
 from pipeline import DEFAULTS, Pipeline, recognise, skipping
+from tensor_files import CheckpointError
 from text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
 

@@ -26,9 +26,9 @@ import data
 import prepare
 import text_encoders as te
 import tokens
-from checkpoints import save_tensors
 from conftest import names_of
 from prepare import Batches, Cache, Order, Survey, write_cache
+from run_folder import save_tensors
 from vae import AutoencoderKL, VAEConfig
 
 

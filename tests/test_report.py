@@ -16,10 +16,11 @@ import evaluate
 import make_fake_checkpoint
 import metrics
 import report
-from checkpoints import save_part, write_json
 from offload import Places
 from pipeline import Pipeline, save_picture
+from run_folder import save_part
 from stages import build, make_tokenizers
+from tensor_files import write_json
 from text_encoders import ENCODERS
 from train import TrainConfig
 

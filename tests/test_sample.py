@@ -18,7 +18,7 @@ import drawn_world as world
 import finetune
 import flow
 import sample
-from checkpoints import load_tensors, save_tensors
+from run_folder import load_tensors, save_tensors
 from sample import Pipeline, free_path
 
 
@@ -418,8 +418,9 @@ def test_bad_flags_end_with_exit_code_2_and_no_file(run, flags, tmp_path, monkey
 
 
 def test_parts_of_two_runs_are_not_mixed(run, tmp_path):
-    from checkpoints import CheckpointError, save_part
     from mmdit import MMDiT, MMDiTConfig
+    from run_folder import save_part
+    from tensor_files import CheckpointError
     mixed = tmp_path / "run"
     shutil.copytree(run, mixed)
     save_part(mixed, "mmdit", MMDiT(MMDiTConfig.preset("tiny", depth=1, pooled_dim=24)))

@@ -10,8 +10,9 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT))
 
-from checkpoints import load_part, write_json  # noqa: E402
+from run_folder import load_part  # noqa: E402
 from studies import captions, channels, timesteps, training_length, without_encoders  # noqa: E402
+from tensor_files import write_json  # noqa: E402
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import drawn_world as world
+import text_encoders
 from settings import TrainConfig
 from text_encoders import (ENCODERS, CLIPImageConfig, CLIPImageEncoder, CLIPTextConfig, CLIPTextEncoder,
                            LayerNorm, RMSNorm, T5Config, T5Encoder, TextEncoders, clip_loss, drop_encoders,
@@ -586,9 +587,13 @@ def test_each_encoder_is_dropped_in_46_4_percent_independently_and_all_in_a_tent
     assert (torch.corrcoef(drops.T) - torch.eye(3)).abs().max() < 0.013
 
 
+def test_the_tokenizers_loaders_can_be_called_from_text_encoders():
+    assert text_encoders.load_clip_tokenizer is load_clip_tokenizer
+    assert text_encoders.load_t5_tokenizer is load_t5_tokenizer
+
+
 def test_the_demo_holds_what_it_promises(capsys):
-    from text_encoders import demo
-    demo()
+    text_encoders.demo()
     assert "passed" in capsys.readouterr().out
 
 

@@ -21,11 +21,11 @@ import sample
 import stages
 import train as training
 import watch
-from checkpoints import load_tensors, load_tokenizers
 from conftest import MICRO
 from data import load_pictures
 from mmdit import MMDiT, MMDiTConfig
 from pipeline import Pipeline
+from run_folder import load_tensors, load_tokenizers
 from settings import flag_of
 from train import TrainConfig, parse, rate_at, train
 from vae import AutoencoderKL, VAEConfig, discriminator_loss, vae_loss

@@ -31,13 +31,13 @@ import sample
 import settings
 import stages
 import train as training
-from checkpoints import (bare_encoders, load_part, load_tensors, load_tokenizers, read_json, run_configs,
-                         save_part, save_tensors, sole_writer)
 from conftest import MICRO, names_of
 from data import Pictures
 from mmdit import MMDiT, MMDiTConfig
-from prepare import Batches, Cache
 from pipeline import Pipeline
+from prepare import Batches, Cache
+from run_folder import (bare_encoders, load_part, load_tensors, load_tokenizers, read_json, run_configs,
+                        save_part, save_tensors, sole_writer)
 from text_encoders import ENCODERS, CLIPTextConfig, T5Config
 from train import TrainConfig, parse, train
 from weights import load_mmdit, load_text_encoders, load_vae, locate

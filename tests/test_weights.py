@@ -8,7 +8,6 @@ range in brackets stands for that many blocks)."""
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import struct
@@ -30,7 +29,7 @@ import make_fake_checkpoint
 import sample
 import tensor_files
 import weights
-from conftest import refuses
+from conftest import pickled, refuses
 from kernels.int8 import quantise_mmdit, quantise_t5
 from layouts import (IGNORED, NAMES, clip_openclip, is_foreign, mmdit_folder, take_apart, vae_folder,
                      why_unknown)
@@ -49,7 +48,7 @@ F32 = {"dtype": torch.float32}
 
 @pytest.fixture(autouse=True, scope="module")
 def no_waiting_for_the_disk():
-    """test_checkpoints.py checks that files are flushed; here only their contents matter."""
+    """test_run_folder.py checks that files are flushed; here only their contents matter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: None)
         yield
@@ -832,13 +831,6 @@ def header(**tensors):
     tensors = {k: {"dtype": "F32", "shape": [2], "data_offsets": v} for k, v in tensors.items()}
     text = json.dumps(tensors).encode()
     return struct.pack("<Q", len(text)) + text + bytes(16)
-
-
-def pickled():
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, ("unpickled",)
-    return pickle.dumps(Payload())
 
 
 BAD = {
