@@ -55,7 +55,7 @@ def look(picture, side: int | None = None):
     The vector, a perceptual hash in numbers, is 16 x 16 colours less their mean, over their deviation, and a
     fifth of the mean: it hardly notices brightness and contrast. (The usual hash, 63 signs of a cosine
     transform, is not stable here: in a twentieth of the Twemoji, flat and symmetric, JPEG flips 16 signs.)"""
-    with data.opened(picture) as image:
+    with data.opened(picture, whole=True) as image:     # as loading opens it
         size = upright_size(image)
         image = data.upright(image, max(32, side or 0))
         small = image.resize((16, 16), Image.Resampling.BILINEAR)       # BOX would shift cells by half pixels
@@ -154,6 +154,7 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
     if source in ("drawn", "emoji"):
         raise ValueError(f"{source!r} comes with the project: check a folder or a .tar of your own")
     bucket_shapes(size)                         # ValueError now for what would fail after hours of decoding
+    scores = list(dict.fromkeys(scores))        # a rule's second turn would find nothing, and be its result
     asked = [parse_rule(rule)[0] for rule in scores]
     start, listing, bound = time.monotonic(), data.list_pictures(source, size), min_side or size
     names = sorted({name for e in listing.entries for name in e.about})

@@ -168,7 +168,9 @@ def each(function, entries, patience=PATIENCE):
 
 
 def refuse_if_mostly_bad(source, good, skipped):
-    """ValueError if more than half of a source is unusable, with the first causes."""
+    """ValueError if more than half of a source is unusable, with the first causes, or if nothing is left."""
+    if not good and not skipped:
+        raise ValueError(f"{source}: excluded.txt leaves out every picture: delete lines from it")
     if not good or len(skipped) > good:
         causes = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
         raise ValueError(f"{source}: {len(skipped)} of {len(skipped) + good} entries are unusable, repair or "

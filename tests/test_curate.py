@@ -65,6 +65,10 @@ def test_different_pictures_look_different():
     assert (apart.min(1).values < curate.SAME_LOOK).sum() <= 6         # faces that differ by an eyebrow
     red, blue = Image.new("RGB", (50, 50), "red"), Image.new("RGB", (50, 50), "blue")
     assert distance(red, blue) > curate.SAME_LOOK > distance(red, Image.new("RGB", (80, 80), (250, 0, 0)))
+    assert everyday[:, :768].norm(dim=1).max() == pytest.approx(1, abs=1e-3)
+    assert distance(red, Image.new("RGB", (50, 50), "orange")) > curate.SAME_LOOK
+    grain = [Image.effect_noise((64, 64), 4) for _ in range(2)]         # hardly any: blank, but for a scanner
+    assert distance(*grain) < curate.SAME_LOOK and distance(red.convert("L"), red.convert("L")) == 0
 
 
 @given(st.integers(0, 10 ** 6), st.integers(1, 80), st.floats(0.05, 1.0))
@@ -98,6 +102,13 @@ def test_clusters_part_hardly_any_copies(monkeypatch):
     assert sum(found.get(1000 + i) == i for i in range(1000)) > 970 and min(found) >= 1000
 
 
+def test_where_half_are_equal_the_others_stay_in_clusters_of_their_own(monkeypatch):
+    monkeypatch.setattr(curate, "CLUSTER", 10)
+    others = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    found = curate.clusters(torch.cat([others, torch.zeros(50, 8)]))    # of which several are first centres
+    assert sorted(np.concatenate(found).tolist()) == list(range(100)) and len(found) > 4
+
+
 def faulty(folder):
     """20 good pictures with a score and one of each fault; -> names by the step that should find them."""
     folder.mkdir()
@@ -126,12 +137,12 @@ def faulty(folder):
 def test_each_step_removes_its_fault_counts_it_and_shows_it(tmp_path):
     expected, said = faulty(tmp_path / "a"), []
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    found = curate.check(tmp_path / "a", min_side=32, scores=["aesthetic>=4.5"], out=tmp_path / "report",
-                          say=said.append)
+    found = curate.check(tmp_path / "a", min_side=32, scores=["aesthetic>=4.5"] * 2,
+                          out=tmp_path / "report", say=said.append)
     assert {step: sorted(n for n, _ in items) for step, items in found.items()} == {
         step: sorted(names) for step, names in expected.items()}
     assert dict(found["copy"])["07.png"] == "like larger.png"           # the one with more pixels stays
-    assert dict(found["aesthetic>=4.5"])["unscored.png"] == "no such score"
+    assert dict(found["aesthetic>=4.5"]) == {"ugly.png": "1.5", "unscored.png": "no such score"}
     sheets = sorted(p.name for p in (tmp_path / "report").glob("*.png"))
     assert sheets == ["1-unusable.png", "2-small.png", "3-long.png", "4-aesthetic-4-5.png", "5-copy.png"]
     with Image.open(tmp_path / "report" / "5-copy.png") as sheet:
@@ -179,7 +190,7 @@ def test_bounds_are_kept_the_upright_size_counts_and_the_copy_with_most_pixels_s
     turned = Image.Exif()
     turned[0x0112] = 6                                                  # stored on its side
     blur(5).resize((64, 47)).save(tmp_path / "a" / "turned.jpg", exif=turned)
-    blur(6).resize((60, 60)).save(tmp_path / "a" / "square.png")
+    blur(6).resize((60, 60)).save(tmp_path / "a" / "z square.png")      # behind those that are removed
     blur(6).resize((66, 48)).save(tmp_path / "a" / "wide.png")
     for picture in list((tmp_path / "a").iterdir()):
         picture.with_suffix(".txt").write_text("a picture")
@@ -194,7 +205,7 @@ def test_bounds_are_kept_the_upright_size_counts_and_the_copy_with_most_pixels_s
         "unusable": [],
         "small": [("below.png", "47 x 64"), ("low.png", "64 x 47"), ("turned.jpg", "47 x 64")],
         "long": [("high.png", "48 x 145"), ("more.png", "145 x 48")],
-        "copy": [("wide.png", "like square.png")]}
+        "copy": [("wide.png", "like z square.png")]}
     assert curate.check(tmp_path / "a", **quiet)["small"] == []         # without --min-side: --size
     assert curate.look(tmp_path / "a" / "large.jpg")[0] == (600, 600)   # however small it was decoded
 
@@ -229,8 +240,11 @@ def test_a_long_list_is_shown_from_its_first_to_its_last_with_what_is_kept(tmp_p
         assert [int(tile[0, 0, 0]) for row in shown for tile, _ in row] == list(range(0, 240, 10))
         assert [len(row) for row in shown] == [8, 8, 8]
         shown.clear()
-        curate.contact([("5", "like 9", 5, 9)], entries, "copy")
-    assert [(int(tile[0, 0, 0]), text) for tile, text in shown[0]] == [(5, ["5", "like 9"]), (9, ["kept: 9"])]
+        curate.contact([("5", "like 0", 5, 0)], entries, "copy")
+        clear = data.Entry("clear.png", Image.new("RGBA", (32, 16)), ("x",), {})
+        curate.contact([("clear.png", "why", 0, None)], [clear], "long")
+    assert shown[1][0][0][[0, 64], 64].tolist() == [[128] * 3, [255] * 3]       # all of it, on white
+    assert [(int(tile[0, 0, 0]), text) for tile, text in shown[0]] == [(5, ["5", "like 0"]), (0, ["kept: 0"])]
 
 
 def test_pictures_are_embedded_64_at_a_time_each_once(tmp_path, monkeypatch):
@@ -254,7 +268,8 @@ def test_pictures_are_embedded_64_at_a_time_each_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rule, row, verdict", [
     ("aesthetic>=5", {"aesthetic": 5}, True), ("aesthetic >= 5.5", {"aesthetic": 5}, False),
-    ("nsfw<=0.05", {"nsfw": 0.05}, True), ("nsfw<=1e-3", {"nsfw": 0.05}, False), ("nsfw<=1", {}, None),
+    (" clip-score >=0", {"clip-score": 0}, True), ("nsfw<=0.05", {"nsfw": 0.05}, True),
+    ("nsfw<=1e-3", {"nsfw": 0.05}, False), ("nsfw<=1", {}, None),
     ("nsfw<=1", {"nsfw": "0.05"}, True), ("nsfw<=1", {"nsfw": "6.0"}, False),
     ("nsfw<=1", {"nsfw": "no"}, None), ("nsfw<=1", {"nsfw": "nan"}, None),
     ("nsfw<=1", {"nsfw": float("nan")}, None),
@@ -269,17 +284,21 @@ def test_scores_are_compared_as_numbers_and_missing_ones_pass_nothing(tmp_path, 
 
 def test_the_command_reports_and_errors_are_one_line_with_exit_code_2(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "check-pics").mkdir(parents=True)              # of a check that was interrupted
     fill(tmp_path / "pics", [blur(i).resize([(40, 40), (50, 30), (30, 50)][i % 3]) for i in range(12)])
     curate.main(["check", "pics", "--min-side", "16", "--size", "32"])
     out = capsys.readouterr().out
     assert "kept                      12 100.0 %" in out and "buckets for --size 32: " in out
+    assert "report.json; --apply leaves them out" in out
     assert (tmp_path / "runs" / "check-pics" / "report.json").is_file()
     curate.main(["check", "pics", "--max-ratio", "1.5", "--min-side", "16", "--size", "32", "--apply"])
-    assert "long                       8  66.7 %" in capsys.readouterr().out    # of 50 x 30 and 30 x 50
+    out = capsys.readouterr().out                                       # of 50 x 30 and 30 x 50:
+    assert "long                       8  66.7 %" in out and "excluded.txt leaves them out from now on" in out
+    assert "for example 01.png: 50 x 30" in out
     assert len((tmp_path / "pics" / "excluded.txt").read_text().split()) == 8
     for wrong, message in ((["gone"], "no such folder"), (["pics", "--score", "x>>2"], "is not a rule"),
                            (["pics", "--score", "x>=2"], "no scores at all"),
-                           (["emoji"], "comes with the project"),
+                           (["emoji"], "comes with the project"), (["drawn"], "comes with the project"),
                            (["pics", "--size", "50"], "not a multiple of 16"),
                            (["pics", "--run", "gone"], "clip_l_image.safetensors is missing")):
         with pytest.raises(SystemExit) as stop:
@@ -290,7 +309,10 @@ def test_the_command_reports_and_errors_are_one_line_with_exit_code_2(tmp_path, 
 
 @pytest.mark.parametrize("wrong, message", [
     (["--size", "100"], "try 96"), (["--score", "aesthetic>5"], "is not a rule"),
-    (["--score", "aesthetics>=5"], "there are aesthetic"), (["--out", "pics/00.png"], "exists")])
+    (["--score", "aesthetic>=5,nsfw<=1"], "is not a rule"), (["--score", "aesthetic>=5-6"], "is not a rule"),
+    (["--score", "aesthetics>=5"], "there are aesthetic"),
+    (["--score", "x>=1", "--score", "aesthetic>=5"], "the score of 'x>=1'"),
+    (["--out", "pics/00.png"], "exists")])
 def test_bad_flags_are_refused_before_any_picture_is_decoded(tmp_path, monkeypatch, capsys, wrong, message):
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "pics", [blur(i, 40) for i in range(3)])
@@ -331,8 +353,8 @@ def test_excluded_txt_holds_names_with_the_line_ends_of_unicode_and_grows_withou
         blur(9).save(folder / name)
         (folder / name).with_suffix(".txt").write_text("odd")
     (folder / "excluded.txt").write_text("\n00.png\n\n", encoding="utf-8-sig")
-    for _ in range(2):
-        curate.exclude(folder, ["captions.jsonl:3", *names])
+    for source in (folder / "one of its.tar", folder):
+        curate.exclude(source, ["captions.jsonl:3", *names])
         written = (folder / "excluded.txt").read_text(encoding="utf-8")
         assert written == "\n".join(["00.png", *names]) + "\n"
     assert [entry.name for entry in data.list_pictures(folder).entries] == ["01.png", "02.png"]
@@ -348,6 +370,21 @@ def test_names_that_a_console_cannot_show_stop_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
     curate.main(["check", str(tmp_path), "--out", str(tmp_path / "report"), "--min-side", "8", "--apply"])
     assert "\u661f.png" in (tmp_path / "excluded.txt").read_text(encoding="utf-8")
+
+
+def test_pictures_that_cannot_be_read_do_not_stop_the_check_that_leaves_them_out(tmp_path):
+    save_part(tmp_path / "run", "clip_l_image", te.CLIPImageEncoder(te.CLIPImageConfig.preset("tiny")))
+    fill(tmp_path / "a", [])
+    for i in range(data.PATIENCE + 1):
+        (tmp_path / "a" / f"{i}.png").write_bytes(b"")
+        (tmp_path / "a" / f"{i}.txt").write_text("empty")
+    blur(0).save(tmp_path / "a" / "0.png")
+    content = bytearray((tmp_path / "a" / "0.png").read_bytes())
+    content[content.rindex(b"IEND") - 5] ^= 1                           # its checksum, which loading verifies
+    (tmp_path / "a" / "0.png").write_bytes(content)
+    found, again = [curate.check(tmp_path / "a", run=tmp_path / "run", out=tmp_path / "r", apply=True,
+                                 say=lambda line: None) for _ in range(2)]
+    assert len(found["unusable"]) == data.PATIENCE + 1 and not any(again.values())
 
 
 def test_a_folder_of_caption_files_alone_is_refused_in_one_line(tmp_path, capsys):
@@ -366,18 +403,20 @@ def test_the_report_on_another_folder_of_the_same_name_stays(tmp_path, monkeypat
     curate.main(["check", str(tmp_path / "a" / "pics")])            # the same folder: its report is renewed
     with pytest.raises(SystemExit):
         curate.main(["check", "b/pics"])
-    assert "choose another folder with --out" in capsys.readouterr().err
+    held = str(tmp_path / "a" / "pics")
+    assert f"the report on {held}: choose another folder with --out" in capsys.readouterr().err
     report = json.loads((tmp_path / "runs" / "check-pics" / "report.json").read_text())
-    assert report["source"] == str(tmp_path / "a" / "pics")
+    assert report["source"] == held
     curate.main(["check", "b/pics", "--out", "runs/check-pics"])
 
 
 def test_data_py_check_is_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["data.py", "check", "pics"])
-    fill(tmp_path / "pics", [blur(i, 40) for i in range(4)])
+    fill(tmp_path / "pics", [*(blur(i, 40) for i in range(4)), blur(4).resize((160, 64))])
     runpy.run_path(data.__file__, run_name="__main__")
-    assert "small                      4 100.0 %" in capsys.readouterr().out
+    out = capsys.readouterr().out                                       # of 64 pixels and 3 to one by default
+    assert "small                      4  80.0 %" in out and "kept                       1  20.0 %" in out
 
 
 def test_the_demo_passes(capsys):
@@ -393,3 +432,10 @@ def test_a_runs_clip_is_shown_pictures_in_the_range_that_it_has_learned(tmp_path
     curate.check(tmp_path / "a", run=tmp_path / "run", out=tmp_path / "r", say=lambda line: None)
     [x] = seen
     assert len(x) == 2 and 0 <= x.min() < 0.4 and 0.6 < x.max() <= 1        # as in stages.py, not from -1
+    wide = Image.new("RGB", (96, 32), "red")
+    wide.paste("lime", (32, 0, 64, 32))
+    assert (curate.look(wide, 32)[2] == (0, 255, 0)).all()                  # the middle, not stretched
+    Image.effect_noise((256, 256), 90).save(tmp_path / "fine.jpg")
+    with Image.open(tmp_path / "fine.jpg") as fine:                         # nor of a smaller decoding
+        sharp = np.array(fine.convert("RGB").resize((128, 128)))
+    assert np.array_equal(curate.look(tmp_path / "fine.jpg", 128)[2], sharp)

@@ -48,6 +48,8 @@ def test_the_emoji_sheet_holds_1026_captioned_pictures_on_white():
         image = by_name[name].float()
         inked = image[:, (image.mean(dim=0) < 250)]
         assert inked.mean(dim=1).argmax() == strongest and inked.shape[1] > 1000
+    tiles = np.stack([np.asarray(entry.picture) for entry in data.list_pictures("emoji").entries])
+    assert np.array_equal(emoji.images.permute(0, 2, 3, 1), tiles)              # neither turned nor mirrored
 
 
 def test_count_takes_a_random_part_of_the_emoji_and_size_resizes():
@@ -301,11 +303,12 @@ def test_bad_lines_of_captions_jsonl_are_skipped_with_a_reason(tmp_path):
         "twice": line("p3.png", "listed in line 4 already"),
     }
     fill(folder, **{f"p{i}": flat() for i in range(20)})
-    good = [line(f"p{i}.png", "a fine\tred  caption \U0001f468\u200d\U0001f469 \u05e9\u05dc\u05d5\u05dd")
-            for i in range(20)]
+    words = "a fine\tred  caption \U0001f468\u200d\U0001f469 \u05e9\u05dc\u05d5\u05dd "
+    words += "x" * (2000 - len(words))                                          # as long as it may be
+    good = [line(f"p{i}.png", words) for i in range(20)]
     (folder / "captions.jsonl").write_bytes(b"\n".join(good + list(bad.values())))
     got = data.load_pictures(folder, 8)
-    assert got.captions == [("a fine red caption \U0001f468\u200d\U0001f469 \u05e9\u05dc\u05d5\u05dd",)] * 20
+    assert got.captions == [(" ".join(words.split()),)] * 20
     assert len(got.skipped) == len(bad) and all(reason for _, reason in got.skipped)
     reasons = dict(got.skipped)
     for kind in ("dots", "absolute", "symlink"):
@@ -618,6 +621,10 @@ def test_what_excluded_txt_names_is_left_out_and_counted(tmp_path):
     (folder / "excluded.txt").write_text("b.png\nd.png\ngone.png\n")
     got = data.load_pictures(folder, 4)
     assert got.captions == [("a",), ("c",)] and not got.skipped and got.excluded == 2
+    assert got.names == ["a.png", "c.png"]
+    (folder / "excluded.txt").write_text("a.png\nb.png\nc.png\nd.png\n")
+    with pytest.raises(ValueError, match="excluded.txt leaves out every picture"):
+        data.load_pictures(folder, 4)
 
 
 @pytest.mark.skipif(os.sep == "\\", reason="Windows refuses such names")

@@ -13,12 +13,14 @@ import threading
 import time
 import zlib
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -28,12 +30,13 @@ import text_encoders as te
 import tokens
 from conftest import names_of
 from prepare import Batches, Cache, Order, Survey, write_cache
-from run_folder import save_tensors
+from run_folder import load_tensors, save_tensors
 from vae import AutoencoderKL, VAEConfig
 
 
 # --- Buckets ---
 
+@example(64)
 @given(st.integers(1, 64).map(lambda n: 16 * n))
 def test_buckets_are_multiples_of_16_of_about_equal_area_and_at_most_2_to_1(size):
     shapes = prepare.bucket_shapes(size)
@@ -46,6 +49,7 @@ def test_buckets_are_multiples_of_16_of_about_equal_area_and_at_most_2_to_1(size
         assert all(0.94 < w * h / size ** 2 < 1.06 for w, h in shapes)
 
 
+@example(30, 20)
 @given(st.integers(20, 2000), st.integers(20, 2000))
 def test_a_picture_up_to_2_to_1_loses_at_most_a_tenth_to_its_bucket(width, height):
     shapes = prepare.bucket_shapes(256)
@@ -53,6 +57,12 @@ def test_a_picture_up_to_2_to_1_loses_at_most_a_tenth_to_its_bucket(width, heigh
     kept = min(width / height, w / h) / max(width / height, w / h)
     assert kept == max(min(width / height, a / b) / max(width / height, a / b) for a, b in shapes)
     assert kept > 0.9 or max(width, height) > 1.9 * min(width, height)
+
+
+def test_a_side_that_no_bucket_can_have_is_refused_with_the_nearest_that_one_can():
+    for size, near in ((0, 16), (7, 16), (90, 96), (100, 96)):
+        with pytest.raises(ValueError, match=f"size {size} is not a multiple of 16: try {near}$"):
+            prepare.bucket_shapes(size)
 
 
 def test_the_size_is_that_of_the_upright_picture_and_costs_no_decoding(tmp_path, monkeypatch):
@@ -146,6 +156,8 @@ def test_epochs_and_seeds_differ_and_buckets_are_mixed_within_an_epoch():
     assert all(sorted(sum(map(list, e), [])) == list(range(128)) for e in epochs)
     runs = [buckets[batch[0]] for batch in epochs[0]]
     assert 3 < sum(a != b for a, b in zip(runs, runs[1:]))              # not one bucket after the other
+    assert len({tuple(buckets[batch[0]] for batch in e) for e in epochs}) == 3 and len(order.kept) <= 7
+    assert len({tuple(i % 64 for i in batch) for e in epochs for batch in e}) == 3 * 16     # nor in one order
 
 
 def test_order_refuses_no_pictures_and_bad_numbers():
@@ -168,7 +180,8 @@ class Encoders:
         l, g = (te.CLIPTextEncoder(te.CLIPTextConfig.preset(
             f"tiny_{x}", vocab_size=words[0].vocab_size, context_length=12)) for x in "lg")
         t5 = te.T5Encoder(te.T5Config.preset("tiny", vocab_size=words[2].vocab_size))
-        self.text, self.vae = te.TextEncoders(l, g, t5, words).eval(), AutoencoderKL(VAEConfig.preset("tiny"))
+        self.text, self.vae = te.TextEncoders(l, g, t5, words).eval(), AutoencoderKL(
+            VAEConfig.preset("tiny", shift=0.1, scale=1.5))
         self.calls, encode = 0, self.vae.encode
 
         def counted(x):
@@ -221,6 +234,8 @@ def test_a_cache_goes_to_another_process_and_knows_how_many_captions_a_picture_h
     for beyond in (last + 1, last * 0 - 1):
         with pytest.raises(IndexError, match="captions"):
             cache.read(pictures, beyond)
+    with pytest.raises(IndexError, match="captions"):           # one of them is enough
+        cache.text(np.arange(3), cache.counts - torch.tensor([1, 1, 0]))
 
 
 def test_nan_text_features_are_refused(tmp_path, encoders, monkeypatch):
@@ -232,10 +247,12 @@ def test_nan_text_features_are_refused(tmp_path, encoders, monkeypatch):
 
 def test_the_cache_holds_what_the_encoders_say(tmp_path, encoders, small_shards):
     survey = surveyed(fill(tmp_path / "a"))
-    assert encoders.write(tmp_path / "cache", survey) == []
+    assert encoders.write(tmp_path / "cache", survey) == [] and survey.captions == sorted(survey.captions)
     cache = Cache(tmp_path / "cache")
     assert len(cache) == 30 and sorted(names_of(cache)) == [f"{i:03}.png" for i in range(30)]
-    assert set(cache.shapes) == {"64x64", "80x48", "48x80"}
+    assert set(cache.shapes) == {"64x64", "80x48", "48x80"} and cache.index["size"] == 64
+    clip = load_tensors(cache.folder / cache.files["text"][0])[0]["clip"]
+    assert clip.shape[1:] == (12, sum(encoders.text.widths[:2]))        # without the zeros that pad it
     for i in (0, 13, 29):
         entry = next(e for e in survey.entries if e.name == names_of(cache)[i])
         box = survey.shapes[survey.buckets[survey.entries.index(entry)]]
@@ -247,7 +264,7 @@ def test_the_cache_holds_what_the_encoders_say(tmp_path, encoders, small_shards)
             said = encoders.text([caption], 16)
             assert mean.shape == posterior.mean.shape == (1, 16, box[1] // 8, box[0] // 8)
             assert (mean - encoders.vae.to_latent(posterior.mean)).abs().max() < 2e-3
-            assert torch.allclose(std.float(), torch.exp(0.5 * posterior.logvar), rtol=2e-3)
+            assert torch.allclose(std.float(), 1.5 * torch.exp(0.5 * posterior.logvar), rtol=2e-3)
             assert close(context, said.context) and close(pooled, said.pooled)
         assert tuple(cache.texts(i)) == entry.captions
     rows = torch.tensor([cache.counts[i] - 1 for i in range(10)])       # and in a batch as alone
@@ -301,6 +318,7 @@ def test_any_number_of_ranks_make_the_same_cache(tmp_path, encoders, small_shard
     encoders.write(tmp_path / "one", survey)
     for rank in (2, 0):
         encoders.write(tmp_path / "three", survey, rank=rank, world=3)
+        assert (tmp_path / "three" / "index.json").exists() == (rank == 0)
     with pytest.raises(ValueError, match="not finished"):       # rank 1's files are missing
         Cache(tmp_path / "three")
     encoders.write(tmp_path / "three", survey, rank=1, world=3)
@@ -320,7 +338,8 @@ def test_a_picture_more_changes_one_file_also_where_a_new_cache_would_have_more_
     before = squares(16)                                        # two shards of 8; of 17 there would be 4
     after = squares(17)
     assert sum(after[name] != before[name] for name in before) == 2         # latents, and their caption's
-    assert after.keys() == before.keys() and len(Cache(tmp_path / "cache")) == 17
+    assert after.keys() == before.keys() == set(prepare._files(tmp_path / "cache"))
+    assert len(Cache(tmp_path / "cache")) == 17
     for rank in (1, 0, 2):                                      # rank 0 writes another index in between
         squares(32, rank, 3)
     assert len(Cache(tmp_path / "cache")) == 32
@@ -340,6 +359,7 @@ def test_ranks_agree_on_the_files_whether_rank_0_has_written_its_index_or_not(on
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "SHARD", 32)
+        assert prepare.key("a red star") == -1334348713213267625       # in any process
         then = files(10 * one, [])
         now = files(other, then)
         assert files(other, now) == now
@@ -399,7 +419,7 @@ def test_what_is_read_ahead_is_what_would_have_been_read_and_is_read_once(cache,
             batches.expect(step + 1, rows)
             batches.at(step, "cpu", slice(0, 1))                # another part, which nobody expected either
             assert all(map(torch.equal, found, Batches(cache, 8, 0).at(step, rows=rows)))
-        assert len(batches.ahead) <= 4
+        assert len(batches.ahead) == 2
     once = [(step, rows.start) for step in (5, 6, 7, 8, 3, 4, 5, 90, 91) for rows in halves]
     assert sorted(asked) == sorted(once + [(step, k) for step in steps for k in (0, 0, 0, 4)])
 
@@ -487,7 +507,7 @@ def test_unreadable_pictures_are_told_and_left_out(tmp_path, encoders, small_sha
     (folder / "004.png").write_bytes(whole[:len(whole) // 2])   # the header is fine: only decoding tells
     (folder / "007.png").write_bytes(b"text")
     survey = surveyed(folder)
-    assert [name for name, _ in survey.skipped] == ["007.png"]
+    assert [name for name, reason in survey.skipped if reason] == ["007.png"]
     assert [name for name, _ in encoders.write(tmp_path / "cache", survey)] == ["004.png"]
     cache = Cache(tmp_path / "cache")
     assert len(cache) == 28 and [name for name, _ in cache.skipped] == ["004.png"]
@@ -553,6 +573,20 @@ def test_a_picture_repainted_at_equal_length_is_noticed(tmp_path):
     before = surveyed(tmp_path).fingerprint
     (tmp_path / "red.bmp").write_bytes((tmp_path / "blue.bmp").read_bytes())
     assert surveyed(tmp_path).fingerprint != before
+    (tmp_path / "red.txt").write_text("a field\nall red")
+    before = surveyed(tmp_path).fingerprint
+    (tmp_path / "red.txt").write_text("a field\nall blue")
+    assert surveyed(tmp_path).fingerprint != before
+
+
+def test_a_pictures_digest_knows_its_length_and_32_kilobytes_from_either_end(tmp_path):
+    path = tmp_path / "a.bmp"
+    Image.new("RGB", (200, 200)).save(path)
+    whole = path.read_bytes()
+    changed = {whole, whole + bytes(100)}
+    changed |= {whole[:k] + b"x" + whole[k + 1:] for k in (32_000, len(whole) - 32_000)}
+    digests = {path.write_bytes(content) and prepare.identify(path)[1] for content in changed}
+    assert len(digests) == 4 and prepare.digest(b"ab", b"c") != prepare.digest(b"a", b"bc")
 
 
 def test_the_fingerprint_knows_files_tars_emoji_and_drawings(tmp_path):
@@ -565,12 +599,14 @@ def test_the_fingerprint_knows_files_tars_emoji_and_drawings(tmp_path):
     assert drawn[0] == drawn[1] != drawn[2]
     emoji = Survey(data.list_pictures("emoji").entries[:50], 64)
     assert len(set(emoji.digests)) == 50
+    alike = [*emoji.entries, *data.list_pictures("drawn", count=5).entries]            # but for the picture
+    assert len({prepare.identify(entry.picture) for entry in alike}) == 55
 
 
 def test_other_encoders_are_refused_and_make_their_own_files_again(tmp_path, encoders, small_shards):
     survey, said = surveyed(fill(tmp_path / "a")), []
     encoders.write(tmp_path / "cache", survey)
-    with pytest.raises(ValueError, match="made by another autoencoder"):
+    with pytest.raises(ValueError, match=r"another autoencoder \(fingerprint v\) than this run's \(other\)"):
         Cache(tmp_path / "cache").compare("other", "t")
     with pytest.raises(ValueError, match="made by other text encoders"):
         Cache(tmp_path / "cache").compare("v", "other")
@@ -580,6 +616,11 @@ def test_other_encoders_are_refused_and_make_their_own_files_again(tmp_path, enc
     Cache(tmp_path / "cache").compare("v", "other")
     encoders.write(tmp_path / "cache", survey, text_print="other", t5_length=8)         # a setting counts too
     assert Cache(tmp_path / "cache").read(np.array([0]), torch.tensor([0]))[2].shape[1] == 12 + 8
+    plans = [prepare._plan(survey, [], *by) for by in (         # vae, text, t5_length, clip_length
+        ("v", "t", 16, 12), ("w", "t", 16, 12), ("v", "u", 16, 12), ("v", "t", 8, 12), ("v", "t", 16, 10))]
+    for kind, differ in zip(zip(*plans), ([1, 0, 0, 0], [0, 1, 1, 1])):
+        before, *after = ({mark for _, mark, _ in jobs} for jobs in kind)
+        assert [before.isdisjoint(now) for now in after] == differ
 
 
 def test_the_encoders_fingerprint_changes_with_any_byte(tmp_path):
@@ -588,8 +629,22 @@ def test_the_encoders_fingerprint_changes_with_any_byte(tmp_path):
     both = [tmp_path / "a", tmp_path / "b"]
     before = prepare.files_fingerprint(both)
     assert before == prepare.files_fingerprint(reversed(both))
-    (tmp_path / "a").write_bytes(bytes(1_500_000) + b"\1" + bytes(1_499_999))
+    (tmp_path / "moved").mkdir()
+    both = [path.rename(tmp_path / "moved" / path.name) for path in both]
+    assert before == prepare.files_fingerprint(both)
+    both[0].write_bytes(bytes(1_500_000) + b"\1" + bytes(1_499_999))
     assert prepare.files_fingerprint(both) != before
+
+
+def test_a_published_parts_fingerprint_knows_names_shapes_and_the_first_1024_numbers_but_not_the_place():
+    def printed(names="ab", place="x", shape=(2000,), value=0.0):
+        tensor = torch.zeros(2000).index_fill(0, torch.tensor(1023), value)
+        return prepare.tensors_fingerprint(SimpleNamespace(
+            index={name: (place, "F32", shape) for name in names}, read=lambda name: tensor))
+
+    same = {printed(), printed("ba"), printed(place="y")}
+    assert len(same) == 1
+    assert len({*same, printed("ac"), printed(shape=(20, 100)), printed(value=1.0)}) == 4
 
 
 def test_damaged_and_foreign_caches_are_refused_with_the_way_out_and_mended(tmp_path, encoders, small_shards):
@@ -608,17 +663,36 @@ def test_damaged_and_foreign_caches_are_refused_with_the_way_out_and_mended(tmp_
         encoders.write(folder, survey, say=said.append)
         assert "verifying" in said[0] and name in said[1] and "damaged" in said[1]
         assert (folder / name).read_bytes() == whole
-    (folder / "latents-999x999-00000.safetensors").write_bytes(b"of an older plan")
+    older = [folder / f"{name}.safetensors" for name in ("latents-48x1024-00000", "text-00999")]
+    for path in older:
+        path.write_bytes(b"of an older plan")
     (folder / "mine.safetensors").write_bytes(b"not ours to delete")
     encoders.write(folder, survey)
-    assert not (folder / "latents-999x999-00000.safetensors").exists()
+    assert not any(path.exists() for path in older)
     assert (folder / "mine.safetensors").exists()
     for broken in ("{", "[]"):
         (folder / "index.json").write_text(broken)
         said = []
         encoders.write(folder, survey, say=said.append)
         assert "index.json is damaged" in said[0] and len(Cache(folder)) == 30
+    for kind, name, wrong, words in (
+            ("text", "keys", lambda x: torch.arange(len(x)) - 2 ** 63, "lacks the text of some captions"),
+            ("latents", "counts", lambda x: torch.cat([x[:1] * 0, x[1:2] + x[:1], x[2:]]), "damaged, its")):
+        file = next(folder.glob(f"{kind}-*"))
+        whole, (tensors, about) = file.read_bytes(), load_tensors(file)
+        save_tensors(file, tensors | {name: wrong(tensors[name])}, about)
+        with pytest.raises(ValueError, match=words):
+            Cache(folder)
+        file.write_bytes(whole)
     index = json.loads((folder / "index.json").read_text())
+    stale = [[index["texts"][0][0], "of other texts"], *index["texts"][1:]]
+    (folder / "index.json").write_text(json.dumps(index | {"texts": stale}))
+    with pytest.raises(ValueError, match=f"not finished: 1 of .* out of date .{stale[0][0]}"):
+        Cache(folder)
+    for key in ("latents", "texts", "vae", "text", "data", "size"):
+        (folder / "index.json").write_text(json.dumps({k: v for k, v in index.items() if k != key}))
+        with pytest.raises(ValueError, match=f"index.json lacks {key}: it is damaged"):
+            Cache(folder)
     (folder / "index.json").write_text(json.dumps(index | {"format": 2}))
     with pytest.raises(ValueError, match="format 2, this code reads 1"):
         Cache(folder)
@@ -628,10 +702,11 @@ def test_damaged_and_foreign_caches_are_refused_with_the_way_out_and_mended(tmp_
 
 def test_nan_latents_are_refused(tmp_path, encoders):
     vae = AutoencoderKL(VAEConfig.preset("tiny"))
-    vae.encoder.conv_out.bias.data[0] = torch.nan
-    with pytest.raises(ValueError, match="the autoencoder gives NaN"):
-        write_cache(tmp_path / "cache", surveyed(fill(tmp_path / "a", 3)), vae, encoders.text, vae_print="",
-                    text_print="", t5_length=16)
+    for wrong in (torch.nan, torch.inf):
+        vae.encoder.conv_out.bias.data[0] = wrong
+        with pytest.raises(ValueError, match="the autoencoder gives NaN"):
+            write_cache(tmp_path / "cache", surveyed(fill(tmp_path / "a", 3)), vae, encoders.text,
+                        vae_print="", text_print="", t5_length=16)
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, encoders, small_shards):
@@ -657,6 +732,59 @@ def test_bytes_and_time_a_picture_are_told(tmp_path, encoders):
     encoders.write(tmp_path / "cache", surveyed(fill(tmp_path / "a", 9)), say=said.append)
     assert [" pictures encoded, " in line or " captions encoded, " in line for line in said] == [True, True]
     assert all(" ms and " in line and " kB a " in line for line in said)
+
+
+def test_progress_is_told_every_15_seconds_and_at_the_end_what_all_took(tmp_path, encoders, monkeypatch):
+    folder, said = fill(tmp_path / "a", 9), []
+    survey = surveyed(folder)
+    for name in ("000.png", "003.png", "006.png"):              # all squares, which are encoded first
+        (folder / name).write_bytes(b"gone")
+    clock = iter([0, 1, 21, 22, 32, 33, 43, 44, 57])            # three files of pictures, one of captions
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=clock.__next__))
+    encoders.write(tmp_path / "cache", survey, say=said.append)
+    size = [sum(p.stat().st_size for p in (tmp_path / "cache").glob(f"{kind}-*"))
+            for kind in ("latents", "text")]
+    assert said == ["cache: 0 of 9 pictures, 20000.0 ms each, 180 s left for pictures",
+                    "cache: 6 of 9 pictures, 6666.7 ms each, 20 s left for pictures",
+                    f"cache: 6 pictures encoded, 6666.67 ms and {size[0] / 6000:.1f} kB a picture",
+                    f"cache: 13 captions encoded, 1000.00 ms and {size[1] / 13000:.1f} kB a caption"]
+    assert len(Batches(Cache(tmp_path / "cache"), 6, 0).at(0)[0]) == 6      # a file of none does no harm
+
+
+def test_larger_pictures_are_encoded_fewer_at_a_time(tmp_path, encoders, monkeypatch):
+    seen, casts, entries = [], [], data.list_pictures(fill(tmp_path / "a", 7)).entries
+
+    def encode(x):
+        seen.append(len(x))
+        return SimpleNamespace(mean=torch.zeros(len(x), 16, 1, 1), std=torch.zeros(len(x), 16, 1, 1))
+
+    monkeypatch.setattr(encoders.vae, "encode", encode)
+    for size, batch, expected in ((64, 4, [4, 3]), (512, 8, [2, 2, 2, 1]), (512, 3, [1] * 7)):
+        seen.clear(), casts.clear()
+        encoders.write(tmp_path / f"{size} {batch}", Survey(entries, size, bucketed=False), batch=batch,
+                       autocast=lambda: casts.append(size) or nullcontext())
+        assert seen == expected and len(casts) == len(seen) + -(-10 // batch)      # captions, too
+
+
+def test_a_hundred_pictures_in_a_row_that_are_gone_stop_the_encoding(tmp_path, encoders):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    entries = [data.Entry(str(i), tmp_path / "a.png", ("black",), {}) for i in range(100)]
+    few, many = Survey(entries[:99], 16), Survey(entries, 16)
+    (tmp_path / "a.png").unlink()
+    assert len(encoders.write(tmp_path / "few", few)) == 99
+    with pytest.raises(ValueError, match="100 pictures in a row cannot be read"):
+        encoders.write(tmp_path / "many", many)
+
+
+def test_encoders_visit_the_device_in_turn_and_only_if_they_are_needed(
+        tmp_path, encoders, small_shards, monkeypatch):
+    survey, visits = surveyed(fill(tmp_path / "a")), []
+    for part in (encoders.vae, encoders.text):
+        monkeypatch.setattr(part, "to", lambda where, part=part: visits.append((part, where)))
+    for _ in range(2):
+        encoders.write(tmp_path / "cache", survey, device="there")
+        assert visits == [(encoders.vae, "there"), (encoders.text, "cpu"),
+                          (encoders.vae, "cpu"), (encoders.text, "there")]
 
 
 def test_the_reader_gives_5000_samples_of_64_pixels_a_second(tmp_path):
