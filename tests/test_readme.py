@@ -1,5 +1,6 @@
 """Claims about the documents: the README's commands run, its list of differences is the code's,
 its files exist."""
+import ast
 import re
 import shlex
 import shutil
@@ -107,8 +108,17 @@ def test_every_file_that_the_readme_names_exists():
         assert (ROOT / link).exists(), link
 
 
+def test_what_the_readme_finds_of_the_paper_is_where_it_says():
+    table = README.partition("## From the paper to the code")[2].partition("\n## ")[0]
+    places = re.findall(r"`([\w/]+\.py)`((?:[:,] `\w+`)*)", table)
+    assert len(places) > 20
+    for file, names in places:
+        defined = {node.name for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+                   if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert set(re.findall(r"\w+", names)) <= defined, file
+
+
 def test_no_function_is_longer_than_75_lines():
-    import ast
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
