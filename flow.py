@@ -186,7 +186,8 @@ def sample(model, noise, ts, *, method="euler", callback=None, generator=None, *
     """Follow the velocity from noise (B, ...) at time ts[0] to data at time 0: returns (B, ...) float32.
 
     ts: falling times that end in 0, see schedule(). If ts[0] < 1, pass interpolate(x0, eps, t) as noise.
-    method, with its model calls for n steps and how its error falls:
+    method, with its model calls for n steps and how its error falls (with the clean schedule; the last step
+    of the reference one does not shrink with n):
       euler     n       1 / n    straight steps, as in the paper
       heun      2n - 1  1 / n^2  the mean of the velocities at both ends of a step
       dpmpp_2m  n       ~1/n^2   DPM-Solver++ (arXiv 2211.01095) as in k-diffusion's 2M, with lambda = -log(t)

@@ -92,10 +92,10 @@ class MMDiTConfig:
 def position_table(width: int, pos_max: int, pos_sample: int, pos_base: int) -> torch.Tensor:
     """Sine and cosine positions of a pos_max x pos_max grid of tokens -> (1, pos_max^2, width), float32.
 
-    Paper, section 5.3.2 and appendix B: the coordinates of the centre pos_sample cells run over
-    [0, pos_base) (half a cell lower if pos_max - pos_sample is odd), so a model that was first trained at
-    pos_base tokens a side finds its old positions again, interpolated; cells further out extend them, also
-    below zero. Any aspect ratio is a centre crop.
+    Paper, section 5.3.2: the coordinates of the centre pos_sample cells run over [0, pos_base) (half a cell
+    lower if pos_max - pos_sample is odd), so a model that was first trained at pos_base tokens a side finds
+    its old positions again, interpolated; cells further out extend them, also below zero. Any aspect ratio is
+    a centre crop.
     """
     p = (torch.arange(pos_max, dtype=torch.float64) - (pos_max - pos_sample) / 2) * pos_base / pos_sample
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))

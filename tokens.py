@@ -177,8 +177,8 @@ def demo():
 
 
 # Exercises. (1) Train CLIP's with vocab_size=514: no merges. How long is a caption, and what is left of it in
-# the 20 places of the tiny CLIPs? (2) Split "starlings" into T5's pieces by hand, in other ways:
-# `t5.tok.to_str()` holds their log-probabilities. No sum is larger than that of the way it took.
+# the 10 places that the CLIPs of a run on drawings have? (2) Split "starlings" into T5's pieces by hand, in
+# other ways: `t5.tok.to_str()` holds their log-probabilities. No sum is larger than that of the way it took.
 
 if __name__ == "__main__":
     demo()

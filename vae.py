@@ -306,7 +306,7 @@ def in_tiles(net, x: torch.Tensor, tile: int | None, *, cell: int, out_cell: int
 
 
 def tile_windows(size: int, tile: int, factor: int, device=None):
-    """Cut `size` latent cells into pieces of `tile` that overlap by a quarter or more.
+    """Cut `size` latent cells into pieces of `tile` that overlap by a quarter of it, rounded down, or more.
 
     factor: numbers per cell. -> list of (first cell, weight of each of the piece's numbers); the weights of a
     number sum to 1 over all pieces. They rise along the overlap, by at most 1 / (overlap * factor) from one
