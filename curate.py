@@ -38,7 +38,7 @@ from PIL import Image, ImageOps
 import data
 from prepare import bucket_shapes, nearest_bucket, place_of, upright_size
 from run_folder import load_part, read_json
-from tensor_files import write_atomically, write_json
+from tensor_files import check_writable, write_atomically, write_json
 
 SAME_LOOK = 0.1             # thumbnails nearer than this are copies. 99 of 100 emoji are within 0.05 of
                             # themselves resized, 0.06 of their JPEG of quality 40; of all 1,026 only two
@@ -154,15 +154,20 @@ def check(source, *, size=64, min_side=None, max_ratio=3.0, scores=(), run=None,
     if source in ("drawn", "emoji"):
         raise ValueError(f"{source!r} comes with the project: check a folder or a .tar of your own")
     bucket_shapes(size)                         # ValueError now for what would fail after hours of decoding
+    if not max_ratio >= 1:
+        raise ValueError(f"--max-ratio {max_ratio:g}: no ratio is below 1; inf keeps pictures of any shape")
+    if min_side is not None and min_side < 1:
+        raise ValueError(f"--min-side {min_side}: it must be 1 or more")
     scores = list(dict.fromkeys(scores))        # a rule's second turn would find nothing, and be its result
     asked = [parse_rule(rule)[0] for rule in scores]
+    out = Path(out) if out else report_folder(source)
+    check_writable(out)
     start, listing, bound = time.monotonic(), data.list_pictures(source, size), min_side or size
     names = sorted({name for e in listing.entries for name in e.about})
     for rule, name in zip(scores, asked):
         if name not in names:
             raise ValueError(f"no picture of {source} has the score of {rule!r}; there "
                              + (f"are {', '.join(names)}" if names else "are no scores at all"))
-    out = Path(out) if out else report_folder(source)
     out.mkdir(parents=True, exist_ok=True)
     entries, sizes, thumbs, embeds, lost = examine(listing, run)
     removed = {"unusable": [(name, why, None, None) for name, why in listing.skipped + lost]}
@@ -276,14 +281,19 @@ def main(argv=None) -> None:
     parser.add_argument("--run", help="folder of a training run, whose CLIP then also finds copies")
     parser.add_argument("--out", help="folder of the report (default: runs/check-DIR)")
     parser.add_argument("--apply", action="store_true", help="leave these pictures out of training for good")
-    args = parser.parse_args(argv)
+    parser.error = refuse
     data.print_any_sign()
     try:
+        args = parser.parse_args(argv)
         check(args.dir, size=args.size, min_side=args.min_side, max_ratio=args.max_ratio, scores=args.score,
               run=args.run, out=args.out, apply=args.apply)
     except (ValueError, OSError) as error:
         print(f"data.py check: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def refuse(message: str):
+    raise ValueError(f"{message}: see python data.py check --help")
 
 
 # ------------------------------------------------------------------------------------------------------- demo

@@ -340,7 +340,8 @@ def _in_folder(root, name):
 
 def print_any_sign() -> None:
     """From here on standard output shows in escapes what its console or file cannot hold (on Windows
-    often all but cp1252), instead of raising UnicodeEncodeError."""
+    often all but cp1252), instead of raising UnicodeEncodeError. What is said to a closed stream is lost."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     if hasattr(sys.stdout, "reconfigure"):              # a notebook's has none
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -548,7 +549,7 @@ def demo():
 # picture three captions: how often will training see the first one (`pick_captions`)?
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["check"]:
+    if len(sys.argv) > 1:
         from curate import main         # only here: it needs this module
 
         main(sys.argv[1:])

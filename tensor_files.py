@@ -79,9 +79,9 @@ def sync_folder(path) -> None:
 def check_writable(folder) -> None:
     """ValueError unless files can be written into this folder, which need not exist yet."""
     folder = Path(folder).absolute()
-    there = next(p for p in (folder, *folder.parents) if p.exists())
+    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{there} is not a folder that can be written to: choose another --out")
+        raise ValueError(f"{there} is no folder to write to: change that, or choose another --out")
 
 
 def write_json(path, value) -> None:

@@ -79,7 +79,7 @@ from run_folder import has_run, is_published, last_run, load_part, read_json, re
 from settings import SHAPING, TrainConfig, go_on_as, parse, parse_cache
 from stages import (PARTS_OF, STAGES, Stage, build, clip_stage, encode_all, encoder_prints, flow_stage,
                     make_tokenizers, preview_prompts, pretrained_mmdit, t5_stage, take_over, vae_stage)
-from tensor_files import CheckpointError, write_json
+from tensor_files import CheckpointError, check_writable, write_json
 from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, add_up, clock, film, judge, largest_logit,
                    lasting_output, plot_run, read_metrics, roll_back, update)
 
@@ -410,7 +410,9 @@ def plan_folder(c: TrainConfig, resume: bool, ranks: parallel.Ranks) -> Path:
             ranks.rows(getattr(c, f"{stage}_batch"), pieces=c.accumulate if stage == "flow" else 1)
         except ValueError as e:
             raise ValueError(f"--{stage}-batch: {e}") from None
-    return Path(c.out) if resume else new_folder(c)
+    folder = Path(c.out) if resume else new_folder(c)
+    check_writable(folder)
+    return folder
 
 
 def list_data(c: TrainConfig):
@@ -623,7 +625,7 @@ def new_folder(c: TrainConfig) -> Path:
                          "choose another --out")
     if not c.out:
         name = named(c.data) + (f"-{c.size}" if c.origin else "")
-        c.out = str(next(folder for folder in numbered(name) if not folder.exists()))
+        c.out = str(next(folder for folder in numbered(name) if not os.path.lexists(folder)))
     return Path(c.out)
 
 
@@ -664,6 +666,7 @@ def cache_command(argv) -> None:
                           dtype=args.dtype), whose)
     prints = encoder_prints(whose)
     out = Path(args.out or cache_folder(run.config, prints))
+    check_writable(out)
     encode_all(run, out, prints, rank, world)
     ways = [("--from", whose, "--cache", out), ("--cache", out, "--model", "d15")][:1 + bool(args.model)]
     if rank == 0:

@@ -445,8 +445,8 @@ class Lasting:
 
 @contextmanager
 def lasting_output():
-    before = sys.stdout, sys.stderr
     data.print_any_sign()
+    before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Lasting, before)
     try:
         yield

@@ -148,6 +148,7 @@ def write_table(rows: list[dict], path: Path) -> None:
 def flags(what: str) -> argparse.ArgumentParser:
     """The flags that all studies have."""
     p = argparse.ArgumentParser(description=what)
+    p.error = lambda message: p.exit(2, f"{p.prog}: {message}: see python studies/{p.prog} --help\n")
     p.add_argument("run", type=Path, help="a finished run of drawn pictures, whose encoders are used")
     p.add_argument("-n", type=int, default=64, help="prompts a task (default: 64)")
     return p

@@ -300,6 +300,7 @@ def test_the_command_reports_and_errors_are_one_line_with_exit_code_2(tmp_path, 
                            (["pics", "--score", "x>=2"], "no scores at all"),
                            (["emoji"], "comes with the project"), (["drawn"], "comes with the project"),
                            (["pics", "--size", "50"], "not a multiple of 16"),
+                           (["pics", "--size", "x"], "invalid int value"),
                            (["pics", "--run", "gone"], "clip_l_image.safetensors is missing")):
         with pytest.raises(SystemExit) as stop:
             curate.main(["check", *wrong])
@@ -312,15 +313,17 @@ def test_the_command_reports_and_errors_are_one_line_with_exit_code_2(tmp_path, 
     (["--score", "aesthetic>=5,nsfw<=1"], "is not a rule"), (["--score", "aesthetic>=5-6"], "is not a rule"),
     (["--score", "aesthetics>=5"], "there are aesthetic"),
     (["--score", "x>=1", "--score", "aesthetic>=5"], "the score of 'x>=1'"),
-    (["--out", "pics/00.png"], "exists")])
+    (["--max-ratio", "0"], "no ratio is below 1"), (["--max-ratio", "nan"], "no ratio is below 1"),
+    (["--min-side", "0"], "it must be 1 or more"), (["--out", "pics/00.png"], "choose another --out")])
 def test_bad_flags_are_refused_before_any_picture_is_decoded(tmp_path, monkeypatch, capsys, wrong, message):
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "pics", [blur(i, 40) for i in range(3)])
     (tmp_path / "pics" / "00.json").write_text('{"aesthetic": 5}')
     monkeypatch.setattr(curate, "look", lambda *_, **how: pytest.fail("decoded"))
     with pytest.raises(SystemExit):
-        curate.main(["check", "pics", *wrong])
+        curate.main(["check", "pics", *wrong, "--apply"])
     assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    assert not (tmp_path / "pics" / "excluded.txt").exists()
 
 
 def test_pictures_that_captions_jsonl_passes_over_are_counted(tmp_path):
@@ -417,6 +420,10 @@ def test_data_py_check_is_the_command(tmp_path, monkeypatch, capsys):
     runpy.run_path(data.__file__, run_name="__main__")
     out = capsys.readouterr().out                                       # of 64 pixels and 3 to one by default
     assert "small                      4  80.0 %" in out and "kept                       1  20.0 %" in out
+    monkeypatch.setattr("sys.argv", ["data.py", "chek", "pics"])        # no call without a command
+    with pytest.raises(SystemExit):
+        runpy.run_path(data.__file__, run_name="__main__")
+    assert "invalid choice: 'chek'" in capsys.readouterr().err
 
 
 def test_the_demo_passes(capsys):

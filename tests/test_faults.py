@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 
 import flow
 import mmdit
+import sample
 import stages
 import train as training
 import watch
@@ -756,6 +757,19 @@ def test_what_a_console_or_file_cannot_hold_is_said_in_other_signs(monkeypatch):
     assert told.getvalue().strip() == rb"skipped \u661f.png"
 
 
+def test_what_is_said_to_closed_streams_is_lost_and_ends_nothing(monkeypatch, finished, tmp_path):
+    """As in `python train.py >&- 2>&-`, where Python has None for them."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with watch.lasting_output():
+        print("step 1")
+        watch.tqdm(total=2).update()
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    sample.main(["a star", "--model", str(finished), "--steps", "1", "--out", str(tmp_path / "star.png")])
+    assert (tmp_path / "star.png").is_file()
+
+
 @pytest.mark.parametrize("system, error, ends", [
     ("posix", BrokenPipeError(errno.EPIPE, "closed"), False), ("nt", OSError(errno.EINVAL, "closed"), False),
     ("posix", OSError(errno.EINVAL, "wrong"), True), ("nt", OSError(errno.ENOSPC, "full"), True)])
@@ -780,14 +794,18 @@ def test_output_that_nobody_reads_any_more_ends_nothing_on_any_system(system, er
                     assert ends and e is error
 
 
-@pytest.mark.parametrize("out", ["file/run", "file"])
-def test_a_folder_that_cannot_be_written_is_refused_before_training(out, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("out", ["file/run", "file", "link", "link/run"])
+def test_a_folder_that_cannot_be_written_is_refused_before_pictures_are_looked_for(
+        out, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
-    with pytest.raises(SystemExit) as end:
-        training.main(["--out", out, "--pictures", "4"])
-    said = capsys.readouterr()
-    assert end.value.code == 2 and "expected:" not in said.out and len(said.err.strip().splitlines()) == 1
+    Path("link").symlink_to("unplugged")
+    monkeypatch.setattr(training, "list_pictures", lambda *_, **how: pytest.fail("looked for pictures"))
+    for command in ([], ["cache", "--data", "drawn", "--run", str(finished)]):
+        with pytest.raises(SystemExit) as end:
+            training.main([*command, "--out", out, "--pictures", "4"])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and "choose another --out" in said and said.count("\n") == 1
 
 
 def test_a_checkpoint_at_the_last_step_but_one_leaves_one_step_to_do(straight, tmp_path):

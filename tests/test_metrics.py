@@ -386,6 +386,9 @@ def test_metadata_is_read_from_a_file_and_a_bad_line_is_named(tmp_path):
             metrics.read_prompts(path)
     with pytest.raises(ValueError, match="is not a file"):
         metrics.read_prompts(tmp_path)
+    path.write_text('{"prompt": "caf\u00e9"}', encoding="latin-1")
+    with pytest.raises(ValueError, match="jsonl is not UTF-8 text"):
+        metrics.read_prompts(path)
     path.write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
     assert metrics.read_prompts(path) == [{"prompt": "a"}]
 

@@ -118,7 +118,9 @@ def test_a_run_is_scored_without_each_encoder_and_what_is_scored_is_kept(run, mo
 
 
 @pytest.mark.parametrize("study", [training_length, timesteps, captions, channels, without_encoders])
-def test_a_folder_without_a_run_is_named(study, tmp_path, capsys):
-    with pytest.raises(SystemExit) as e:
-        study.main([str(tmp_path)])
-    assert e.value.code == 2 and str(tmp_path) in capsys.readouterr().err
+def test_a_folder_without_a_run_and_a_wrong_flag_are_named_in_one_line(study, tmp_path, capsys):
+    for flags, named in (([str(tmp_path)], str(tmp_path)), (["run", "--stepz", "1"], "--stepz")):
+        with pytest.raises(SystemExit) as e:
+            study.main(flags)
+        said = capsys.readouterr().err
+        assert e.value.code == 2 and named in said and said.count("\n") == 1
