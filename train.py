@@ -242,6 +242,7 @@ def fit(run: Run, stage: Stage, share: float = 1.0) -> None:
         state.total = -total                        # what the slowest rank has time for
         if hopeless:
             roll_back(run, state, start, log)
+            plan = Plan(asked, state.step, c.decay, plan.end - time.monotonic())    # timed anew
             continue
         if step < state.total and (run.stop.wanted or step % c.save_every == 0 and not state.in_a_row):
             log.flush(state)                        # the log is never behind the checkpoint

@@ -178,8 +178,7 @@ class Log:
         """silent: for a rank that only needs to know whether training is hopeless."""
         self.silent, self.path, self.batch = silent, Path(folder) / "metrics.csv", batch
         self.warned, self.skipped = False, 0
-        self.first, self.start = state.step, time.monotonic()
-        self.said = self.last = self.start
+        self.said = self.last = time.monotonic()
         self.bar = tqdm(total=state.total, initial=state.step, desc=f"{state.stage:4s}",
                         disable=silent or not sys.stderr.isatty(), dynamic_ncols=True)
         self.rewind(state)
@@ -187,6 +186,7 @@ class Log:
     def rewind(self, state) -> None:
         """Forget this stage's rows after state.step: what was done since the checkpoint is done again."""
         self.pending, self.unwritten, self.hopeless, self.smooth = [], [], False, None
+        self.first, self.start = state.step, time.monotonic()       # the speed is that of what follows
         self.bar.n = state.step
         if not self.silent:
             rows = read_metrics(self.path)

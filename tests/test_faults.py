@@ -28,6 +28,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import flow
 import mmdit
@@ -258,6 +259,13 @@ def test_a_wish_to_stop_waits_as_long_as_something_is_at_stake_and_no_longer():
         signal.raise_signal(signal.SIGTERM)
         reached.append("too far")
     assert reached == ["its end"] * 2
+
+
+def test_the_first_signal_says_how_it_ends():
+    with pytest.raises(watch.Stopped) as end, watch.Stop() as stop, stop.later():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert end.value.signum == signal.SIGINT
 
 
 def pauses(run, step):
@@ -533,6 +541,21 @@ def test_moments_and_their_step_count_stay_when_a_step_is_skipped(fused):
     assert optimizer.state[weight]["step"] == 2
 
 
+def test_muon_and_the_fused_adamw_read_the_verdict_themselves():
+    class Unread:
+        def __gt__(self, number):
+            return torch.tensor(True)
+
+        def __bool__(self):
+            pytest.fail("a GPU would be waited for")
+
+    weight = torch.nn.Parameter(torch.eye(3))
+    for optimizer in (Muon([weight], momentum=0.95), torch.optim.AdamW([weight], fused=True)):
+        weight.grad = torch.ones(3, 3)
+        watch.update([optimizer], Unread())
+        assert torch.equal(weight, torch.eye(3)) and weight.grad is None
+
+
 def test_resumed_amid_bad_steps_it_goes_on_as_if_it_had_not_stopped(tmp_path):
     spoil = bad_at({11, 30, 31, 32}, float("nan"))
     run_miniature(tmp_path / "whole", spoil)
@@ -614,6 +637,20 @@ def test_bad_steps_before_the_first_checkpoint_go_back_to_the_very_start(tmp_pat
     assert_equal(tmp_path / "a", tmp_path / "b")
 
 
+def test_steps_that_were_taken_back_do_not_count_as_slow_ones(tmp_path, monkeypatch):
+    """Ten seconds, a tenth for each step: 40 are done before it goes back to 16, so it can reach 76."""
+    clock, tried = [0.0], []
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def spoil(step, loss):
+        clock[0] += 0.1
+        tried.append(step)
+        return loss * float("nan") if step >= 18 and tried.count(18) < 2 else loss
+
+    run_miniature(tmp_path, spoil, minutes=1 / 3, share=0.5, flow_steps=5000, save_every=16)
+    assert tried[40:42] == [39, 16] and int(rows_of(tmp_path)[-1]["step"]) == 76
+
+
 def test_what_stays_bad_ends_with_advice_and_the_healthy_checkpoint(tmp_path, capsys):
     with pytest.raises(FloatingPointError, match="half the learning rate.*--flow-rate"):
         run_miniature(tmp_path, bad_at(range(18, 99), float("nan")), save_every=8)
@@ -673,6 +710,55 @@ def test_the_log_tells_how_fast_it_goes_and_how_long_it_will(tmp_path, monkeypat
     assert last == "flow    140/200  loss 1.8000  grad 1  750 ms a step  0:45 left in this stage"
 
 
+def test_after_going_back_the_log_tells_the_speed_of_what_follows(tmp_path, monkeypatch, capsys):
+    clock, state = [0.0], SimpleNamespace(stage="flow", step=0, total=60, in_a_row=torch.zeros(()))
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    log, one = watch.Log(tmp_path, state, batch=8), torch.ones(())
+    for steps in (range(1, 41), range(21, 41)):
+        for state.step in steps:
+            clock[0] += 1.0
+            log.add(state, 0 * one, one, state.step * one, 0.1, {})
+        state.step = 20
+        log.rewind(state)
+    said = capsys.readouterr().out.strip().splitlines()
+    assert said[1:] == ["flow     40/60  loss 1.0000  grad 40  1000 ms a step  0:20 left in this stage"] * 2
+
+
+def test_the_log_says_a_line_at_most_every_15_seconds_and_at_the_end(tmp_path, monkeypatch, capsys):
+    """20 steps take ten seconds; the end turns out to be nearer than the start knew."""
+    clock, state = [0.0], SimpleNamespace(stage="flow", step=0, total=1000, in_a_row=torch.zeros(()))
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    log, one = watch.Log(tmp_path, state, batch=8), torch.ones(())
+    state.total = 90
+    for state.step in range(1, 91):
+        clock[0] += 0.5
+        log.add(state, 0 * one, one, one, 0.1, {})
+    said = [line.split()[1] for line in capsys.readouterr().out.strip().splitlines()]
+    assert said == ["40/90", "80/90", "90/90"] and log.bar.total == 90
+
+
+def test_ten_bad_steps_in_a_row_are_hopeless_and_nine_or_those_that_are_over_are_not(tmp_path):
+    state = SimpleNamespace(stage="flow", step=0, total=99, in_a_row=torch.zeros(()))
+    log, one, told = watch.Log(tmp_path, state, batch=1), torch.ones(()), []
+    state.step = watch.READ_EVERY
+    for count in (9, 10, 0):
+        state.in_a_row = count * one
+        log.add(state, one, one, one, 0.1, {})
+        told.append(log.hopeless)
+    log.bar.close()
+    assert told == [False, True, False]
+
+
+def test_a_silent_log_knows_what_is_hopeless_and_writes_nothing(tmp_path):
+    state = SimpleNamespace(stage="flow", step=0, total=99, in_a_row=torch.full((), 10.0))
+    log, one = watch.Log(tmp_path, state, batch=1, silent=True), torch.ones(())
+    state.step = watch.READ_EVERY
+    log.add(state, one, one, one, 0.1, {})
+    assert log.hopeless and not list(tmp_path.iterdir())
+
+
 def test_losses_by_t_are_means_over_eight_equal_parts():
     t = torch.tensor([0.0, 0.1, 0.125, 0.99, 1.0])
     sums, counts = watch.loss_by_t(torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), t)
@@ -720,6 +806,49 @@ def test_the_plot_shows_runs_of_any_length_and_older_ones(straight, tmp_path):
     (tmp_path / "metrics.csv").write_text("stage,step,loss,grad_norm,rate,parts\nvae,1,0.5,1,0.1,\nvae,2,0.4")
     watch.plot_run(tmp_path / "metrics.csv")
     assert [r["step"] for r in watch.read_metrics(tmp_path / "metrics.csv")] == ["1"]
+
+
+def test_a_curve_is_a_running_mean_over_a_fiftieth_of_the_steps_that_have_a_number():
+    drawn = []
+    panel = SimpleNamespace(plot=lambda x, y, **style: drawn.append((x.tolist(), y.tolist())))
+    watch.curve(panel, [{"step": i, "loss": x} for i, x in enumerate(("2", "", "inf", "5"))], "loss")
+    watch.curve(panel, [{"step": i, "loss": i % 2 + 1} for i in range(100)], "loss")
+    assert drawn == [([0, 3], [2, 5]), ([i + 0.5 for i in range(99)], [1.5] * 99)]
+
+
+def test_the_plot_has_healthy_losses_in_grey_skipped_steps_in_red_and_what_the_flow_alone_has(
+        tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    of_flow = {"max_logit": 2, **{f"t{k}": k + 1 for k in range(8)}}
+    rows = [{"stage": stage, "step": i, "loss": 1, "grad_norm": 1, "samples_per_s": 1,
+             "skipped": "spike" if i == 3 else "", **(of_flow if stage == "flow" else {})}
+            for stage in ("vae", "flow") for i in range(1, 5)]
+    watch.write_rows(tmp_path / "metrics.csv", rows)
+    plots = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: plots.append(self))
+    watch.plot_run(tmp_path / "metrics.csv")
+    above, below = plots[0].axes[:4], plots[0].axes[4:]
+    assert [panel.get_title() for panel in above] == [
+        "vae (1 steps skipped)", "flow (1 steps skipped)", "", ""]
+    assert [panel.axison for panel in above] == [True, True, False, False]
+    for panel in above[:2]:
+        grey, mean, red = panel.lines
+        assert list(grey.get_xdata()) == [1, 2, 4] and list(red.get_xdata()) == [3, 3]
+    assert [len(panel.lines) for panel in below] == [2, 8, 1, 2]
+    assert [line.get_ydata()[0] for line in below[1].lines] == list(range(1, 9))
+
+
+def test_a_film_shows_each_grid_once_and_the_last_for_longest(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (90 * i, 0, 0)).save(tmp_path / "samples" / f"{i}.png")
+    watch.film(tmp_path)
+    shown = []
+    with Image.open(tmp_path / "film.gif") as film:
+        for i in range(film.n_frames):
+            film.seek(i)
+            shown.append((film.convert("RGB").getpixel((0, 0))[0], film.info["duration"]))
+    assert shown == [(0, 500), (90, 500), (180, 3000)]
 
 
 # ------------------------------------------------------------------------------------------- the command line

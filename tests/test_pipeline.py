@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from checkpoints import load_mmdit, load_text_encoders, load_vae, save_mmdit
 from kernels import int8
 from mmdit import MMDiT, MMDiTConfig
 from pipeline import DEFAULTS, Pipeline, recognise, skipping
+from pretended_card import Nothing
 from tensor_files import CheckpointError
 from text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from vae import AutoencoderKL, VAEConfig
@@ -930,6 +932,117 @@ def test_the_two_places_are_filled_after_earlier_work_and_freed_after_the_last_c
         assert waited == [(side, main)]         # the allocator may hand out what earlier work still uses
         stream.blocks[0](torch.zeros(1, 3))
     assert waited[1:] == [(main, side)]         # and give away what the last copy still fills
+
+
+def test_each_block_is_copied_once_a_step_and_after_the_last_comes_the_first_of_the_next():
+    stream, sent = offload.BlockStream([nn.Linear(3, 3) for _ in range(3)], "cpu"), []
+    stream.fetch = lambda i, fetch=stream.fetch: sent.append(i) or fetch(i)
+    with stream:
+        for block in stream.blocks * 2:
+            block(torch.zeros(1, 3))
+    assert sent == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_copy_to_a_card_is_from_locked_memory_on_its_own_stream_and_nobody_waits_for_it(monkeypatch):
+    asked, on, seen, side = [], [], [], Nothing()
+    monkeypatch.setattr(offload, "room", lambda n, dtype, locked: asked.append(locked)
+                        or torch.empty(n, dtype=dtype))
+    stream = [offload.BlockStream([nn.Linear(3, 3)], device) for device in ("cpu", "cuda")][0]
+    assert asked == [False, True]
+
+    @contextlib.contextmanager
+    def within(other):
+        on.append(other)
+        yield
+        on.pop()
+
+    for name, value in (("Stream", lambda d: side), ("current_stream", Nothing), ("Event", Nothing),
+                        ("stream", within)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    stream.cuda = True
+    with stream, monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", lambda *_, non_blocking=False: seen.append((*on, non_blocking)))
+        stream.fetch(0)
+    assert seen == [(side, True)]
+
+
+@pytest.mark.parametrize("mode, there", [("model", True), ("block", False)])
+def test_the_blocks_come_with_the_transformer_or_else_one_by_one(pipe, mode, there):
+    away = moved(pipe, mode)
+    tensors = offload.tensors_of(away.mmdit.joint_blocks)
+    home = [t.data_ptr() for t in tensors]
+    with away.places.at_work(away.mmdit):
+        assert [t.data_ptr() != p for t, p in zip(tensors, home)] == [there] * len(home)
+
+
+def test_encoders_are_of_the_told_dtype_in_the_prediction():
+    needs = offload.need(SMALL, height=64, width=64, dtype=torch.bfloat16, text_dtype=torch.float32)
+    assert all(needs["weights"][name] == 4 * needs["parameters"][name] for name in offload.ENCODERS)
+    assert needs["weights"]["mmdit"] < 3 * needs["parameters"]["mmdit"]
+
+
+def round_numbers(configs, int8=False, dtype=torch.bfloat16, **_):
+    """In place of `need`: gigabytes that one can add up."""
+    t5, wide = "t5" in configs, 1 + (dtype == torch.float32)
+    peak = zip(offload.MODES, (20, 16, 12, 8))
+    return {"peak": {mode: (n - int8 - 2 * (not t5)) * 1e9 for mode, n in peak}, "locked": 3e9,
+            "weights": {"mmdit": (4 * wide - int8) * 1e9, "clip_l": 1e9, **({"t5": 2e9} if t5 else {})},
+            "work": {"mmdit": 1e9, "clip_l": 0.5e9}}
+
+
+def test_what_does_not_fit_a_card_is_told_with_what_each_flag_makes_of_it(monkeypatch):
+    monkeypatch.setattr(offload, "need", round_numbers)
+    how = dict(height=64, width=96)
+    assert [offload.choose(mode, "it", SMALL, free * 1e9, eight, **how) for mode, free, eight in (
+        ("none", 20, False), ("auto", 19.9, False), ("auto", 11, True))] == ["none", "text", "model"]
+    both = "--int8 makes it {} GB, --drop-t5 makes it {} GB, --int8 --drop-t5 makes it {} GB"
+    for mode, eight, configs, needs, ways in (
+            ("auto", False, SMALL, ("block", "8.0"), both.format("7.0", "6.0", "5.0")),
+            ("model", False, SMALL, ("model", "12.0"), "--offload block makes it 8.0 GB, "
+             + both.format("11.0", "10.0", "9.0")),
+            ("model", False, {}, ("model", "10.0"),
+             "--offload block makes it 6.0 GB, --int8 makes it 9.0 GB"),
+            ("model", True, SMALL, ("model", "11.0"),
+             "--offload block makes it 7.0 GB, --drop-t5 makes it 9.0 GB")):
+        with pytest.raises(ValueError) as e:
+            offload.choose(mode, "it", configs, 4.5e9, eight, **how)
+        assert str(e.value) == (
+            "it needs {1} GB on the card for 64 x 96 pixels with --offload {0}, and 4.5 GB are free: ".format(
+                *needs) + ways + ", a smaller --height and --width need less")
+
+
+def test_without_a_card_all_parts_count_in_main_memory_and_each_flag_is_told_with_what_it_saves(monkeypatch):
+    monkeypatch.setattr(offload, "need", round_numbers)
+    for works, mode, taken, ways in (
+            (False, "model", 11, (7, 10, 9, 4)), (True, "text", 12, (8, 11, 10, 5)),
+            (False, "block", 14, (10, 13, 12, 7))):
+        with pytest.raises(ValueError) as e:
+            offload.check_main_memory("it", SMALL, 2e9, works=works, mode=mode, dtype=torch.float32)
+        flags = "--dtype bfloat16", "--int8", "--drop-t5", "--dtype bfloat16 --int8 --drop-t5"
+        assert str(e.value) == (
+            f"it needs {taken}.0 GB of main memory in float32, and 2.0 GB are free: "
+            + "".join(f"{flag} makes it {n}.0 GB, " for flag, n in zip(flags, ways)) + "end other programs")
+    with pytest.raises(ValueError, match="free: --dtype bfloat16 makes it 4.0 GB, end other programs"):
+        offload.check_main_memory("it", {}, 2e9, True, mode="model", dtype=torch.float32)
+
+
+def test_t5_reads_the_prompt_and_what_to_avoid_at_once_in_the_prediction(remembered):
+    one, two = (offload.need(SMALL, height=64, width=64, guidance=g)["work"]["t5"] for g in (False, True))
+    assert one < two
+
+
+def test_what_a_dry_run_prints_are_the_predictions(remembered, monkeypatch):
+    how = dict(height=64, width=64, dtype=torch.float16, pictures=2)
+    plain, small = offload.need(SMALL, **how), offload.need(SMALL, **how, int8=True)
+    monkeypatch.setattr(offload, "GB", 1000)                    # this model is that much smaller
+    said = offload.report("it", SMALL, 1500, **how)
+    rows = [re.findall(r"(\d+\.\d\d) GB", line) for line in said.splitlines()]
+    assert [row for row in rows if row] == [[f"{n / 1000:.2f}" for n in row] for row in (
+        *([plain["weights"][part], small["weights"][part], plain["work"][part]] for part in SMALL),
+        *([needs["peak"][mode] for mode in offload.MODES] for needs in (plain, small)),
+        *([offload.waiting(needs, mode) for mode in offload.MODES[1:]] for needs in (plain, small)), [1500])]
+    assert all(f"{n:,}" in said for n in plain["parameters"].values())
+    assert "64 pixels, 2 at once, float16, encoders bfloat16, the autoencoder float32;" in said
 
 
 def test_without_encoders_the_transformer_takes_the_same():

@@ -18,6 +18,7 @@ from PIL import Image
 import data
 import flow
 import sample
+import settings
 import stages
 import train as training
 import watch
@@ -309,6 +310,15 @@ def test_help_has_every_flag_under_a_heading(capsys):
     assert places == sorted(places) and said.index("what is learned:") < places[0]
 
 
+def test_help_tells_each_default(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for f in dataclasses.fields(TrainConfig):
+        if f.type is not bool and f.default != "":
+            assert f"{f.metadata['help']} (default: {f.default})" in said, f.name
+
+
 def test_flags_are_the_fields_of_the_config():
     config, resume = parse(["--tiny", "--flow-steps", "7", "--data", "emoji", "--checkpointing"])
     assert (config.flow_steps, config.data, config.checkpointing, resume) == (7, "emoji", True, False)
@@ -382,6 +392,15 @@ def test_what_is_not_of_the_result_may_be_set_and_taken_back_when_resuming(finis
                        "--preview-every", "7", "--save-every", "9"])
     assert (config.fsdp, config.compile, config.checkpointing, config.accumulate) == (False, False, True, 2)
     assert (config.preview_every, config.save_every) == (7, 9)
+
+
+def test_all_else_is_of_the_result_and_refused_when_resuming(finished):
+    free = {"minutes", "accumulate", "checkpointing", "fsdp", "compile", "encoders", "preview_every",
+            "save_every"}
+    saved = json.loads((finished / "config.json").read_text())
+    for name in saved.keys() - free - {"out"}:
+        with pytest.raises(ValueError, match=f"{flag_of(name)} other contradicts"):
+            settings.check_kept({name: "other"}, saved, finished)
 
 
 def test_resume_refuses_other_settings_by_name(finished, capsys):

@@ -569,10 +569,20 @@ def test_a_cache_of_other_encoders_is_refused_by_both_names(finished, tmp_path, 
     (dict(muon_rate=-1), "muon_rate is -1"), (dict(vae_critic=-0.1), "vae_critic is -0.1"),
     (dict(shift=math.inf), "must be finite"), (dict(flow_rate=math.inf), "must be finite"),
     (dict(flow_steps="3"), "flow_steps is '3'"), (dict(fsdp=1), "fsdp is 1"), (dict(size=True), "is True"),
-    (dict(flow_steps=2.5), "flow_steps is 2.5"), (dict(preview_every=-1), "preview_every is -1")])
+    (dict(flow_steps=2.5), "flow_steps is 2.5"), (dict(preview_every=-1), "preview_every is -1"),
+    (dict(lora=-1, origin="run"), "lora is -1"), (dict(dtype="float16"), "no dtype 'float16'"),
+    (dict(model="sd9"), "choose from"), (dict(density="bell"), "logit_normal"),
+    (dict(encoders="weights", origin="run"), "published encoders only make caches")])
 def test_settings_of_the_wrong_kind_or_size_are_refused_by_name(settings, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(**settings)
+
+
+def test_nothing_is_learned_in_no_steps_from_no_pictures_or_at_no_rate():
+    for name in ("pictures", "vae_channels", "accumulate", "warmup", "clip_norm", "save_every",
+                 *(f"{stage}_{what}" for stage in stages.STAGES for what in ("steps", "batch", "rate"))):
+        with pytest.raises(ValueError, match=f"{name} is 0: it must be above 0"):
+            TrainConfig(**{name: 0})
 
 
 def test_settings_may_be_as_large_and_small_as_the_messages_say():
@@ -598,6 +608,7 @@ def test_going_on_from_python_is_as_strict_as_the_command(finished, tmp_path):
     for change, words in ((dict(shift=1.0), "--shift 1.0 contradicts"), (dict(seed=9), "--seed 9 cont"),
                           (dict(data="emoji"), "--data emoji contradicts"), (dict(out=""), "needs `out`"),
                           (dict(t5_length=2), "--t5-length 2 contradicts"),
+                          (dict(cache="other", origin="run"), "--cache other contradicts"),
                           (dict(out=str(tmp_path / "none")), "config.json is missing")):
         with pytest.raises(ValueError, match=words):
             train(dataclasses.replace(same, **change), resume=True)
@@ -1041,6 +1052,83 @@ def test_adapters_of_published_weights_learn_beside_them_in_half_precision(encod
     (["--from", "RUN", "--lora", "33"], "1 to 32"), (["--from", "RUN", "--lora", "2", "--fsdp"], "--fsdp")])
 def test_adapters_that_cannot_be_are_refused_before_anything_is_read(flags, words, finished, capsys):
     assert words in refused([str(finished) if flag == "RUN" else flag for flag in flags], capsys)
+
+
+# --- Which setting wins ---
+
+def test_only_paths_of_what_has_moved_may_change_in_a_resumed_run(tmp_path):
+    there, gone = str(tmp_path), str(tmp_path / "gone")
+    second = tmp_path / "second"
+    (second / "start").mkdir(parents=True)
+    for name, saved, folder in (
+            ("data", {"data": "drawn"}, tmp_path), ("data", {"data": "emoji"}, tmp_path),
+            ("data", {"data": there}, tmp_path), ("cache", {"cache": there}, tmp_path),
+            ("cache", {"cache": ""}, tmp_path), ("origin", {"origin": gone, "encoders": ""}, tmp_path),
+            ("origin", {"origin": gone, "encoders": gone}, second)):    # a second phase has no other start
+        with pytest.raises(ValueError, match="other contradicts"):
+            settings.check_kept({name: "other"}, saved, folder)
+    for name, saved in (("data", {"data": gone}), ("cache", {"cache": gone}), ("lora", {}),
+                        ("origin", {"origin": gone, "encoders": gone})):
+        settings.check_kept({name: "other"}, saved, tmp_path)
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is_and_one_of_another_version_is_refused(finished, tmp_path):
+    saved = read_json(finished / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert parse(["--resume", "--out", str(tmp_path)])[0].out == str(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"unheard_of": 1}))
+    with pytest.raises(ValueError, match="from another version"):
+        parse(["--resume", "--out", str(tmp_path)])
+
+
+def test_encoders_may_be_named_again_when_the_cache_is_gone(learned, published, tmp_path):
+    saved = read_json(learned[0] / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"cache": str(tmp_path / "gone")}))
+    assert parse(["--resume", "--out", str(tmp_path), "--encoders", str(published)])[1]
+
+
+def test_a_second_phase_inherits_neither_limits_nor_a_cache_nor_adapters(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    saved = read_json(run / "config.json") | dict(minutes=3, cache="a", lora=2, out="b", origin="c", ema=0.5)
+    (run / "config.json").write_text(json.dumps(saved))
+    got = settings.second_phase({"origin": str(run)})
+    assert got["origin"] == str(run) and got["ema"] == 0.5
+    assert not {"minutes", "cache", "lora", "out"} & got.keys()
+    for name in ("clip_length", "t5_length"):
+        with pytest.raises(ValueError, match=f"{settings.flag_of(name)} 99 contradicts"):
+            settings.second_phase({"origin": str(run), name: 99})
+    (run / "mmdit.safetensors").unlink()
+    with pytest.raises(ValueError, match="no finished run there"):
+        settings.second_phase({"origin": str(run)})
+
+
+@pytest.mark.parametrize("depth, encoders", [(2, "weights"), (38, "")])
+def test_small_steps_are_for_large_transformers_that_learned_from_published_encoders_alone(
+        depth, encoders, finished, tmp_path, monkeypatch):
+    run, saved = shutil.copytree(finished, tmp_path / "run"), read_json(finished / "config.json")
+    monkeypatch.setattr(settings, "config_of_part", lambda *_: MMDiTConfig(depth, heads=depth, head_dim=16))
+    saved |= {"encoders": encoders, "lora": 3, "flow_rate": 9.0}
+    (run / "config.json").write_text(json.dumps(saved))
+    for given, expected in (({}, (2e-3, 0.02)), ({"lora": 2}, (5e-3, 0.0))):
+        got = settings.second_phase({"origin": str(run), **given})
+        assert (got["flow_rate"], got["muon_rate"]) == expected
+
+
+def test_a_rank_may_be_as_small_and_as_large_as_the_messages_say():
+    c = MMDiTConfig(2, heads=2, head_dim=16)
+    assert all(settings.of_adapters({"lora": rank}, c, 0.1)["flow_rate"] == 0.1 for rank in (1, 32))
+
+
+def test_what_was_named_from_here_is_found_from_anywhere(published, encoded, tmp_path, monkeypatch):
+    monkeypatch.chdir(published.parent)
+    config, _ = parse(["--from", published.name, "--cache", str(encoded[0]), "--encoders", published.name])
+    assert config.origin == config.encoders == str(published)
+
+
+def test_a_cache_keeps_the_length_of_its_texts(encoded):
+    for name in ("clip_length", "t5_length"):
+        with pytest.raises(ValueError, match="contradicts"):
+            settings.checked_cache({"cache": str(encoded[0]), name: 9})
 
 
 # --- A folder in which much is bad ---
