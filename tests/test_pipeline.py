@@ -746,7 +746,7 @@ def test_bad_requests_end_with_one_line_and_exit_code_2(flags, cause, folder, tm
     (["--t5-length", "1"], "--t5-length is 1"), (["--seed", str(2**64)], "seed is"),
     (["--seed", str(2**63 - 2), "-n", "3"], "seed is"), (["-n", "0"], "-n is 0"),
     (["--out", "x.jpg"], ".png"),
-    (["--out", "words.txt/x.png"], "words.txt is not a folder"), (["--out", "begin.png"], "exists already"),
+    (["--out", "words.txt/x.png"], "words.txt is no folder"), (["--out", "begin.png"], "exists already"),
     (["--drop", "clip_l", "a ring"], "the prompt comes first"), (["--image", "cut.png"], "cut.png"),
     (["--steps", "3000", "--shift", "3000", "--schedule", "reference"], "shift"),
     (["--image", "."], "a folder"), (["--stpes", "3"], "did you mean --steps?"), ([], "no prompt"),
