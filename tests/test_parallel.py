@@ -212,6 +212,7 @@ def test_cut_up_among_two_it_learns_the_same_is_saved_on_two_and_goes_on_on_one_
         assert_equal(finished, copy, few=world == 4)
 
 
+@thorough
 @fsdp
 def test_in_bfloat16_cut_up_among_two_it_learns_what_one_process_does_under_autocast(finished, tmp_path):
     """Each casts the weights at another place: FSDP2 before it gathers them, autocast before each product."""
@@ -225,7 +226,7 @@ def test_in_bfloat16_cut_up_among_two_it_learns_what_one_process_does_under_auto
     assert apart[0] > 1e-5 and apart[2] < 2e-4, apart
 
 
-@pytest.mark.parametrize("cut_up", [False, pytest.param(True, marks=fsdp)])
+@pytest.mark.parametrize("cut_up", [pytest.param(False, marks=thorough), pytest.param(True, marks=fsdp)])
 def test_what_one_process_saved_two_go_on_from(finished, tmp_path, cut_up):
     folder, config = untrained(finished, tmp_path / "run")
     codes, said = launch(folder, 1, config=config, wounds={(0, 5): signal.SIGTERM})
