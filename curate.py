@@ -281,19 +281,16 @@ def main(argv=None) -> None:
     parser.add_argument("--run", help="folder of a training run, whose CLIP then also finds copies")
     parser.add_argument("--out", help="folder of the report (default: runs/check-DIR)")
     parser.add_argument("--apply", action="store_true", help="leave these pictures out of training for good")
-    parser.error = refuse
+    parser.error = lambda message: parser.exit(
+        2, f"data.py check: {message}: see python data.py check --help\n")
     data.print_any_sign()
+    args = parser.parse_args(argv)
     try:
-        args = parser.parse_args(argv)
         check(args.dir, size=args.size, min_side=args.min_side, max_ratio=args.max_ratio, scores=args.score,
               run=args.run, out=args.out, apply=args.apply)
     except (ValueError, OSError) as error:
         print(f"data.py check: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def refuse(message: str):
-    raise ValueError(f"{message}: see python data.py check --help")
 
 
 # ------------------------------------------------------------------------------------------------------- demo

@@ -289,8 +289,13 @@ def upright(image, side):
 def excluded_names(root):
     """The names in excluded.txt, one a line: in the folder, or beside a single shard."""
     path = (root if root.is_dir() else root.parent) / "excluded.txt"
+    return lines_of(path) if path.is_file() else []
+
+
+def lines_of(path):
+    """The lines of a text file. ValueError if it is not UTF-8."""
     try:                            # splitlines() would cut names at U+2028 and its like
-        return path.read_text(encoding="utf-8-sig").split("\n") if path.is_file() else []
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except ValueError as e:
         raise ValueError(f"{path} is not UTF-8 text ({e}): save it as such") from None
 
@@ -341,7 +346,8 @@ def _in_folder(root, name):
 def print_any_sign() -> None:
     """From here on standard output shows in escapes what its console or file cannot hold (on Windows
     often all but cp1252), instead of raising UnicodeEncodeError. What is said to a closed stream is lost."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8")
+                              for stream in (sys.stdout, sys.stderr))
     if hasattr(sys.stdout, "reconfigure"):              # a notebook's has none
         sys.stdout.reconfigure(errors="backslashreplace")
 

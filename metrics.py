@@ -406,11 +406,7 @@ def read_prompts(path):
     rows = []
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file: give one with GenEval's metadata, one JSON object a line")
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text ({e}): save it as such") from None
-    for i, line in enumerate(lines, 1):
+    for i, line in enumerate(data.lines_of(Path(path)), 1):
         if not line.strip():
             continue
         try:
