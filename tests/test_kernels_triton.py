@@ -322,7 +322,14 @@ def test_with_norms_the_size_of_queries_and_keys_does_not_matter(dtype, size):
 
 
 def test_one_token_attends_to_itself():
-    compare(streams(1, 0, 1), norm_weights(32))
+    x, w = streams(1, 0, 1), norm_weights(32)
+    pull = torch.randn(1, 1, 1, 32, generator=seeded(2)).to(DEVICE)
+    _, out, *grads = gradients(lambda *a: joint_attention_triton(*a[:6], a[6:], None, 1e-6), x + w,
+                               [pull[:, :0], pull])
+    torch.testing.assert_close(out, x[5])
+    torch.testing.assert_close(grads[5], pull)              # dv: what a softmax of one weighs is 1 ...
+    for i in (*range(5), *range(6, 10)):                    # ... whatever the query, the key and their norms
+        torch.testing.assert_close(grads[i], torch.zeros_like((x + w)[i]), rtol=0, atol=FLOOR[torch.float32])
     compare(streams(1, 1, 1), norm_weights(32))
 
 
