@@ -3,6 +3,8 @@
 pretended_card.py makes a process believe that it has a CUDA card. This file runs itself in such a process:
 `python tests/test_devices.py FOLDER` trains, draws and scores there.
 """
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,14 +13,11 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.fixture(scope="session")
-def card(ahead):
-    return ahead["card"].result()
-
-
-def test_on_a_card_everything_that_meets_is_there(card):
+def test_on_a_card_everything_that_meets_is_there(tmp_path):
     """Training in four stages up to a sample grid, cut off once and resumed; drawing with every way of
     placing the weights, by own and by published ones; scoring."""
+    card = subprocess.run([sys.executable, __file__, tmp_path / "card"], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert card.returncode == 0, card.stdout[-2000:] + card.stderr[-4000:]
     for words in ("a meeting is noticed", "device: cuda", "bfloat16 (this GPU has it)",
                   "going on at step 2 of 3", "flow: at most", "--offload text: at most",

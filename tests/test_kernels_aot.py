@@ -171,8 +171,8 @@ def compile_all(folder):
 
 
 @pytest.fixture(scope="module")
-def everything(ahead):
-    return ahead["kernels"].result()
+def everything(tmp_path_factory):
+    return compile_all(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(params=sorted(SHARED))
