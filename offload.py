@@ -26,6 +26,7 @@ What surprises
 
 Run `python offload.py`: the bytes of sd3.5-large, and a small transformer streamed block by block.
 """
+import functools
 import re
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -252,15 +253,23 @@ def count_work(module, call, *shapes) -> int:
     return meter.peak
 
 
-def need(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfloat16, text_dtype=None,
-         int8=False, pictures=1) -> dict:
-    """Bytes that drawing `pictures` at once takes, from shapes alone.
+def need(configs, **how) -> dict:
+    """Bytes that drawing takes, from shapes alone.
 
     configs: of the parts, {"mmdit": MMDiTConfig, "vae": ..., "clip_l": ...}; encoders may be missing.
-    text_dtype: the encoders', if not the one that follows from dtype.
+    how: as in `counted`, which counts each case once.
     -> "parameters", "weights" and "work" by part; "peak" by offload mode: what the card must have; "locked":
     the main memory that "block" takes beyond the weights.
     """
+    return counted(tuple(configs.items()), **how)
+
+
+@functools.cache
+def counted(configs, *, height, width, t5_length=77, guidance=True, dtype=torch.bfloat16, text_dtype=None,
+            int8=False, pictures=1) -> dict:
+    """height, width: of `pictures` at once, in pixels; t5_length: of the prompt, in tokens; text_dtype: the
+    encoders', if not the one that follows from dtype."""
+    configs = dict(configs)
     dtypes = {"mmdit": dtype, "vae": torch.float32, **dict.fromkeys(ENCODERS, of_encoders(dtype, text_dtype))}
     with torch.device("meta"):
         parts = {name: PARTS[name][0](config).to(dtypes[name]) for name, config in configs.items()}

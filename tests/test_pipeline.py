@@ -556,23 +556,9 @@ SMALL = {"mmdit": MMDiTConfig(2, pooled_dim=24, context_dim=64, pos_max=32), "va
          "t5": T5Config(60_000, 64, 1, 2, 32, 64)}
 
 
-@pytest.fixture
-def remembered(monkeypatch):
-    """What `need` said once is not counted again."""
-    count, known = offload.need, {}
-
-    def need(configs, **how):
-        key = str((sorted(configs), sorted(how.items(), key=str)))
-        known[key] = known.get(key) or count(configs, **how)
-        return known[key]
-
-    monkeypatch.setattr(offload, "need", need)
-
-
 @FAST
 @given(st.floats(0.5, 3.0), st.sampled_from(["auto", *offload.MODES]), st.booleans())
-def test_auto_takes_the_fastest_that_fits_and_what_does_not_fit_says_what_would(
-        remembered, room, mode, eight):
+def test_auto_takes_the_fastest_that_fits_and_what_does_not_fit_says_what_would(room, mode, eight):
     how = dict(height=64, width=64, int8=eight)
     peak, free = offload.need(SMALL, **how)["peak"], room * offload.OVERHEAD
     fitting = [m for m in offload.MODES if peak[m] <= free]
@@ -589,8 +575,7 @@ def test_auto_takes_the_fastest_that_fits_and_what_does_not_fit_says_what_would(
 
 @FAST
 @given(st.floats(0, 1.2), st.booleans(), st.booleans(), st.booleans())
-def test_what_main_memory_has_no_room_for_is_told_with_what_each_flag_makes_of_it(
-        remembered, room, eight, full, works):
+def test_what_main_memory_has_no_room_for_is_told_with_what_each_flag_makes_of_it(room, eight, full, works):
     how = dict(height=64, width=64, dtype=torch.float32 if full else torch.bfloat16)
     needs = offload.need(SMALL, **how, int8=eight)
     taken = sum(needs["weights"].values()) + max(needs["work"].values()) * works
@@ -628,7 +613,7 @@ def test_t5_visits_block_by_block_so_that_no_mode_but_none_has_all_of_it_on_the_
 
 
 @pytest.mark.parametrize("parts, n", [(("mmdit",), 4), (("vae",), 3)])
-def test_several_pictures_at_once_and_one_to_begin_with_are_in_the_prediction(parts, n, remembered):
+def test_several_pictures_at_once_and_one_to_begin_with_are_in_the_prediction(parts, n):
     one, many = (offload.need(SMALL, height=64, width=64, pictures=k)["work"] for k in (1, n))
     for part in parts:
         assert 0.9 * n < many[part] / one[part] <= n + 0.01 and many["t5"] == one["t5"]
@@ -1026,12 +1011,12 @@ def test_without_a_card_all_parts_count_in_main_memory_and_each_flag_is_told_wit
         offload.check_main_memory("it", {}, 2e9, True, mode="model", dtype=torch.float32)
 
 
-def test_t5_reads_the_prompt_and_what_to_avoid_at_once_in_the_prediction(remembered):
+def test_t5_reads_the_prompt_and_what_to_avoid_at_once_in_the_prediction():
     one, two = (offload.need(SMALL, height=64, width=64, guidance=g)["work"]["t5"] for g in (False, True))
     assert one < two
 
 
-def test_what_a_dry_run_prints_are_the_predictions(remembered, monkeypatch):
+def test_what_a_dry_run_prints_are_the_predictions(monkeypatch):
     how = dict(height=64, width=64, dtype=torch.float16, pictures=2)
     plain, small = offload.need(SMALL, **how), offload.need(SMALL, **how, int8=True)
     monkeypatch.setattr(offload, "GB", 1000)                    # this model is that much smaller
