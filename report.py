@@ -57,6 +57,7 @@ STEPS = (5, 10, 20, 50)             # of the paper's table 6
 HELDOUT = 512                       # pictures for the validation loss
 REFERENCE = 4096                    # training pictures that FID and KID compare with
 COMPARED = 128                      # pixels a side, at most, of pictures that are compared with training's
+NEAREST = 256                       # of a kind, whose nearest training picture is looked for
 
 
 @dataclass
@@ -312,12 +313,12 @@ def measure_memory(s):
     set the distance that counts as a copy, and pictures that training has not seen, which shows how many are
     that near by chance. Of pictures by others only an exact copy, a distance below 2, can be told."""
     training, of = s.training(most=COMPARED)
-    order = any_order(len(s.jobs))[:256]
-    size, heldout = training.images.shape[-1], s.heldout(256, most=COMPARED)
+    order = any_order(len(s.jobs))[:NEAREST]
+    size, heldout = training.images.shape[-1], s.heldout(NEAREST, most=COMPARED)
     own = f"{len(order)} pictures"
     sets = {own: images_of([fit(s.paths[i], size) for i in order])}
     if s.pipe:
-        sets["true copies"] = training.images[any_order(len(training.images))[:256]]
+        sets["true copies"] = training.images[any_order(len(training.images))[:NEAREST]]
     if heldout[0] is not None:
         sets[heldout[1]] = heldout[0].images
     for name in list(sets)[1:] if s.pipe else ():

@@ -191,11 +191,6 @@ def test_bad_input_of_a_dry_run_is_one_line(flags, cause, capsys):
     assert end.value.code == 2 and cause in said and len(said.splitlines()) == 1
 
 
-def test_the_demo_passes(capsys):
-    budget.demo()
-    assert "counted" in capsys.readouterr().out
-
-
 def test_copies_the_allowance_and_the_cards_are_those_of_the_table():
     c = MMDiTConfig.preset("d38")
     total, block = (budget.parameters(c)[k] for k in ("total", "block"))

@@ -407,9 +407,3 @@ def test_leftovers_of_a_killed_process_and_of_finished_stages_are_removed(tmp_pa
         "backup", "flow-000001", "flow-000002", "flow-000002-good"]
     clean_checkpoints(tmp_path, ())
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["backup", "flow-000002-good"]
-
-
-def test_the_demo_goes_on_bit_by_bit_and_past_a_damaged_checkpoint(capsys):
-    checkpoints.demo()
-    said = capsys.readouterr().out
-    assert "from step 20 to 25" in said and "from step 10 to 25" in said and "went back to step 10" in said

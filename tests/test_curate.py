@@ -426,11 +426,6 @@ def test_data_py_check_is_the_command(tmp_path, monkeypatch, capsys):
     assert "invalid choice: 'chek'" in capsys.readouterr().err
 
 
-def test_the_demo_passes(capsys):
-    curate.demo()
-    assert "nothing to remove" in capsys.readouterr().out
-
-
 def test_a_runs_clip_is_shown_pictures_in_the_range_that_it_has_learned(tmp_path, monkeypatch):
     save_part(tmp_path / "run", "clip_l_image", te.CLIPImageEncoder(te.CLIPImageConfig.preset("tiny")))
     fill(tmp_path / "a", [blur(0), blur(1)])

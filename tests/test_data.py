@@ -640,8 +640,3 @@ def test_a_name_of_two_lines_is_skipped_for_excluded_txt_has_one_a_line(tmp_path
     assert [e.name for e in got.entries] == ["b.png"] and got.skipped == [("captions.jsonl:1", skipped[0][1])]
     shard(tmp_path / "x.tar", [("a\nb.txt", b"alone"), ("c.png", png()), ("c.txt", b"fine")])
     assert [name for name, _ in data.list_pictures(tmp_path / "x.tar").skipped] == ["x.tar/a\\nb"]
-
-
-def test_the_demo_reads_a_folder_and_a_shard_alike_and_names_the_cut_file(capsys):
-    data.demo()
-    assert "19 pictures, skipped 07.png (" in capsys.readouterr().out

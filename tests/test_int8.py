@@ -141,8 +141,3 @@ def test_a_layers_own_weights_are_gone_before_the_next_one_is_quantised(monkeypa
         int8, "quantise", lambda w: there.append(sum(r() is not None for r in own)) or usual(w))
     int8.quantise_linears(layers)
     assert there == [3, 2, 1]
-
-
-def test_the_demo_passes(capsys):
-    int8.demo()
-    assert "int8" in capsys.readouterr().out

@@ -531,8 +531,3 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "00000" / "samples" / "00000.png")
     with pytest.raises(ValueError, match="00000/metadata.jsonl: missing"):
         metrics.read_folder(tmp_path)
-
-
-def test_the_demo_passes(capsys):
-    metrics.demo()
-    assert "by the formula" in capsys.readouterr().out

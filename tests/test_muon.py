@@ -111,8 +111,3 @@ def test_products_are_of_the_shorter_side(monkeypatch):
     monkeypatch.setattr(muon, "orthogonalize", lambda x: sizes.append(tuple(x.shape)) or usual(x))
     Muon(matrices).step()
     assert sizes == [(2, 3, 12)]
-
-
-def test_directions_that_are_a_hundred_times_weaker_are_learnt_too(capsys):
-    muon.demo()
-    assert "weakest" in capsys.readouterr().out

@@ -810,8 +810,3 @@ def test_the_reader_gives_5000_samples_of_64_pixels_a_second(tmp_path):
             batches.at(step)
         best = max(best, 20 * 256 / (time.process_time() - start))
     assert best > 5000, f"{best:,.0f} samples a second"
-
-
-def test_the_demo_passes(capsys):
-    prepare.demo()
-    assert "150 pictures in the cache" in capsys.readouterr().out

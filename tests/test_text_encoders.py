@@ -592,11 +592,6 @@ def test_the_tokenizers_loaders_can_be_called_from_text_encoders():
     assert text_encoders.load_t5_tokenizer is load_t5_tokenizer
 
 
-def test_the_demo_holds_what_it_promises(capsys):
-    text_encoders.demo()
-    assert "passed" in capsys.readouterr().out
-
-
 def test_masked_spans_hide_15_percent_unless_told_never_unk_and_logits_are_scaled_as_in_t5():
     class Seen(torch.nn.Module):
         def __init__(self):

@@ -28,7 +28,7 @@ from mmdit import MMDiT, MMDiTConfig
 from pipeline import Pipeline
 from run_folder import load_tensors, load_tokenizers
 from settings import flag_of
-from train import TrainConfig, parse, rate_at, train
+from train import TrainConfig, parse, rate_at, time_stages, train
 from vae import AutoencoderKL, VAEConfig, discriminator_loss, vae_loss
 
 pytestmark = pytest.mark.usefixtures("miniature")
@@ -186,10 +186,10 @@ def test_the_expected_time_is_that_of_whole_steps_and_timing_them_changes_no_wei
     monkeypatch.setattr(flow, "loss", slow(flow.loss, 1))
     monkeypatch.setattr(training.Muon, "step", slow(training.Muon.step, 10))
     run = training.Run(c, tmp_path)
-    assert training.time_stages(run, parts, ["flow"], {}) == {"flow": 12 * c.flow_steps}
+    assert time_stages(run, parts, ["flow"], {}) == {"flow": 12 * c.flow_steps}
     assert all(torch.equal(p, before[k]) and p.grad is None for k, p in parts["mmdit"].named_parameters())
     run.config = dataclasses.replace(c, muon_rate=0.0)
-    assert training.time_stages(run, parts, ["flow"], {}) == {"flow": 2 * c.flow_steps}
+    assert time_stages(run, parts, ["flow"], {}) == {"flow": 2 * c.flow_steps}
 
 
 def test_a_new_run_takes_no_folder_that_is_there_and_the_next_command_names_all_but_the_last_finished_run(

@@ -100,6 +100,11 @@ def flags_of(**settings):
     return [x for k, v in settings.items() for x in (f"--{k.replace('_', '-')}", str(v))]
 
 
+def cache_flags(**settings):
+    """Of a cache command that times no dtypes."""
+    return ["cache", *flags_of(**{"dtype": "float32", "device": "cpu"} | settings)]
+
+
 def power_cut(original, at):
     """Of Run.generator: the process ends when a step asks for its random numbers."""
     def generator(self, name, step):
@@ -154,7 +159,7 @@ def test_a_cache_of_drawings_holds_as_many_as_a_run_learns_from_by_default(finis
     told = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "encode_all", lambda run, *_: told.append(run.config))
-    training.main(["cache", *flags_of(run=finished, data="drawn", seed=7, device="cpu")])
+    training.main(cache_flags(run=finished, data="drawn", seed=7))
     assert [(c.pictures, c.seed, c.size) for c in told] == [(TrainConfig.pictures, 7, 64)]
 
 
@@ -163,20 +168,20 @@ def test_a_cache_that_nobody_named_never_takes_the_place_of_another(finished, tm
     for there in ("a", "b"):
         Path(there).mkdir()
         fill(Path(there, "mine"), 4)
-        training.main(["cache", *flags_of(run=finished, data=Path(there, "mine"), size=32, device="cpu")])
+        training.main(cache_flags(run=finished, data=Path(there, "mine"), size=32))
     assert "runs/cache-mine-32 is of other pictures" in capsys.readouterr().out
     first, second = Path("runs/cache-mine-32"), Path("runs/cache-mine-32-2")
     before = {p: p.stat().st_mtime_ns for p in first.iterdir()}
-    training.main(["cache", *flags_of(run=finished, data=Path("b/mine"), size=32, device="cpu")])
+    training.main(cache_flags(run=finished, data=Path("b/mine"), size=32))
     assert {p.name for p in Path("runs").iterdir()} == {first.name, second.name}
     assert before == {p: p.stat().st_mtime_ns for p in first.iterdir()} and len(Cache(second)) == 4
-    training.main(["cache", *flags_of(run=finished, data=Path("a/mine"), size=32, device="cpu"), "--buckets"])
+    training.main([*cache_flags(run=finished, data=Path("a/mine"), size=32), "--buckets"])
     assert Cache(first).index["source"]["buckets"] is False and Path("runs/cache-mine-32-3").is_dir()
 
 
 def test_a_quick_try_with_fewer_pictures_leaves_the_cache_of_all_as_it_is(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["cache", *flags_of(run=finished, data=fill(tmp_path / "mine", 6), size=32, device="cpu")]
+    command = cache_flags(run=finished, data=fill(tmp_path / "mine", 6), size=32)
     training.main(command)
     whole, tried = Path("runs/cache-mine-32"), Path("runs/cache-mine-32-2")
     before = {p: p.read_bytes() for p in whole.iterdir()}
@@ -215,8 +220,7 @@ def test_a_cache_is_verified_by_its_command_and_not_by_each_start_of_a_run(finis
     monkeypatch.setattr(prepare, "load_tensors", lambda path: read.append(path) or load(path))
     train(*parse(["--resume", "--out", str(run)]))
     assert not read
-    training.main(["cache", *flags_of(run=run, data=pictures, out=run / "cache", pictures=24_000,
-                                      dtype="float32", device="cpu")])
+    training.main(cache_flags(run=run, data=pictures, out=run / "cache", pictures=24_000))
     assert sorted(read) == sorted((run / "cache").glob("*.safetensors")) and read
 
 
@@ -237,7 +241,7 @@ def test_a_run_knows_from_its_cache_what_it_learns(finished, tmp_path, monkeypat
     """so that it is judged by the prompts and pictures of that data"""
     monkeypatch.chdir(tmp_path)
     fill(Path("mine"), 4), fill(Path("other"), 4)
-    training.main(["cache", *flags_of(run=finished, data="mine", size=32, out="made", device="cpu")])
+    training.main(cache_flags(run=finished, data="mine", size=32, out="made"))
     phase = ["--from", str(finished), "--cache", "made"]
     assert parse(phase)[0].data == parse([*phase, "--data", "mine"])[0].data == str(Path("mine").resolve())
     capsys.readouterr()
@@ -270,14 +274,14 @@ def test_prompts_of_sample_grids_come_from_all_over_a_cache(finished):
 def test_two_processes_cannot_write_one_cache(finished, tmp_path, capsys):
     out, pictures = tmp_path / "cache", fill(tmp_path / "mine", 4)
     with sole_writer(out):
-        said = refused(["cache", *flags_of(run=finished, data=pictures, out=out, device="cpu")], capsys)
+        said = refused(cache_flags(run=finished, data=pictures, out=out), capsys)
     assert "is being written by process" in said and not list(out.glob("*.safetensors"))
 
 
 def test_ranks_share_the_work_and_a_second_command_finds_nothing_to_do(finished, tmp_path, monkeypatch):
     pictures, out = fill(tmp_path / "mine", 12), tmp_path / "cache"
     monkeypatch.setattr("prepare.SHARD", 4)
-    command = ["cache", *flags_of(run=finished, data=pictures, out=out, dtype="float32", device="cpu")]
+    command = cache_flags(run=finished, data=pictures, out=out)
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "3")
