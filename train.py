@@ -83,7 +83,9 @@ from tensor_files import CheckpointError, check_writable, write_json
 from watch import (LOOK_EVERY, RECENT, Log, Stop, Stopped, add_up, clock, film, judge, largest_logit,
                    lasting_output, plot_run, read_metrics, roll_back, update)
 
-SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.97}      # of the time left at a stage's start
+# Of the time left at a stage's start. Where it does not suffice, more for the transformer would be less: with
+# a third less for the others it took 1,164 steps in place of 845, and 87.6 % in place of 94.5 were right.
+SHARE = {"vae": 0.2, "clip": 0.2, "t5": 0.2, "flow": 0.97}
 
 
 # ------------------------------------------------------------------------------------------- device and dtype
