@@ -66,7 +66,7 @@ def test_true_captions_are_accepted_and_false_ones_are_not(spoil, least):
     assert false <= (0.005 if spoil == "clean" else 0.01)
 
 
-def test_a_picture_takes_milliseconds_of_cpu():
+def test_a_picture_takes_less_than_10_ms_of_cpu():
     pictures = [world.draw(world.scene(np.random.default_rng(i), "counting").things) for i in range(20)]
     find_objects(pictures[0])       # builds the known views
     times = []
@@ -75,7 +75,7 @@ def test_a_picture_takes_milliseconds_of_cpu():
         for picture in pictures:
             find_objects(picture)
         times.append(time.process_time() - start)
-    assert min(times) < 0.020 * len(pictures)
+    assert min(times) < 0.010 * len(pictures)
 
 
 @few
