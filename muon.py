@@ -14,7 +14,8 @@ directions are learnt at one pace (Jordan and others 2024, kellerjordan.github.i
 
 U V^T comes without an SVD: the polynomial a X + b (X X^T) X + c (X X^T)^2 X keeps the singular vectors of X
 and maps each singular value s to a s + b s^3 + c s^5, which a few applications drive towards 1 from anywhere
-above about 0.003. They are matrix products only, and exact enough in bfloat16.
+above about 0.003. They are matrix products only, and exact enough in bfloat16; a processor without it needs
+twice as long for them as in float32, and would spend half of a tiny run's steps here.
 
 What to know
 - An attention's packed qkv is three matrices, each of which is made orthogonal by itself.
@@ -37,11 +38,11 @@ from parallel import local
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # steepest at 0 of those that stay within about [0.7, 1.2]
 
 
-def orthogonalize(x: torch.Tensor, rounds: int = 5) -> torch.Tensor:
-    """x (n, rows, columns), rows <= columns -> about U V^T of each U S V^T, in bfloat16: singular values
+def orthogonalize(x: torch.Tensor, dtype: torch.dtype, rounds: int = 5) -> torch.Tensor:
+    """x (n, rows, columns), rows <= columns -> about U V^T of each U S V^T, in dtype: singular values
     above 0.003 of the matrix's norm become 0.68 to 1.20, smaller ones grow at most 485-fold."""
     a, b, c = COEFFICIENTS
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()          # singular values at most 1
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)           # singular values at most 1
     for _ in range(rounds):
         s = x @ x.mT                                                        # (n, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
@@ -54,10 +55,12 @@ class Muon(torch.optim.Optimizer):
 
     lr: the size of a step in singular values. 0.02 moves the entries of a 192 x 192 matrix by
     0.02 / sqrt(192) = 1.4e-3, about as AdamW does at a rate of 1.4e-3.
+    dtype: of the products; bfloat16 or float32, whichever is faster.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01):
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, packed=1))
+        self.dtype = dtype
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2 or p.shape[0] % group["packed"]:
@@ -82,14 +85,14 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(grad, 1 - m)
                 found.append((p, group, grad.lerp(average, m)))
         cut_up = any(hasattr(p, "to_local") for p, *_ in found)
-        for p, group, piece in taken_apart(found) if cut_up else at_once(found):
+        for p, group, piece in (taken_apart if cut_up else at_once)(found, self.dtype):
             rows, columns = p.shape[0] // group["packed"], p.shape[1]
             rate, mine = torch.where(bad, 0.0, group["lr"]), local(p)
             mine.mul_(1 - rate * group["weight_decay"])
             mine.sub_(piece * (rate * max(1, rows / columns) ** 0.5))
 
 
-def at_once(found):
+def at_once(found, dtype):
     """[(parameter, group, whole matrix)] -> the same with U V^T; matrices of one shape as one batch."""
     shapes = {}                                 # (rows, columns) -> what is orthogonalized together
     for p, group, x in found:
@@ -98,13 +101,13 @@ def at_once(found):
         x = x.mT if tall else x
         shapes.setdefault(x.shape[1:], []).append((p, group, tall, x))
     for entries in shapes.values():
-        together = orthogonalize(torch.cat([x for *_, x in entries]))
+        together = orthogonalize(torch.cat([x for *_, x in entries]), dtype)
         pieces = together.split([len(x) for *_, x in entries])
         for (p, group, tall, _), piece in zip(entries, pieces):
             yield p, group, (piece.mT if tall else piece).reshape(p.shape)
 
 
-def taken_apart(found):
+def taken_apart(found, dtype):
     """[(parameter, group, this rank's rows)] -> the same with these rows of U V^T.
 
     Of N matrices of one shape each of the N ranks receives one whole, and sends every rank its rows back:
@@ -123,7 +126,7 @@ def taken_apart(found):
             mine = torch.empty_like(out)                                    # each rank's rows of my matrix
             dist.all_to_all_single(mine, out, group=ranks)
             p, group, _ = lot[min(mesh.get_local_rank(), len(lot) - 1)]     # a rank without one has zeros
-            [(*_, piece)] = at_once([(p, group, mine.view(-1, columns)[:total])])
+            [(*_, piece)] = at_once([(p, group, mine.view(-1, columns)[:total])], dtype)
             out = F.pad(piece, (0, 0, 0, N * rows - total)).contiguous().view(torch.half)
             mine = torch.empty_like(out)        # bits only move; gloo knew float16 long before bfloat16
             dist.all_to_all_single(mine, out, group=ranks)

@@ -193,7 +193,7 @@ def begin(run: Run, stage: Stage) -> State:
     optimizers = [torch.optim.AdamW(groups, lr=getattr(c, f"{stage.name}_rate"), betas=(0.9, 0.99),
                                     eps=1e-15, fused=run.device.type != "mps")]
     if matrices:
-        optimizers.append(Muon(matrices, lr=c.muon_rate))
+        optimizers.append(Muon(matrices, lr=c.muon_rate, dtype=run.dtype))
     average = {k: p.detach().clone() for k, p in params.items()} if stage.ema else {}
     return State(stage.name, getattr(c, f"{stage.name}_steps"), params, average, optimizers,
                  torch.full((RECENT,), math.inf, device=run.device), torch.zeros((), device=run.device))
@@ -599,7 +599,8 @@ def time_stages(run: Run, parts, todo, stages) -> dict[str, float]:
         pieces = c.accumulate if stage == "flow" else 1
         rows = run.ranks.rows(getattr(c, f"{stage}_batch"), pieces=pieces)
         # AdamW's step takes next to no time; Muon's a quarter, and after a bad step it changes nothing
-        optimizers = [Muon(split(parts["mmdit"])[0])] if stage == "flow" and c.muon_rate else []
+        optimizers = ([Muon(split(parts["mmdit"])[0], dtype=run.dtype)]
+                      if stage == "flow" and c.muon_rate else [])
         for i in range(4):
             start = time.perf_counter()
             for _ in range(pieces):

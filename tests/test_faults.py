@@ -90,7 +90,7 @@ def test_a_step_is_that_of_adamw_and_muon_spelled_out_and_what_stays_is_their_av
     groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-15, fused=True)
-    muon = Muon(matrices, momentum=0.95, weight_decay=0.01)
+    muon = Muon(matrices, momentum=0.95, weight_decay=0.01, dtype=torch.float32)
     average = {k: p.detach().clone() for k, p in params.items()}
     for step in range(16):
         share = min((step + 1) / 2, 1.0, (16 - step) / 8)

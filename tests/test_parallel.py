@@ -578,7 +578,7 @@ def test_ranks_wait_as_long_for_each_others_saves_as_for_anything_else(monkeypat
     assert asked == {"backend": "gloo", "timeout": parallel.PATIENCE}
 
 
-def muon_on_shards(shapes):
+def muon_on_shards(shapes, dtype, error):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -589,7 +589,7 @@ def muon_on_shards(shapes):
             value = torch.randn(shape)
             whole = torch.nn.Parameter(value.clone())
             pairs.append((packed, whole, torch.nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))))
-        optimizers = [Muon([{"params": [pair[k]], "packed": pair[0]} for pair in pairs], lr=0.1)
+        optimizers = [Muon([{"params": [pair[k]], "packed": pair[0]} for pair in pairs], lr=0.1, dtype=dtype)
                       for k in (1, 2)]
         for step in range(3):
             for _, whole, cut in pairs:
@@ -600,7 +600,7 @@ def muon_on_shards(shapes):
                 optimizer.step()
         for _, whole, cut in pairs:
             # products in batches of another size round otherwise
-            assert torch.allclose(parallel.whole(cut), whole, atol=5e-3), tuple(whole.shape)
+            assert torch.allclose(parallel.whole(cut), whole, atol=error), tuple(whole.shape)
             momenta = [o.state[p]["momentum"] for o, p in zip(optimizers, (whole, cut))]
             assert torch.equal(parallel.whole(momenta[1]), momenta[0]), tuple(whole.shape)
 
@@ -608,8 +608,9 @@ def muon_on_shards(shapes):
 def test_muon_moves_matrices_that_are_cut_up_as_if_they_were_whole(tmp_path):
     """Also where rows do not divide among ranks, are fewer than ranks, or matrices are."""
     shapes = [(1, 8, 4), (3, 24, 8), (1, 24, 8), (1, 10, 16), (1, 2, 5), (3, 9, 7), *[(1, 6, 6)] * 5]
-    codes, said = spread(tmp_path / "x", 4, muon_on_shards, shapes)
-    assert codes == [0] * 4, said
+    for dtype, error in ((torch.bfloat16, 5e-3), (torch.float32, 1e-5)):
+        codes, said = spread(tmp_path / str(dtype), 4, muon_on_shards, shapes, dtype, error)
+        assert codes == [0] * 4, said
 
 
 # ------------------------------------------------------------------------------------------------- torchrun
