@@ -169,6 +169,14 @@ def test_a_generator_decides_the_sample_and_spares_the_global_one():
 
 
 @torch.no_grad()
+def test_how_a_picture_lies_in_memory_changes_nothing():
+    """Noise is drawn in the order of memory."""
+    vae, x = small(), pictures()
+    codes = [vae.encode(y).sample(seeded()) for y in (x, x.contiguous(memory_format=torch.channels_last))]
+    assert torch.equal(*codes) and all(z.is_contiguous() for z in codes)
+    assert vae.decode(codes[0]).is_contiguous()
+
+
 def test_no_weights_make_the_spread_overflow():
     vae = small()
     for value in (1e4, -1e4):
