@@ -287,7 +287,7 @@ def demo() -> None:
 
     def learn(model, loss, steps, rate):
         learning = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(learning, lr=rate)
+        optimizer = torch.optim.Adam(learning, lr=rate, fused=True)
         for _ in range(steps):
             optimizer.zero_grad()
             loss(model).mean().backward()

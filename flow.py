@@ -327,7 +327,7 @@ def demo(out="runs/flow.png"):
         angles = math.pi * t[:, None] * torch.tensor([1.0, 2.0, 4.0])
         return net(torch.cat([x, angles.sin(), angles.cos()], 1))  # (B, 8) -> (B, 2)
 
-    optimizer = torch.optim.Adam(net.parameters())
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
     warm_and_cool = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, 2500)
     for _ in range(2500):
         optimizer.zero_grad()

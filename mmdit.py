@@ -373,7 +373,7 @@ def demo():
     assert v.shape == x0.shape and not v.any()
 
     # All four start from the same noise at t = 1, without pooled text: only tokens say which picture to draw.
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4, fused=True)
     for step in range(90):
         loss = F.mse_loss(model(noise, t, context, pooled), noise - x0)     # d/dt of (1 - t) x0 + t noise
         optimizer.zero_grad()

@@ -419,7 +419,7 @@ def demo():
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
     vae, steps = AutoencoderKL(VAEConfig.preset("tiny", ch_mult=(1, 2, 2))), 250
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), fused=True)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 4e-3 * min((step + 1) / 20, 1.0, 2 * (steps - step) / steps)
         loss, parts, _ = vae_loss(vae, draw_discs(16, g), generator=g)

@@ -954,7 +954,7 @@ def test_without_a_checkpoint_the_stage_starts_again_and_says_so(straight, tmp_p
 def test_time_is_planned_after_an_interruption_too_and_again_until_the_rate_falls(
         minutes, least, most, tmp_path, monkeypatch):
     """By a clock of its own: a step takes 0.1 seconds, from step 100 on half of that. Planned at step 50 are
-    170 and 620; the longer one is planned again at step 300, when its rate has not begun to fall."""
+    170 and 620; the longer one is planned again at each hundredth step until its rate begins to fall."""
     clock = [0.0]
     monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
@@ -974,8 +974,9 @@ def test_time_is_planned_after_an_interruption_too_and_again_until_the_rate_fall
     (0, 5000, 0.4, 125, 30, 1000),                              # 3.75 seconds are gone, 970 more steps fit
     (0, 5000, 0.4, 125, 300, 1521), (0, 1200, 0.4, 125, 300, 1200),         # it has become faster
     (0, 5000, 0.4, 4, 30, 60), (0, 5000, 1, 125, 30, 1000),     # two more would fit; the rate falls at once
-    (500, 1000, 0.4, 12.5, 30, 600), (700, 1000, 0.4, 12.5, 30, 1000)])     # it has begun to fall before
-def test_a_plan_fills_the_time_after_a_resume_too_and_its_end_is_fixed_once_the_rate_falls(
+    (500, 1000, 0.4, 12.5, 30, 600),
+    (700, 1000, 0.4, 12.5, 30, 800), (700, 1000, 0.4, 125, 30, 1000)])      # it has begun to fall before
+def test_a_plan_fills_the_time_after_a_resume_too_and_never_grows_once_the_rate_falls(
         begun, total, decay, seconds, steps, expected, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -984,6 +985,19 @@ def test_a_plan_fills_the_time_after_a_resume_too_and_its_end_is_fixed_once_the_
         clock[0] += 1 / 8 if step - begun <= 100 else 1 / 16
         total = plan.total(step, total)
     assert total == expected
+
+
+def test_where_steps_take_longer_once_the_rate_falls_there_are_fewer(monkeypatch):
+    """Of 125 seconds 50 are left for 400 steps that now take 100."""
+    clock, step, total = [0.0], 0, 5000
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    plan, totals = training.Plan(total, 0, 0.4, 125), []
+    while step < total:
+        clock[0] += 1 / 8 if step < 600 else 1 / 4
+        step += 1
+        total = plan.total(step, total)
+        totals.append(total)
+    assert 120 < clock[0] < 135 and totals[599] == 1000 and sorted(totals, reverse=True) == totals
 
 
 def test_ranks_do_as_many_steps_as_the_slowest_of_them_has_time_for(tmp_path, monkeypatch):

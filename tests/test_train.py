@@ -230,15 +230,16 @@ def test_no_two_runs_stages_or_steps_share_their_random_numbers(tmp_path):
     assert len(seeds) == 24
 
 
-@pytest.mark.parametrize("single, half, expected", [(3, 2, torch.bfloat16), (1.2, 1, torch.float32),
-                                                    (1, 2, torch.float32)])
+@pytest.mark.parametrize("single, half, expected, products", [
+    (0.003, 0.002, torch.bfloat16, 24), (0.0012, 0.001, torch.float32, 24), (0.01, 1, torch.float32, 13)])
 def test_products_are_in_bfloat16_on_a_cpu_where_that_is_faster_and_never_on_mps_unasked(
-        single, half, expected, monkeypatch):
-    clock, cost = [0.0], {torch.float32: single, torch.bfloat16: half}
+        single, half, expected, products, monkeypatch):
+    """To find out takes a second where one product does."""
+    clock, cost, timed = [0.0], {torch.float32: single, torch.bfloat16: half}, []
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: clock.append(
-        clock.pop() + cost[a.dtype]))
-    assert training.pick_dtype("auto", torch.device("cpu"))[0] == expected
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: timed.append(clock.append(
+        clock.pop() + cost[a.dtype])))
+    assert training.pick_dtype("auto", torch.device("cpu"))[0] == expected and len(timed) == products
     assert training.pick_dtype("auto", torch.device("mps"))[0] == torch.float32
     assert training.pick_dtype("bfloat16", torch.device("mps"))[0] == torch.bfloat16
 
