@@ -357,6 +357,7 @@ def _draw(out, path, data):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.collections import LineCollection
 
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     t, colour_of = torch.linspace(0.001, 0.999, 999), plt.get_cmap("plasma_r")
@@ -370,7 +371,8 @@ def _draw(out, path, data):
 
     few = path[:, :300]
     for i in range(len(few) - 1):  # orange at t = 1, dark blue at t = 0
-        middle.plot(*few[i : i + 2].permute(2, 0, 1), color=colour_of(0.2 + 0.8 * i / len(few)), lw=0.9)
+        pieces = few[i : i + 2].transpose(0, 1).numpy()  # (300, 2, 2): from and to
+        middle.add_collection(LineCollection(pieces, color=colour_of(0.2 + 0.8 * i / len(few)), lw=0.9))
     middle.scatter(*few[0].T, s=9, color=colour_of(0.2), label="t = 1: noise")
     middle.scatter(*few[-1].T, s=9, color=colour_of(1.0), zorder=3, label="t = 0: samples")
     middle.set_title("the learned flow: 50 Euler steps from noise to samples")

@@ -19,7 +19,6 @@ import weakref
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 device_of, Tensor = torch._C.TensorBase.device, torch.Tensor
@@ -53,6 +52,11 @@ def enter(t):
     return t
 
 
+def tensors(given) -> list:
+    """Those among arguments or results, and in lists of them."""
+    return [t for x in given for t in (x if isinstance(x, (list, tuple)) else [x]) if isinstance(t, Tensor)]
+
+
 class Back(torch.autograd.Function):
     """A copy on the CPU; its gradient comes to the card."""
 
@@ -67,7 +71,7 @@ class Back(torch.autograd.Function):
 
 class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, operation, kinds, args=(), kwargs=None):
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = tensors([*args, *(kwargs or {}).values()])
         name, card = operation._schema.name, [t for t in given if on_card(t)]
         if card and name not in CROSSING:
             met = given[:1] if name in INDEXED else given
@@ -76,7 +80,9 @@ class Ledger(TorchDispatchMode):
                                    f"{[tuple(t.shape) for t in wrong]}")
         out = operation(*args, **(kwargs or {}))
         if card and name not in ("aten::copy_", "aten::_foreach_copy_"):
-            tree_map(lambda t: t if any(t is x for x in given) else enter(t), out)
+            for t in tensors([out]):
+                if not any(t is x for x in given):
+                    enter(t)
         return out
 
 
@@ -99,7 +105,10 @@ class Requests(TorchFunctionMode):
             if not any(kwargs.get("generator") is g for g in (None, *generators)):
                 raise RuntimeError("a generator of the CPU cannot draw on the card")
         out = function(*args, **kwargs)
-        return tree_map(enter, out) if card else out
+        if card:
+            for t in tensors([out]):
+                enter(t)
+        return out
 
     def moved(self, x, *where, **how):
         how |= zip(("dtype", "non_blocking", "copy") if len(where) > 1 else (), where[1:])

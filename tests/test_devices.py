@@ -40,11 +40,11 @@ def everything(folder: Path) -> None:
     import report
     import sample
     import train
-    from conftest import MICRO, shrink
+    from conftest import MICRO, blank, shrink
     from make_fake_checkpoint import BUILD, main as fake
 
     shrink(pytest.MonkeyPatch())
-    report.HELDOUT, run, judge = 8, folder / "run", train.judge
+    report.HELDOUT, run, judge, train.plot_run = 8, folder / "run", train.judge, blank
     config = train.TrainConfig(**MICRO | dict(
         device="cuda", dtype="auto", pictures=40, vae_critic=0.1, flow_steps=3, accumulate=2,
         checkpointing=True, preview_every=3, out=str(run), minutes=0))
@@ -57,7 +57,7 @@ def everything(folder: Path) -> None:
     train.judge = power_cut
     with pytest.raises(KeyboardInterrupt):
         train.train(config)
-    train.judge = judge
+    train.judge, train.time_stages = judge, lambda run, parts, todo, stages: {}
     train.train(*train.parse(["--resume", "--out", str(run)]))
     fake([str(folder), "--config", "small", "--parts", *BUILD])
     published, picture = folder / "small.safetensors", HERE.parent / "assets" / "emoji.png"
