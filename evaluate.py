@@ -495,7 +495,7 @@ def acceptance(spoil, n):
 
 # --- Demo -------------------------------------------------------------------------------------------------
 
-def demo(n=50):
+def demo(n=30):
     """True captions must be accepted and false ones rejected, for clean drawings and for spoilt ones."""
     print(f"{6 * n} drawings   true accepted   strictly   false accepted   CPU ms a picture")
     for name, spoil in SPOILS.items():

@@ -14,8 +14,8 @@ directions are learnt at one pace (Jordan and others 2024, kellerjordan.github.i
 
 U V^T comes without an SVD: the polynomial a X + b (X X^T) X + c (X X^T)^2 X keeps the singular vectors of X
 and maps each singular value s to a s + b s^3 + c s^5, which a few applications drive towards 1 from anywhere
-above about 0.003. They are matrix products only, and exact enough in bfloat16; a processor without it needs
-twice as long for them as in float32, and would spend half of a tiny run's steps here.
+above about 0.003. They are matrix products only, and exact enough in bfloat16. On a processor without it they
+take more than twice as long as in float32: nearly half of a step of the miniature.
 
 What to know
 - An attention's packed qkv is three matrices, each of which is made orthogonal by itself.

@@ -71,10 +71,10 @@ def test_sampling_commands_of_the_readme_run(command, finished, tmp_path_factory
     assert capsys.readouterr().out.strip().endswith(".png")
 
 
-# For each file that it is told: what `python FILE` does, but forked from a process that has imported PyTorch,
-# which takes longer than most demos.
+# For each file that it is told: what `python FILE` does, but forked from a process that has imported PyTorch
+# (and the part that optimizers import), which takes longer than most demos.
 FORKS = """
-import json, os, runpy, sys, tempfile, torch, matplotlib.pyplot
+import json, os, runpy, sys, tempfile, matplotlib.pyplot, torch._dynamo
 for line in sys.stdin:
     with tempfile.TemporaryFile("w+") as said:
         if not (child := os.fork()):
