@@ -291,7 +291,7 @@ def in_tiles(net, x: torch.Tensor, tile: int | None, *, cell: int, out_cell: int
     H, W = x.shape[2] // cell, x.shape[3] // cell
     if tile is None:
         tile = TILE if H * W > TILE ** 2 else max(H, W)
-    if x.device.type == "cpu":                  # oneDNN's convolutions are faster if a pixel's channels adjoin
+    if x.device.type == "cpu":                  # oneDNN's convolutions are faster where channels adjoin
         x = x.contiguous(memory_format=torch.channels_last)
     if max(H, W) <= tile:
         return net(x).float().contiguous()

@@ -71,14 +71,15 @@ class Back(torch.autograd.Function):
 
 class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, operation, kinds, args=(), kwargs=None):
-        given = tensors([*args, *(kwargs or {}).values()])
+        kwargs = kwargs or {}
+        given = tensors([*args, *kwargs.values()])
         name, card = operation._schema.name, [t for t in given if on_card(t)]
         if card and name not in CROSSING:
             met = given[:1] if name in INDEXED else given
             if wrong := [t for t in met if t.ndim and t.numel() and real(t) == CPU and not on_card(t)]:
                 raise RuntimeError(f"{operation}: {len(card)} tensors are on the card, and on the CPU "
                                    f"{[tuple(t.shape) for t in wrong]}")
-        out = operation(*args, **(kwargs or {}))
+        out = operation(*args, **kwargs)
         if card and name not in ("aten::copy_", "aten::_foreach_copy_"):
             for t in tensors([out]):
                 if not any(t is x for x in given):
