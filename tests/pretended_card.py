@@ -151,6 +151,12 @@ class Autocast(autocast):
         super().__init__("cpu", *args, **how)
 
 
+def limit(fraction, device=0):
+    """In place of set_per_process_memory_fraction, which takes no "cuda" without a number."""
+    if not 0 < fraction <= 1 or str(device) == "cuda":
+        raise ValueError(f"{fraction} of {device} is no limit")
+
+
 def install(free=80 * 10**9):
     """From here on the process has a card with so many free bytes."""
     for kind in (Tensor, torch.nn.Parameter):
@@ -160,16 +166,17 @@ def install(free=80 * 10**9):
     torch.autocast = torch.amp.autocast_mode.autocast = Autocast
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         setattr(torch, name, lambda device="cpu", ask=getattr(torch, name): ask("cpu"))
-    about = types.SimpleNamespace(name="a pretended card", major=9, minor=0)
+    about = types.SimpleNamespace(name="a pretended card", major=9, minor=0, total_memory=free)
     nothing = contextlib.nullcontext()
     answers = dict(
         is_available=True, device_count=1, current_device=0, set_device=None, is_bf16_supported=True,
         synchronize=None, mem_get_info=(free, free), memory_reserved=0, memory_allocated=0,
-        max_memory_allocated=0, reset_peak_memory_stats=None, set_per_process_memory_fraction=None,
+        max_memory_allocated=0, max_memory_reserved=0, reset_peak_memory_stats=None,
         get_device_name=about.name, get_device_capability=(9, 0), get_device_properties=about,
         current_stream=Nothing(), stream=nothing, device=nothing, is_current_stream_capturing=False)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **how: answer)
+    torch.cuda.set_per_process_memory_fraction = limit
     torch.cuda.Stream = torch.cuda.Event = Nothing
     torch.accelerator.current_stream = torch.cuda.current_stream      # torch 2.15's optimizers ask there
     Requests().__enter__()

@@ -21,7 +21,7 @@ def test_on_a_card_everything_that_meets_is_there(tmp_path):
     assert card.returncode == 0, card.stdout[-2000:] + card.stderr[-4000:]
     for words in ("a meeting is noticed", "device: cuda", "bfloat16 (this GPU has it)",
                   "going on at step 2 of 3", "flow: at most", "--offload text: at most",
-                  "--offload model: at most", "--offload block: at most", "validation loss", "all passed"):
+                  "--offload model: at most", "--offload block: at most", "of 2 GB of the card", "validation loss", "all passed"):
         assert words in card.stdout + card.stderr, words
 
 
@@ -67,6 +67,9 @@ def everything(folder: Path) -> None:
                 f"--model {published} --height 64 --width 64 --offload model --drop-t5"):
         sample.main(["a star", "--steps", "2", "--device", "cuda", "--out", f"{folder}/", *how.split()])
     report.main(f"--run {run} --measures loss,fid -n 1 --pictures 1 --steps 1 --device cuda".split())
+    fake([str(folder), *"--draw model --int8 --steps 1 --side 64 --limit 2".split()])
+    with pytest.raises(ValueError, match=r"needs 0\.8 GB on the card .* and 0\.8 GB are free"):
+        fake([str(folder), *"--draw none --side 64 --limit 0.801".split()])
 
 
 if __name__ == "__main__":
