@@ -46,6 +46,8 @@ MICRO = dict(size=32, pictures=24, vae_steps=3, vae_batch=4, clip_steps=3, clip_
 LOOK_EVERY = 7                  # attention logits are measured at the first and at the last of eight steps
 VERSION = tuple(int(x) for x in torch.__version__.split(".")[:2])
 fsdp = pytest.mark.skipif(VERSION < (2, 8), reason="FSDP2 cannot average gradients over gloo in this torch")
+START = "spawn" if torch.cuda.is_available() else "forkserver"      # to ask for cards is to be unable to fork
+card = pytest.mark.skipif(START != "spawn", reason="needs a CUDA GPU")
 thorough = pytest.mark.skipif(settings.default.max_examples < 100,
                               reason="with --hypothesis-profile=thorough only")
 
@@ -89,14 +91,30 @@ def trained(argv, config, wounds):
     training.main(argv)
 
 
-def spread(folder, world, action, *rest, seconds=600):
+def alone_in_a_group(*rest):
+    """A rank's train.py. It is the only one, but does all that several do to each other: NCCL has no two ranks
+    on one card."""
+    class Several(int):
+        __hash__ = int.__hash__
+
+        def __gt__(self, other):
+            return True
+
+        def __eq__(self, other):
+            return False
+
+    parallel.launched = lambda: (0, Several(1), 0)
+    trained(*rest)
+
+
+def spread(folder, world, action, *rest, seconds=600, start="forkserver"):
     """action(*rest) on each of `world` ranks -> (exit codes of all ranks, what they said)"""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     said = Path(folder).parent / f"{Path(folder).name}.txt"
     said.unlink(missing_ok=True)
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context(start)
     ranks = [context.Process(target=child, args=(r, world, port, str(said), action, *rest))
              for r in range(world)]
     for process in ranks:
@@ -210,6 +228,24 @@ def test_cut_up_among_two_it_learns_the_same_is_saved_on_two_and_goes_on_on_one_
         assert codes == [0] * world and "going on at step 6" in said, said
         assert f"ranks 2, now {world}" in said
         assert_equal(finished, copy, few=world == 4)
+
+
+@pytest.mark.parametrize("device, cut_up", [
+    pytest.param("cpu", False, marks=thorough), pytest.param("cpu", True, marks=fsdp),
+    pytest.param("cuda", False, marks=card), pytest.param("cuda", True, marks=card)])
+def test_a_group_of_one_learns_is_saved_and_goes_on_as_one_process_does(device, cut_up, finished, tmp_path):
+    """On a card this is NCCL, as far as one card can tell."""
+    folder, config = untrained(finished, tmp_path / "group", fsdp=cut_up, device=device)
+    for wounds, expected in ({(0, 5): signal.SIGTERM}, 143), ({}, 0):
+        codes, said = spread(folder, 1, alone_in_a_group, ["--resume"], config, wounds, start=START)
+        assert codes == [expected] and "1 processes share" in said and ("cut up among" in said) == cut_up, said
+    assert "going on at step 6" in said
+    plain = finished
+    if device == "cuda":
+        plain, config = untrained(finished, tmp_path / "plain", device=device)
+        codes, said = spread(plain, 1, trained, ["--resume"], config, {}, start=START)
+        assert codes == [0], said
+    assert_equal(plain, folder)
 
 
 @thorough
