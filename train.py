@@ -30,7 +30,7 @@ What to know
 - float32: weights, optimizer, EMA, norms, the path and the loss. Matrix products run in bfloat16 under
   autocast where that is faster on this device; the log's first lines say so and why.
 - All randomness of a step comes from (seed, stage, step). Nothing else needs saving, and a run that was
-  interrupted and resumed equals one that was not, bit for bit on the same machine with one thread.
+  interrupted and resumed equals one that was not, bit for bit on one CPU with one thread.
 - Each text encoder is dropped with probability 46.4 %, independently; with all three gone the model learns to
   draw without a prompt, which is what guidance pushes away from.
 - The EMA of the weights is what gets sampled and saved. Its decay starts at (1 + step) / (10 + step), which

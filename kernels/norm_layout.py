@@ -292,7 +292,8 @@ CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBacken
 
 def cudnn_first(device) -> bool:
     """On Hopper and on data centres' Blackwell (compute capability 9 and 10), where others measured it to be
-    faster than FlashAttention 2, PyTorch's default. On the desktop's (12.0) they found it slower."""
+    faster than FlashAttention 2, which PyTorch takes unless it and cuDNN are recent. On the desktop's (12.0)
+    they found it slower."""
     return device.type == "cuda" and torch.cuda.get_device_properties(device).major in (9, 10)
 
 
