@@ -298,7 +298,8 @@ def cudnn_first(device) -> bool:
 
 
 def attend_joined(q, k, v, mask):
-    """PyTorch's attention over (B, L, nh, hd) -> the same. Back ends that cannot run a case are skipped."""
+    """PyTorch's attention over (B, L, nh, hd) -> the same. Back ends that it knows cannot run a case are
+    skipped; one that finds out when it runs raises RuntimeError."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if cudnn_first(q.device):
         with sdpa_kernel(CUDNN_FIRST, set_priority=True):           # torch.compile of 2.6 ignores the order

@@ -47,13 +47,16 @@ NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 
 
 def candidates(step: str, own: tuple) -> list[tuple]:
-    """Ways to cut, as NAMES: those nearest to the table's own first."""
+    """Ways to cut, as NAMES: those nearest to the table's own first, by the factors between sides, between
+    stages, and between warps or, if that is nearer, between the scores a warp has."""
     sides = (32, 64, 128, 256) if step == "forward" else (32, 64, 128)
     ways = {way for way in itertools.product(sides, (32, 64, 128), (4, 8), (1, 2, 3, 4))
             if way[0] * way[1] <= 128 * 128 and way[2] * 32 * 16 <= way[0] * way[1]}
 
     def far(way):
-        return sum(abs(math.log2(a / b)) for a, b in zip(way, own)), way
+        m, n, warps, stages = (abs(math.log2(a / b)) for a, b in zip(way, own))
+        of_a_warp = abs(math.log2(way[0] * way[1] / way[2] / (own[0] * own[1] / own[2])))
+        return m + n + min(warps, of_a_warp) + stages, way
     return sorted(ways | {own}, key=far)
 
 

@@ -140,7 +140,7 @@ def row(name, rounds, device, dtype, compiled) -> str:
     times = [(timed(ours, device), timed(theirs, device)) for _ in range(rounds)]
     mine, peer = (1000 * statistics.median(t) for t in zip(*times))
     ratio = statistics.median(peer / mine for mine, peer in times)
-    return f"| {name:6s} | {mine:9.1f} | {peer:9.1f} | {error:8.1e} | {ratio:5.2f} |"
+    return f"| {name:6s} | {mine:9.2f} | {peer:9.2f} | {error:8.1e} | {ratio:5.2f} |"
 
 
 def main(argv=None):

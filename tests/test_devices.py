@@ -21,7 +21,8 @@ def test_on_a_card_everything_that_meets_is_there(tmp_path):
     assert card.returncode == 0, card.stdout[-2000:] + card.stderr[-4000:]
     for words in ("a meeting is noticed", "device: cuda", "bfloat16 (this GPU has it)",
                   "going on at step 2 of 3", "flow: at most", "--offload text: at most",
-                  "--offload model: at most", "--offload block: at most", "of 2 GB of the card", "validation loss", "all passed"):
+                  "--offload model: at most", "--offload block: at most", "validation loss",
+                  "of 2 GB of the card", "all passed"):
         assert words in card.stdout + card.stderr, words
 
 
