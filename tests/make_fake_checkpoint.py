@@ -18,7 +18,6 @@ ones over and over, small enough that nothing overflows; pictures made of them s
 """
 import argparse
 import itertools
-import math
 import string
 import sys
 import time
@@ -28,11 +27,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import pipeline
 import weights
 from layouts import PREFIXES, Recipe, mmdit_folder, same_names, vae_folder
 from mmdit import MMDiT, MMDiTConfig, position_table
 from offload import MODES, OVERHEAD
+from pipeline import Pipeline, pick_device
 from tensor_files import write_json, write_safetensors, write_shards
 from text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from tokens import BOS, EOS, pre_tokenizers, train_t5_tokenizer
@@ -176,20 +175,16 @@ def measure(out, device) -> None:
 def draw(args) -> None:
     """Two pictures with all parts that were written, the first to warm up; on a card if there is one, of
     which no more than --limit is used, nor counted as free."""
-    device, path = pipeline.pick_device("auto"), next(iter(sorted(args.out.glob("*.safetensors"))), args.out)
+    device, path = pick_device("auto"), next(iter(sorted(args.out.glob("*.safetensors"))), args.out)
     if device.type == "cuda":
-        whole, free_memory = args.limit * 1e9, weights.free_memory
+        whole, asked = args.limit * 1e9, torch.cuda.mem_get_info
         share = (whole - OVERHEAD) / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
-
-        def free(where):
-            left = whole - torch.cuda.memory_allocated() if where.type == "cuda" else math.inf
-            return min(left, free_memory(where))
-
-        weights.free_memory = pipeline.free_memory = free
+        torch.cuda.mem_get_info = lambda card: (
+            min(asked(card)[0], whole - torch.cuda.memory_reserved(card)), whole)
     times = [time.perf_counter()]
-    pipe = pipeline.Pipeline.from_pretrained(path, device=device, offload=args.draw, int8=args.int8,
-                                             size=(args.side, args.side))
+    pipe = Pipeline.from_pretrained(path, device=device, offload=args.draw, int8=args.int8,
+                                    size=(args.side, args.side))
     for prompt, steps in (("a blue ring", 2), ("a red star", args.steps)):      # what was encoded is kept
         times.append(time.perf_counter())
         pipe(prompt, height=args.side, width=args.side, steps=steps, guidance=4.5)

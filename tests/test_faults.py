@@ -852,9 +852,9 @@ def test_a_film_shows_each_grid_once_and_the_last_for_longest(tmp_path):
 
 # ------------------------------------------------------------------------------------------- the command line
 
-SMALL = ("--pictures 40 --vae-steps 2 --vae-batch 2 --clip-steps 1 --clip-batch 4 --t5-steps 1 --t5-batch 4 "
-         "--flow-batch 2 --muon-rate 0 --preview-every 0 --dtype float32 --device cpu --save-every 3 --size 32"
-         ).split()
+SMALL = ("--size 32 --pictures 40 --vae-steps 2 --vae-batch 2 --clip-steps 1 --clip-batch 4 --t5-steps 1 "
+         "--t5-batch 4 --flow-batch 2 --muon-rate 0 --preview-every 0 --dtype float32 --device cpu "
+         "--save-every 3").split()
 
 
 @POSIX

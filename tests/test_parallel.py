@@ -46,8 +46,7 @@ MICRO = dict(size=32, pictures=24, vae_steps=3, vae_batch=4, clip_steps=3, clip_
 LOOK_EVERY = 7                  # attention logits are measured at the first and at the last of eight steps
 VERSION = tuple(int(x) for x in torch.__version__.split(".")[:2])
 fsdp = pytest.mark.skipif(VERSION < (2, 8), reason="FSDP2 cannot average gradients over gloo in this torch")
-START = "spawn" if torch.cuda.is_available() else "forkserver"      # to ask for cards is to be unable to fork
-card = pytest.mark.skipif(START != "spawn", reason="needs a CUDA GPU")
+card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 thorough = pytest.mark.skipif(settings.default.max_examples < 100,
                               reason="with --hypothesis-profile=thorough only")
 
@@ -127,8 +126,8 @@ def spread(folder, world, action, *rest, seconds=600, start="forkserver"):
     return [process.exitcode for process in ranks], said.read_text()
 
 
-def launch(folder, world, argv=("--resume",), config=None, **wounds):
-    return spread(folder, world, trained, list(argv), config, wounds.get("wounds", {}))
+def launch(folder, world, argv=("--resume",), config=None, wounds=(), action=trained, start="forkserver"):
+    return spread(folder, world, action, list(argv), config, dict(wounds), start=start)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -235,15 +234,16 @@ def test_cut_up_among_two_it_learns_the_same_is_saved_on_two_and_goes_on_on_one_
 def test_a_group_of_one_learns_is_saved_and_goes_on_as_one_process_does(device, cut_up, finished, tmp_path):
     """On a card this is NCCL, as far as one card can tell."""
     folder, config = untrained(finished, tmp_path / "group", fsdp=cut_up, device=device)
+    start = "spawn" if device == "cuda" else "forkserver"       # who has asked for cards cannot fork for them
     for wounds, expected in ({(0, 5): signal.SIGTERM}, 143), ({}, 0):
-        codes, said = spread(folder, 1, alone_in_a_group, ["--resume"], config, wounds, start=START)
+        codes, said = launch(folder, 1, config=config, wounds=wounds, action=alone_in_a_group, start=start)
         assert codes == [expected] and ("cut up among" in said) == cut_up, said
         assert "1 processes share" in said
     assert "going on at step 6" in said
     plain = finished
     if device == "cuda":
         plain, config = untrained(finished, tmp_path / "plain", device=device)
-        codes, said = spread(plain, 1, trained, ["--resume"], config, {}, start=START)
+        codes, said = launch(plain, 1, config=config, start=start)
         assert codes == [0], said
     assert_equal(plain, folder)
 
